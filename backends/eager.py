@@ -1,0 +1,103 @@
+"""Torch itself as an engine: the reference that every other engine is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from effc.backends.base import Array, EngineBase, Lowered, Port, Unsupported
+from effc.ir.program import Graph
+from effc.ir.show import shape_words
+
+
+def numpy_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def ports(graph: Graph) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """The inputs and outputs of a graph, free dimensions by name."""
+    placeholders = graph.placeholders()
+    users = [placeholders[str(name)] for name in graph.exported.graph_signature.user_inputs]
+    (output,) = [n for n in graph.fx.nodes if n.op == "output"]
+    sides = []
+    for names, nodes in ((graph.inputs, users), (graph.outputs, output.args[0])):
+        sides.append(
+            tuple(
+                Port(
+                    name=name,
+                    dtype=numpy_dtype(node.meta["val"].dtype),
+                    shape=tuple(_size(w) for w in shape_words(graph, node.meta["val"].shape)),
+                )
+                for name, node in zip(names, nodes, strict=True)
+            )
+        )
+    return sides[0], sides[1]
+
+
+def _size(word: str) -> int | str:
+    return int(word) if word.isdigit() else word
+
+
+class GraphEngine(EngineBase):
+    """A graph, run node by node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.inputs, self.outputs = ports(graph)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        tensors = {p.name: torch.from_numpy(np.ascontiguousarray(feeds[p.name])) for p in self.inputs}
+        return {name: value.numpy() for name, value in self.graph.run(tensors).items()}
+
+
+class ModuleEngine(EngineBase):
+    """The user's own module in evaluation mode: what they run today."""
+
+    def __init__(self, module: nn.Module, graph: Graph) -> None:
+        self.module = module.eval()
+        self.inputs, self.outputs = ports(graph)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        tensors = {p.name: torch.from_numpy(np.ascontiguousarray(feeds[p.name])) for p in self.inputs}
+        with torch.no_grad():
+            result = self.module(**tensors)
+        if isinstance(result, torch.Tensor):
+            result = (result,)
+        values = (
+            [result[p.name] for p in self.outputs]
+            if isinstance(result, Mapping)
+            else list(result)[: len(self.outputs)]
+        )
+        return {p.name: v.numpy() for p, v in zip(self.outputs, values, strict=True)}
+
+
+class Eager:
+    """Runs the rewritten graph in torch, for looking at a pass without any engine."""
+
+    name: ClassVar[str] = "eager"
+
+    def supports(self, graph: Graph) -> list[Unsupported]:
+        return []
+
+    def lower(self, graph: Graph, directory: Path) -> Lowered:
+        inputs, outputs = ports(graph)
+        return Lowered(
+            role=graph.role,
+            target=self.name,
+            directory=directory,
+            files=(),
+            opset=0,
+            inputs=inputs,
+            outputs=outputs,
+            options={"graph": graph},
+        )
+
+    def open(self, lowered: Lowered, *, threads: int | None = None) -> GraphEngine:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return GraphEngine(lowered.options["graph"])

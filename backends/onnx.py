@@ -1,0 +1,259 @@
+"""From a graph to an ONNX file: quantise and dequantise nodes stay what they are, names are the user's own.
+
+torch's exporter translates the operators. What it leaves to us: the two quantisation operators, linear layers in one
+form everywhere, names of inputs, outputs and free dimensions, and a file that is the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset21 as op
+from torch import fx
+
+from effc.backends.base import Lowered, Port, Site, Unsupported
+from effc.backends.dialect import ONNX
+from effc.backends.eager import GraphEngine, ports
+from effc.dialect import Dialect
+from effc.errors import LoweringError
+from effc.ir.program import Graph
+from effc.ir.select import module_path, op_name
+from effc.quant.ops import DEQUANTIZE, QUANTIZE
+
+EXTERNAL_BYTES = 1 << 30
+"""Models above this many bytes keep their weights in a file beside the graph (protobuf ends at 2 GiB)."""
+FILE = "model.onnx"
+DATA = "model.onnx.data"
+
+
+def _quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int, group: int) -> Any:
+    codes = op.QuantizeLinear(x, scale, zero_point, axis=axis)
+    if (low, high) in ((0, 255), (-128, 127)):
+        return codes
+    kind = ir.DataType.UINT8 if low >= 0 else ir.DataType.INT8
+    bounds = [op.Cast(op.Constant(value_int=v), to=int(kind)) for v in (low, high)]
+    return op.Clip(codes, *bounds)
+
+
+def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
+    if group:
+        return op.DequantizeLinear(q, scale, zero_point, axis=1, block_size=group)
+    if q.dtype == ir.DataType.INT32:
+        return op.DequantizeLinear(q, scale, axis=axis)
+    return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+    return product if bias is None else op.Add(product, bias)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    torch.ops.aten.linear.default: _linear,
+}
+
+
+def unsupported(graph: Graph) -> list[Unsupported]:
+    """Every node that cannot be written as ONNX."""
+    from torch.onnx._internal.exporter import _registration
+
+    with _quiet():
+        registry = _registration.ONNXRegistry.from_torchlib()
+    found = []
+    for node in graph.nodes:
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload) or target in TRANSLATIONS:
+            continue
+        if isinstance(node.meta.get("val"), type(None)):
+            continue  # an assertion: it computes nothing
+        decomposable = target in torch._decomp.decomposition_table or _is_composite(target)
+        if not registry.is_registered(target) and not decomposable:
+            reason = f"no ONNX translation is known for {target}"
+            found.append(Unsupported(node=_where(node), op=op_name(node), reason=reason))
+    return found
+
+
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"))
+
+
+def _where(node: fx.Node) -> str:
+    return module_path(node) or node.name
+
+
+def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
+    """The graph as an ONNX model. `translate=False` is torch's plain export, the float reference.
+
+    Raises LoweringError where the exporter gives up, with its first reason.
+    """
+    exported = graph.clone().exported
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                custom_translation_table=TRANSLATIONS if translate else None,
+            )
+    except Exception as error:
+        raise LoweringError(
+            f"graph {graph.role!r} cannot be written as ONNX opset {opset}: {_reason(error)}",
+            hint="run with --debug for the exporter's whole explanation",
+        ) from error
+    assert program is not None
+    model = program.model
+    _rename_ports(graph, model)
+    strip(model)
+    return model
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _rename_ports(graph: Graph, model: ir.Model) -> None:
+    taken = {name: v for v in _values(model) if (name := v.name)}
+    for values, names in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
+        for value, name in zip(values, names, strict=True):
+            other = taken.get(name)
+            if other is not None and other is not value:
+                other.name = f"{name}_inner"
+            value.name = name
+    for values, side in zip((model.graph.inputs, model.graph.outputs), ports(graph), strict=True):
+        for value, port in zip(values, side, strict=True):
+            value.shape = ir.Shape(port.shape)
+    for value in _values(model):
+        if value.shape is not None and not value.is_graph_input() and not value.is_graph_output():
+            value.shape = ir.Shape([_renamed(graph, size) for size in value.shape])
+
+
+def _renamed(graph: Graph, size: int | ir.SymbolicDim) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    text = str(size.value) if size.value is not None else ""
+    return re.sub(r"s\d+", lambda m: graph.dims.get(m.group(), m.group()), text) or None
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from node.outputs
+
+
+def strip(model: ir.Model) -> None:
+    """Take out what differs between machines: stack traces, docs, producer notes; keep module paths in node names."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    model.producer_name, model.producer_version = "effc", None
+    model.graph.name = "main_graph"
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.meta.clear()
+        node.doc_string = None
+    for value in _values(model):
+        value.metadata_props.clear()
+        value.doc_string = None
+    for function in list(model.functions):
+        model.functions[function].metadata_props.clear()
+
+
+def save(model: ir.Model, directory: Path) -> tuple[str, ...]:
+    """Write the model, initialisers sorted by name; gives the files written, graph first."""
+    ordered = sorted(model.graph.initializers.items())
+    model.graph.initializers.clear()
+    model.graph.initializers.update(ordered)
+    imports = sorted(model.opset_imports.items())
+    model.opset_imports.clear()
+    model.opset_imports.update(imports)
+    size = sum(v.const_value.nbytes for _, v in ordered if v.const_value is not None)
+    directory.mkdir(parents=True, exist_ok=True)
+    external = size > EXTERNAL_BYTES
+    ir.save(model, directory / FILE, external_data=DATA if external else None)
+    return (FILE, DATA) if external else (FILE,)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = ["torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export"]
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def weight_sites(graph: Graph) -> list[tuple[str, str, str]]:
+    """Quantised places of a graph: module path, operator, and the name of the integer weight."""
+    from effc.ir.edit import tensor_name
+
+    found = []
+    for node in graph.nodes:
+        word = op_name(node)
+        place = 0 if word == "embedding" else 1
+        if word not in ("linear", "conv1d", "conv2d", "embedding") or len(node.args) <= place:
+            continue
+        weight = node.args[place]
+        if isinstance(weight, fx.Node) and weight.target is DEQUANTIZE:
+            weight = weight.args[0]
+        name = tensor_name(graph, weight)
+        if name is not None and not graph.tensors()[name].is_floating_point():
+            found.append((module_path(node) or node.name, word, name))
+    return found
+
+
+class Onnx:
+    """Plain ONNX with quantise and dequantise nodes, for any runtime that reads them."""
+
+    name: ClassVar[str] = "onnx"
+    dialect: ClassVar[Dialect] = ONNX
+
+    def supports(self, graph: Graph) -> list[Unsupported]:
+        return unsupported(graph)
+
+    def lower(self, graph: Graph, directory: Path) -> Lowered:
+        files = save(to_onnx(graph, self.dialect.opset), directory)
+        inputs, outputs = ports(graph)
+        return Lowered(
+            role=graph.role,
+            target=self.name,
+            directory=directory,
+            files=files,
+            opset=self.dialect.opset,
+            inputs=inputs,
+            outputs=outputs,
+            sites=tuple(
+                Site(name=path, op=word, kernel="unknown", int8=False, reason="no runtime was chosen")
+                for path, word, _ in weight_sites(graph)
+            ),
+        )
+
+    def open(self, lowered: Lowered, *, threads: int | None = None) -> Any:
+        from effc.backends.ort import OrtEngine
+
+        return OrtEngine(lowered.directory / lowered.files[0], threads=threads)
+
+
+__all__ = ["GraphEngine", "Onnx", "Port", "save", "strip", "to_onnx", "unsupported", "weight_sites"]

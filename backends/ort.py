@@ -1,0 +1,203 @@
+"""ONNX Runtime on the CPU: the graph written the way its kernels are fastest, opened without spinning threads.
+
+Three rewrites, each measured (benchmarks/opset.py):
+
+* a quantised linear layer becomes one `MatMulIntegerToFloat` with its bias inside, at every optimisation level;
+* attention takes `[batch, sequence, hidden]` as it is, so four transposes per layer go;
+* the residual addition in front of a layer norm is written `Sum`: as `Add` it is fused into SkipLayerNormalization,
+  whose kernel is several times slower than the two nodes that it replaces.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from effc.backends.base import Array, EngineBase, Lowered, Port, Site, Unsupported
+from effc.backends.dialect import ORT
+from effc.backends.eager import ports
+from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.ort_rewrites import rewrite
+from effc.dialect import Dialect
+from effc.errors import LoweringError
+from effc.ir.program import Graph
+
+INT8_KERNELS = frozenset(
+    (
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "QLinearMatMul",
+        "QGemm",
+        "QLinearConv",
+        "ConvInteger",
+        "MatMulNBits",
+        "QAttention",
+        "Gather",
+        "GatherBlockQuantized",
+    )
+)
+_PASS_THROUGH = ("Transpose", "Reshape", "Cast")
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options under which engines may be compared: given threads, none of them spinning."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
+
+
+def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise LoweringError(
+            f"onnxruntime refuses {path.name}: {str(error).splitlines()[0]}",
+            hint=f"this is onnxruntime {onnxruntime.__version__}; a newer one may read it",
+        ) from error
+
+
+class OrtEngine(EngineBase):
+    """An ONNX file in an onnxruntime session."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        self._session: onnxruntime.InferenceSession | None = _session(path, session_options(threads))
+        self.inputs = tuple(_port(v) for v in self._session.get_inputs())
+        self.outputs = tuple(_port(v) for v in self._session.get_outputs())
+        self._names = [p.name for p in self.outputs]
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        assert self._session is not None
+        values = self._session.run(self._names, {p.name: feeds[p.name] for p in self.inputs})
+        return dict(zip(self._names, values, strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _port(value: Any) -> Port:
+    return Port(name=value.name, dtype=_DTYPES.get(value.type, value.type), shape=tuple(value.shape))
+
+
+class Ort:
+    """ONNX Runtime's CPU provider; the engine is a `model.onnx` that plain onnxruntime opens."""
+
+    name: ClassVar[str] = "ort"
+    dialect: ClassVar[Dialect] = ORT
+
+    def supports(self, graph: Graph) -> list[Unsupported]:
+        return unsupported(graph)
+
+    def lower(self, graph: Graph, directory: Path) -> Lowered:
+        """Write `model.onnx`, open it once, and read from the optimised graph which sites really run in int8."""
+        model = to_onnx(graph, self.dialect.opset)
+        rewrite(model)
+        files = save(model, directory)
+        inputs, outputs = ports(graph)
+        return Lowered(
+            role=graph.role,
+            target=self.name,
+            directory=directory,
+            files=files,
+            opset=self.dialect.opset,
+            inputs=inputs,
+            outputs=outputs,
+            sites=tuple(inspect(graph, directory / files[0])),
+            requires=(f"onnxruntime>={_minimum()}",),
+        )
+
+    def open(self, lowered: Lowered, *, threads: int | None = None) -> OrtEngine:
+        return OrtEngine(lowered.directory / lowered.files[0], threads=threads)
+
+
+def _minimum() -> str:
+    major, minor, *_ = onnxruntime.__version__.split(".")
+    return f"{major}.{minor}"
+
+
+def optimized(path: Path) -> ir.Model:
+    """The graph that onnxruntime really runs for a file."""
+    with tempfile.TemporaryDirectory(prefix="effc-") as directory:
+        options = session_options(1)
+        target = Path(directory) / "optimized.onnx"
+        options.optimized_model_filepath = str(target)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "weights"
+        )
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        )
+        _session(path, options)
+        model = ir.load(target)
+        for value in model.graph.initializers.values():
+            value.const_value = None  # only names are read; the weights file goes with the folder
+        return model
+
+
+def inspect(graph: Graph, path: Path) -> list[Site]:
+    """What became of every quantised place, read from the optimised graph."""
+    places = weight_sites(graph)
+    if not places:
+        return []
+    consumers: dict[str, list[ir.Node]] = {}
+    for node in optimized(path).graph:
+        for value in node.inputs:
+            if value is not None and value.name:
+                consumers.setdefault(value.name, []).append(node)
+    return [_site(name, word, weight, consumers) for name, word, weight in places]
+
+
+def _site(name: str, word: str, weight: str, consumers: Mapping[str, list[ir.Node]]) -> Site:
+    candidates = [
+        node
+        for key in (weight, *(f"{weight}{tail}" for tail in (".t", ".nbits", ".packed")))
+        for node in consumers.get(key, ())
+    ]
+    seen = 0
+    while candidates and seen < 100:
+        seen += 1
+        node = candidates.pop(0)
+        if node.op_type in _PASS_THROUGH:
+            candidates += [n for v in node.outputs for n in consumers.get(v.name or "", ())]
+            continue
+        is_lookup = node.op_type in ("Gather", "GatherBlockQuantized")
+        if is_lookup != (word == "embedding"):
+            continue
+        if node.op_type in INT8_KERNELS:
+            return Site(name=name, op=word, kernel=node.op_type, int8=True)
+        reason = "onnxruntime found no int8 kernel for the pattern and computes in float"
+        return Site(name=name, op=word, kernel=node.op_type, int8=False, reason=reason)
+    reason = "the integer weight was folded into float when the session was made"
+    return Site(name=name, op=word, kernel="float", int8=False, reason=reason)
+
+
+def numpy_feeds(feeds: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: np.asarray(value) for name, value in feeds.items()}

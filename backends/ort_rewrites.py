@@ -1,0 +1,252 @@
+"""How a neutral quantised ONNX graph is rewritten into the nodes that ONNX Runtime's CPU kernels are fastest in.
+
+Every rewrite matches a whole pattern or leaves it alone, and changes no number by more than the order of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+
+
+def rewrite(model: ir.Model) -> None:
+    """All rewrites, in order, and then dead nodes out."""
+    graph = model.graph
+    _integer_matmul(graph)
+    _weight_only_matmul(graph)
+    _attention_without_transposes(graph)
+    _residual_as_sum(graph)
+    _drop_dead(graph)
+    if any(node.domain == MICROSOFT for node in graph):
+        model.opset_imports[MICROSOFT] = 1
+
+
+def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind else None
+
+
+def _only_consumer(value: ir.Value, kind: str) -> ir.Node | None:
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    node = uses[0].node
+    return node if node.op_type == kind else None
+
+
+def _constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    if value is None:
+        return None
+    tensor = value.const_value
+    if tensor is None:
+        node = _producer(value, "Constant")
+        if node is None:
+            return None
+        attribute = next(iter(node.attributes.values()))
+        return np.asarray(attribute.value.numpy() if hasattr(attribute.value, "numpy") else attribute.value)
+    return tensor.numpy()
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any] | ir.TensorProtocol) -> ir.Value:
+    """The initialiser of that name, made if it is new: layers that share a weight share its packed form."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _swap(old: ir.Node, new: ir.Node, graph: ir.Graph, gone: Sequence[ir.Node]) -> None:
+    """Put `new` where `old` is; its output takes over the name, type and readers of `old`'s."""
+    graph.insert_before(old, new)
+    before, after = old.outputs[0], new.outputs[0]
+    after.type, after.shape = before.type, before.shape
+    name, before.name = before.name, f"{before.name}_gone"
+    after.name = name
+    before.replace_all_uses_with(after, replace_graph_outputs=True)
+    for node in gone:
+        graph.remove(node, safe=True)
+
+
+def _weight_of(matmul: ir.Node) -> tuple[ir.Node, bool] | None:
+    """The DequantizeLinear behind the second factor, and whether a transpose stands between."""
+    value = matmul.inputs[1]
+    transpose = _producer(value, "Transpose")
+    node = _producer(transpose.inputs[0] if transpose else value, "DequantizeLinear")
+    if node is None or node.inputs[0] is None or node.inputs[0].const_value is None:
+        return None
+    return node, transpose is not None
+
+
+def _bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The addition of a constant vector right behind a product."""
+    add = _only_consumer(matmul.outputs[0], "Add")
+    if add is None:
+        return None
+    other = add.inputs[1] if add.inputs[0] is matmul.outputs[0] else add.inputs[0]
+    if other is None or other.const_value is None or len(other.const_value.shape) != 1:
+        return None
+    return add, other
+
+
+def _integer_matmul(graph: ir.Graph) -> None:
+    """dequantize(codes) · dequantize(weight)ᵀ [+ bias] → MatMulIntegerToFloat."""
+    for node in list(graph):
+        if node.op_type != "MatMul":
+            continue
+        left, right = _producer(node.inputs[0], "DequantizeLinear"), _weight_of(node)
+        if left is None or right is None or right[0].attributes.get_int("block_size", 0):
+            continue
+        codes, scale, zero = left.inputs[:3]
+        weight_node, transposed = right
+        weight, weight_scale, weight_zero = weight_node.inputs[:3]
+        assert weight is not None and weight_scale is not None
+        weight = _transposed(graph, node, weight) if transposed else weight
+        bias = _bias(node)
+        new = ir.node(
+            "MatMulIntegerToFloat",
+            [codes, weight, scale, weight_scale, zero, weight_zero, bias[1] if bias else None],
+            domain=MICROSOFT,
+            name=_layer(weight),
+        )
+        last = bias[0] if bias else node
+        _swap(last, new, graph, [bias[0], node] if bias else [node])
+
+
+def _layer(weight: ir.Value) -> str:
+    return (weight.name or "").removesuffix(".t").removesuffix("_int8").removesuffix(".weight")
+
+
+def _transposed(graph: ir.Graph, before: ir.Node, weight: ir.Value) -> ir.Value:
+    """`weight` with its two axes exchanged: stored that way, unless somebody else reads it as it is.
+
+    A shared table keeps one copy on disk and is transposed when the session is made.
+    """
+    assert weight.const_value is not None
+    others = [u.node for u in weight.uses() if u.node.op_type != "DequantizeLinear"]
+    name = f"{weight.name}.t"
+    if not others:
+        return _initializer(graph, name, np.ascontiguousarray(weight.const_value.numpy().T))
+    node = ir.node("Transpose", [weight], attributes={"perm": [1, 0]}, name=name)
+    node.outputs[0].name = name
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _weight_only_matmul(graph: ir.Graph) -> None:
+    """x · dequantize(weight)ᵀ → MatMulNBits, with 4 or 8 bit per weight and a scale per block."""
+    for node in list(graph):
+        if node.op_type != "MatMul" or _producer(node.inputs[0], "DequantizeLinear") is not None:
+            continue
+        right = _weight_of(node)
+        if right is None or not right[1]:
+            continue
+        weight, scale = right[0].inputs[:2]
+        assert weight is not None and weight.const_value is not None and scale is not None
+        codes, scales = weight.const_value.numpy(), _constant(scale)
+        if scales is None or any(u.node.op_type == "Gather" for u in weight.uses()):
+            continue
+        block = right[0].attributes.get_int("block_size", 0) or 32
+        rows, columns = codes.shape
+        if block < 16 or block & (block - 1):
+            continue
+        bits = 4 if codes.min() >= -8 and codes.max() <= 7 else 8
+        blocks = -(-columns // block)
+        spread = np.repeat(scales[:, None], blocks, axis=1) if scales.ndim == 1 else scales
+        name = weight.name or ""
+        packed = _initializer(graph, f"{name}.nbits", _pack(codes, bits, block))
+        flat = np.ascontiguousarray(spread.reshape(-1).astype(np.float32))
+        spread_value = _initializer(graph, f"{scale.name}.nbits", flat)
+        new = ir.node(
+            "MatMulNBits",
+            [node.inputs[0], packed, spread_value],
+            attributes={"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4 if bits == 4 else 0},
+            domain=MICROSOFT,
+            name=_layer(weight),
+        )
+        _swap(node, new, graph, [node])
+
+
+def _pack(codes: np.ndarray[Any, Any], bits: int, block: int) -> np.ndarray[Any, Any]:
+    """Codes [out, in] as MatMulNBits stores them: [out, blocks, bytes], unsigned around the middle."""
+    rows, columns = codes.shape
+    blocks = -(-columns // block)
+    middle = 1 << (bits - 1)
+    padded = np.full((rows, blocks * block), middle, np.uint8)
+    padded[:, :columns] = (codes.astype(np.int16) + middle).astype(np.uint8)
+    if bits == 8:
+        return padded.reshape(rows, blocks, block)
+    return (padded[:, 0::2] | (padded[:, 1::2] << 4)).reshape(rows, blocks, block // 2)
+
+
+def _attention_without_transposes(graph: ir.Graph) -> None:
+    """Attention over [batch, heads, length, size] between reshapes → over [batch, length, hidden]."""
+    for node in list(graph):
+        if node.op_type != "Attention" or node.domain or len(node.outputs) != 1:
+            continue
+        sides = [_split_heads(node.inputs[i]) for i in range(3)]
+        merge = _merge_heads(node.outputs[0])
+        if merge is None or any(side is None for side in sides):
+            continue
+        query, key, value = (side for side in sides if side is not None)
+        if key[1] != value[1]:
+            continue
+        inputs = [query[0], key[0], value[0], *node.inputs[3:]]
+        attributes = dict(node.attributes)
+        attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", query[1])
+        attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", key[1])
+        new = ir.Node("", "Attention", inputs, list(attributes.values()), name=node.name, num_outputs=1)
+        _swap(merge, new, graph, [])
+
+
+def _split_heads(value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """What is reshaped and transposed into heads, and how many heads there are."""
+    transpose = _producer(value, "Transpose")
+    if transpose is None or list(transpose.attributes.get_ints("perm", [])) != [0, 2, 1, 3]:
+        return None
+    reshape = _producer(transpose.inputs[0], "Reshape")
+    if reshape is None or reshape.inputs[0] is None:
+        return None
+    source, split = reshape.inputs[0], reshape.outputs[0].shape
+    if split is None or len(split) != 4 or not isinstance(split[2], int):
+        return None
+    shape = source.shape
+    return (source, split[2]) if shape is not None and len(shape) == 3 else None
+
+
+def _merge_heads(value: ir.Value) -> ir.Node | None:
+    """The reshape that puts heads side by side again, behind its transpose."""
+    transpose = _only_consumer(value, "Transpose")
+    if transpose is None or list(transpose.attributes.get_ints("perm", [])) != [0, 2, 1, 3]:
+        return None
+    reshape = _only_consumer(transpose.outputs[0], "Reshape")
+    if reshape is None or reshape.outputs[0].shape is None:
+        return None
+    return reshape if len(reshape.outputs[0].shape) == 3 else None
+
+
+def _residual_as_sum(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type != "Add" or any(v is None or v.const_value is not None for v in node.inputs):
+            continue
+        readers = [use.node.op_type for use in node.outputs[0].uses()]
+        if "LayerNormalization" in readers:
+            node.op_type = "Sum"
+
+
+def _drop_dead(graph: ir.Graph) -> None:
+    outputs = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in outputs:
+            del graph.initializers[name]

@@ -1,0 +1,135 @@
+"""Runs a graph over batches and lets collectors watch named nodes.
+
+An `fx.Interpreter` frees every value after its last use and stops behind the last watched node, so memory is that of
+one batch and a few fixed-size sketches, however many samples there are. No module is changed and nothing is left in
+the graph. Padded positions (`attention_mask` 0) are left out: nobody reads them, and they would widen the ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from effc.calib.data import Batch
+from effc.calib.probe import Probe
+from effc.errors import CalibrationError
+from effc.ir.program import Graph
+
+MASK = "attention_mask"
+
+
+class _Done(Exception):
+    """The last watched node has been seen."""
+
+
+class _Watcher(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, probes: Mapping[str, list[Probe]]) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.probes = probes
+        order = [n.name for n in module.graph.nodes]
+        self.last = max(probes, key=order.index)
+        self.mask: Tensor | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for probe in self.probes.get(n.name, ()):
+            try:
+                probe.collector.update(value, _fitting(self.mask, value))
+            except CalibrationError as error:
+                raise CalibrationError(f"{error.what} at {probe.key}", hint=error.hint) from error
+        if n.name == self.last:
+            raise _Done
+        return value
+
+
+def _fitting(mask: Tensor | None, value: Tensor) -> Tensor | None:
+    if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape:
+        return None
+    return mask
+
+
+def collect(
+    graph: Graph,
+    probes: Iterable[Probe],
+    batches: Iterable[Batch],
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """The collectors by key after all `batches`.
+
+    Raises CalibrationError where there is no data, where a batch lacks an input or has one of another dtype, or
+    where a watched value is not a number.
+    """
+    wanted: dict[str, list[Probe]] = {}
+    collectors: dict[str, Any] = {}
+    for probe in probes:
+        if probe.key not in collectors:
+            collectors[probe.key] = probe.collector
+            wanted.setdefault(probe.node.name, []).append(probe)
+    if not wanted:
+        return {}
+    watcher = _Watcher(graph.exported.graph_module, wanted)
+    seen = 0
+    with torch.no_grad():
+        for batch in batches:
+            feeds = tensors_for(graph, batch.inputs)
+            mask = feeds.get(MASK)
+            watcher.mask = mask.bool() if mask is not None else None
+            try:
+                watcher.run(*graph.arguments(feeds))
+            except _Done:
+                watcher.env.clear()
+            seen += 1
+            if on_batch is not None:
+                on_batch(seen)
+    if not seen:
+        raise CalibrationError(
+            "there is no calibration data",
+            hint="give some with --calib FILE, or in the recipe's section calib",
+        )
+    return collectors
+
+
+def tensors_for(graph: Graph, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+    """A batch as torch tensors. Raises CalibrationError where it does not fit the graph's inputs."""
+    expected = _expected(graph)
+    feeds: dict[str, Tensor] = {}
+    for name, fake in expected.items():
+        if name not in inputs:
+            raise CalibrationError(
+                f"a calibration batch has no input {name!r}",
+                hint=f"it has {', '.join(sorted(inputs)) or 'none'}; the model takes {', '.join(expected)}",
+            )
+        value = torch.from_numpy(np.ascontiguousarray(inputs[name]))
+        if value.dtype != fake.dtype:
+            if value.is_floating_point() != fake.is_floating_point():
+                raise CalibrationError(
+                    f"calibration input {name!r} is {_word(value.dtype)}, the model takes {_word(fake.dtype)}"
+                )
+            value = value.to(fake.dtype)
+        if value.dim() != fake.dim() or any(
+            isinstance(want, int) and have != want
+            for have, want in zip(value.shape, fake.shape, strict=True)
+        ):
+            raise CalibrationError(
+                f"calibration input {name!r} has shape {list(value.shape)}, the model takes {list(fake.shape)}"
+            )
+        feeds[name] = value
+    return feeds
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _expected(graph: Graph) -> dict[str, Tensor]:
+    placeholders = graph.placeholders()
+    users = graph.exported.graph_signature.user_inputs
+    return {
+        name: placeholders[str(node)].meta["val"]
+        for name, node in zip(graph.inputs, users, strict=True)
+    }

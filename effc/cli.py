@@ -1,0 +1,321 @@
+"""The command line. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from effc.errors import INTERRUPTED, EffcError, UsageError
+from effc.progress import Progress, Step
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+app = typer.Typer(
+    name="effc",
+    help="Compile a trained PyTorch model into a smaller, faster engine, and prove what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_state: dict[str, Any] = {"debug": False}
+
+
+class Terminal(Progress):
+    """Draws a bar with the time left for every stage, on stderr, and only where somebody looks."""
+
+    def __init__(self, bar: Bar | None) -> None:
+        super().__init__()
+        self.bar = bar
+
+    @contextmanager
+    def draw(self, name: str) -> Iterator[Step]:
+        if self.bar is None:
+            yield lambda done, total: None
+            return
+        task = self.bar.add_task(name, total=None)
+
+        def step(done: int, total: int | None) -> None:
+            assert self.bar is not None
+            self.bar.update(task, completed=done, total=total)
+
+        try:
+            yield step
+        finally:
+            self.bar.remove_task(task)
+            seconds = self.bar.get_time
+            del seconds
+
+
+@contextmanager
+def terminal() -> Iterator[Terminal]:
+    if not sys.stderr.isatty():
+        yield Terminal(None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield Terminal(bar)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what each step did.")] = False,
+) -> None:
+    """Compile a trained PyTorch model into a smaller, faster engine, and prove what that cost.
+
+    Example: effc compile MODEL_DIR -o OUT --target ort --quantize int8 --calib sentences.txt
+    """
+    import logging
+
+    _state["debug"] = debug
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("effc").setLevel(level)
+
+
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")]
+Model = Annotated[str | None, typer.Option("--model", help="The model it was made from: directory or module:factory.")]
+Metric = Annotated[str | None, typer.Option("--metric", metavar="NAME:FILE", help="Task metric, such as sts:FILE.")]
+Calib = Annotated[str | None, typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Cores that an engine may use.")]
+
+
+@app.command()
+def compile(
+    model: Annotated[str, typer.Argument(help="Model directory, module:factory, or recipe.yaml.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
+    target: Annotated[list[str] | None, typer.Option("--target", help="ort or onnx; may be given again.")] = None,
+    quantize: Annotated[str, typer.Option("--quantize", help="int8, w8a16, w4a16, w4a8, w6a6 or none.")] = "none",
+    calib: Calib = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="How many samples to calibrate on.")] = 128,
+    metric: Metric = None,
+    decisions: Annotated[Path | None, typer.Option("--decisions", help="Replay the ranges of an earlier compile.")] = None,
+    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Time the engine against the model.")] = True,
+    threads: Threads = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6.")] = None,
+    json_: Json = None,
+) -> None:
+    """Compile a model into a verified, timed, packaged engine.
+
+    Examples:
+
+      effc compile MODEL_DIR -o OUT --quantize int8 --calib sentences.txt --metric sts:stsb.csv
+
+      effc compile recipe.yaml -o OUT --set passes.0.bits=6
+    """
+    from effc import compiler, recipe
+
+    if model.endswith((".yaml", ".yml")):
+        if quantize != "none" or calib or metric or target:
+            raise UsageError(
+                "a recipe says itself what to do; flags like --quantize do not go with it",
+                hint="change the recipe with --set, e.g. --set targets.0=onnx",
+            )
+        made = recipe.read(Path(model), set_ or ())
+    else:
+        data = compiler.from_flags(
+            model, target=target or "ort", quantize=quantize, calib=calib, metric=metric,
+            samples=samples, bench=bench, threads=threads,
+        )  # fmt: skip
+        made = recipe.parse(recipe.canonical(data), name="the command line", overrides=set_ or ())
+    if not bench:
+        made = recipe.without_bench(made)
+    recorded = _read_json(decisions) if decisions else None
+    with terminal() as progress:
+        result = compiler.run(made, out, decisions=recorded, progress=progress)
+    _say(result.text(), json_)
+    _say(f"{out} is ready", json_)
+    _write_json(json_, result.report)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
+    model: Model = None,
+    calib: Calib = None,
+    metric: Metric = None,
+    threads: Threads = None,
+    json_: Json = None,
+) -> None:
+    """Check that a package is whole; with --model, that it does what the model does.
+
+    Example: effc verify OUT --model MODEL_DIR --metric sts:stsb.csv
+    """
+    from effc import inspection
+
+    with terminal() as progress:
+        found = inspection.verify(
+            out, model=model, calib=calib, metric=metric, threads=threads, progress=progress
+        )
+    for line in inspection.verify_lines(found):
+        _say(line, json_)
+    _write_json(json_, found)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
+    model: Model = None,
+    against: Annotated[list[str] | None, typer.Option("--against", help="Another package or .onnx file to time too.")] = None,
+    calib: Calib = None,
+    metric: Metric = None,
+    shapes: Annotated[str, typer.Option("--shapes", help="batch x length, comma separated.")] = "1x16,1x128,8x128",
+    budget: Annotated[float, typer.Option("--budget", min=0.1, help="Seconds a shape may take.")] = 10.0,
+    threads: Threads = None,
+    json_: Json = None,
+) -> None:
+    """Time an engine against the model it was made from, with an interval for every ratio.
+
+    Example: effc bench OUT --model MODEL_DIR --json bench.json
+    """
+    from effc import inspection, report
+
+    with terminal() as progress:
+        found = inspection.bench(
+            out, model=model, against=against or (), calib=calib, metric=metric,
+            shapes=inspection.parse_shapes(shapes), budget_s=budget, threads=threads, progress=progress,
+        )  # fmt: skip
+    for line in report.bench_lines(found):
+        _say(line, json_)
+    _write_json(json_, found)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A package, a model directory, or module:factory.")],
+    target: Annotated[str, typer.Option("--target", help="Whose dialect to show.")] = "ort",
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph, one line per node.")] = False,
+    json_: Json = None,
+) -> None:
+    """Say what is in a package, or what effc would see in a model.
+
+    Examples: effc inspect OUT; effc inspect MODEL_DIR --graph
+    """
+    from effc import inspection
+
+    found = inspection.inspect(model, target=target, graph=graph)
+    for line in inspection.inspect_lines(found):
+        _say(line, json_)
+    _write_json(json_, found)
+
+
+@app.command()
+def passes(json_: Json = None) -> None:
+    """List every pass with its options and their defaults."""
+    from effc import inspection
+
+    found = inspection.passes()
+    for name, entry in found.items():
+        _say(f"{name} ({entry['effect']}): {entry['summary']}", json_)
+        for option, default in entry["options"].items():
+            _say(f"    {option} = {default}", json_)
+    _write_json(json_, found)
+
+
+@app.command()
+def doctor(json_: Json = None) -> None:
+    """Say what this machine has: CPU features, versions, targets, and how to get what is missing."""
+    from effc import inspection
+
+    found = inspection.doctor()
+    for line in inspection.doctor_lines(found):
+        _say(line, json_)
+    _write_json(json_, found)
+
+
+def _say(text: str, json_: str | None) -> None:
+    """Print for a person; to stderr where stdout carries the JSON."""
+    print(text, file=sys.stderr if json_ == "-" else sys.stdout, flush=True)
+
+
+def _write_json(json_: str | None, value: Any) -> None:
+    if json_ is None:
+        return
+    from effc.package import dump
+
+    if json_ == "-":
+        sys.stdout.write(dump(value))
+        return
+    path = Path(json_)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(dump(value), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UsageError(f"--json {json_} cannot be written: {error.strerror}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def main() -> NoReturn:
+    """Run the command line; every effc error ends with its message and its own exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except EffcError as error:
+        code = _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        code = INTERRUPTED
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except typer.Abort:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        code = _usage(error)
+    sys.exit(code)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(error: EffcError) -> int:
+    if _state["debug"]:
+        import traceback
+
+        traceback.print_exception(error)
+    first, *rest = str(error).splitlines()
+    print(f"{type(error).__name__}: {first}", file=sys.stderr)
+    for line in rest:
+        print(f"    {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _usage(error: Exception) -> int:
+    """A wrong call, as typer's own parser sees it; anything else is our bug and shows itself whole."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    return 2

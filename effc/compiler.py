@@ -1,0 +1,503 @@
+"""The whole way as one short function: load, trace, rewrite, lower, verify, time, package.
+
+Nothing here knows a pass, a target or a paper by name; tables do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effc import bench as benchmark
+from effc import metrics, package, report
+from effc.backends import BACKENDS
+from effc.backends.base import Engine, Lowered
+from effc.backends.dialect import DIALECTS
+from effc.backends.eager import ModuleEngine
+from effc.calib.calibrator import tensors_for
+from effc.errors import LoweringError, VerifyError
+from effc.ir.edit import keep_outputs
+from effc.ir.program import Graph, Program
+from effc.ir.show import show
+from effc.ir.trace import trace
+from effc.passes import CANONICAL, PASSES
+from effc.passes.base import PassRecord
+from effc.passes.pipeline import apply
+from effc.progress import Progress
+from effc.recipe import QUANTIZE_WORDS, BenchSpec, Recipe, build
+from effc.samples import Samples
+from effc.source import Source, guess, load
+from effc.verify import OutputDrift, Tolerance, parity
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a compile made: the package and everything that was measured on the way."""
+
+    out: Path
+    report: Json
+
+    @property
+    def bench(self) -> Json:
+        return dict(self.report["bench"] or {})
+
+    def text(self) -> str:
+        return report.text(self.report)
+
+
+def compile(
+    model: str | Path | Recipe,
+    out: str | Path,
+    *,
+    target: str | Sequence[str] = "ort",
+    quantize: str = "none",
+    calib: str | Path | None = None,
+    metric: str | None = None,
+    samples: int = 128,
+    bench: bool = True,
+    threads: int | None = None,
+    decisions: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Compile a model, or a recipe, into the directory `out`.
+
+    `model` is a transformers directory, `module:factory`, or a `Recipe`; the other options build a recipe where one
+    is not given. `decisions` replays the recorded ranges of an earlier compile. Raises an `EffcError`, and then `out`
+    is what it was before.
+    """
+    recipe = model if isinstance(model, Recipe) else build(
+        from_flags(
+            str(model), target=target, quantize=quantize, calib=calib, metric=metric, samples=samples,
+            bench=bench, threads=threads,
+        )
+    )  # fmt: skip
+    return run(recipe, Path(out), decisions=decisions, progress=progress)
+
+
+def from_flags(
+    model: str,
+    *,
+    target: str | Sequence[str] = "ort",
+    quantize: str = "none",
+    calib: str | Path | None = None,
+    metric: str | None = None,
+    samples: int = 128,
+    bench: bool = True,
+    threads: int | None = None,
+) -> Json:
+    """The plain values of the recipe that command line flags stand for."""
+    from effc.errors import UsageError
+    from effc.table import unknown
+
+    if quantize not in QUANTIZE_WORDS:
+        raise UsageError(unknown("--quantize word", quantize, QUANTIZE_WORDS))
+    data: Json = {"source": guess(model), "targets": [target] if isinstance(target, str) else list(target)}
+    if calib is not None:
+        data["calib"] = {"file": str(calib), "samples": samples}
+    options = QUANTIZE_WORDS[quantize]
+    if options is not None:
+        data["passes"] = [{"pass": "quantize", **options}]
+    if metric is not None:
+        data["metric"] = metric
+    if not bench:
+        data["bench"] = False
+    elif threads is not None:
+        data["bench"] = {"threads": threads}
+    return data
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    decisions: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Compile a recipe into `out`; see `compile`."""
+    progress = progress or Progress()
+    package.check_output(out)
+    metric = metrics.parse(recipe.metric) if recipe.metric else None
+    with progress.stage("load"):
+        source = load(recipe.source.as_mapping())
+    samples = Samples(source, recipe.calib)
+    with progress.stage("trace"):
+        original = trace_source(source)
+        _refuse_unsupported(original, recipe.targets)
+    program, records = original, []
+    lowered: list[Lowered] = []
+    with package.staged(out) as stage:
+        for target in recipe.targets:
+            program, records = rewrite(recipe, original, source, samples, target, decisions, progress)
+            lowered += _lower(program, target, recipe, stage, progress)
+        first = lowered[0]
+        threads = recipe.bench.threads if recipe.bench and recipe.bench.threads else default_threads()
+        with progress.stage("verify"):
+            lossy = any(r.effect == "lossy" and r.sites for r in records)
+            drifts = {
+                low.target: verify_engine(source, original.only(), low, samples, lossy, threads)
+                for low in lowered
+            }
+        measured = None
+        if metric is not None:
+            with progress.stage("metric"):
+                measured = measure(source, original.only(), first, metric, threads)
+        timed = None
+        if recipe.bench is not None:
+            with progress.stage("bench") as step:
+                timed = time_engine(source, original, first, samples, recipe.bench, threads, step)
+        content = _write(stage, recipe, source, samples, program, records, lowered, progress)
+        content |= {
+            "verify": drifts,
+            "metric": measured,
+            "bench": _bench_json(timed, drifts[first.target], measured, stage),
+            "timings": {name: round(s, 3) for name, s in progress.seconds.items()},
+        }
+        report.write(stage, content)
+        package.write_manifest(stage, content["manifest"])
+    content["manifest"] = json.loads((out / package.MANIFEST).read_text(encoding="utf-8"))
+    return Result(out=out, report={**content, "out": str(out)})
+
+
+def default_threads() -> int:
+    import os
+
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def trace_source(source: Source) -> Program:
+    """Every module of a source as a graph under its role, with only the outputs that it wants kept."""
+    graphs = {}
+    for role, module in source.modules.items():
+        program = trace(module, source.inputs[role], dims=source.dims.get(role), role=role)
+        graph = program.only()
+        if wanted := source.outputs.get(role):
+            keep_outputs(graph, wanted)
+        graphs[role] = graph
+    return Program(graphs)
+
+
+def _refuse_unsupported(program: Program, targets: Sequence[str]) -> None:
+    for target in targets:
+        backend = BACKENDS[target]()
+        for graph in program:
+            if found := backend.supports(graph):
+                lines = [f"{u.node}: {u.reason}" for u in found[:5]]
+                more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+                raise LoweringError(
+                    f"target {target} cannot take {len(found)} nodes of graph {graph.role!r}: "
+                    + "; ".join(lines) + more,
+                    hint="write the module without them, or choose another target",
+                )  # fmt: skip
+
+
+def rewrite(
+    recipe: Recipe,
+    original: Program,
+    source: Source,
+    samples: Samples,
+    target: str,
+    decisions: Mapping[str, Any] | None,
+    progress: Progress,
+) -> tuple[Program, list[PassRecord]]:
+    """All passes of a recipe in the dialect of one target, on a clone."""
+    program = original.clone()
+    probes = {role: [dict(inputs)] for role, inputs in source.inputs.items()}
+    steps = [PASSES[word]() for word in CANONICAL] if recipe.canonicalize else []
+    records = []
+    total = recipe.calib.samples // recipe.calib.batch + 1 if recipe.calib else None
+    for index, pass_ in enumerate([*steps, *recipe.passes]):
+        key = f"{index - len(steps)}:{pass_.name}"
+        recorded = decisions.get(key) if decisions is not None and index >= len(steps) else None
+        with progress.stage(pass_.name) as step:
+            records.append(
+                apply(
+                    pass_,
+                    program,
+                    samples if pass_.effect == "lossy" and recorded is None else None,
+                    dialect=DIALECTS[target],
+                    probes=probes if pass_.effect == "exact" or recorded is not None else _probes(original, samples),
+                    recorded=recorded,
+                    progress=lambda _, done, step=step: step(done, total),  # type: ignore[misc]
+                )
+            )
+    return program, records
+
+
+def _probes(original: Program, samples: Samples) -> dict[str, list[Any]]:
+    """The first calibration batch of every role, for measuring drift on real data."""
+    found = {}
+    for graph in original:
+        first = next(iter(samples(graph.role)), None)
+        found[graph.role] = [tensors_for(graph, first.inputs)] if first is not None else []
+    return found
+
+
+def _lower(
+    program: Program, target: str, recipe: Recipe, stage: Path, progress: Progress
+) -> list[Lowered]:
+    backend = BACKENDS[target]()
+    roles = list(program.graphs)
+    made = []
+    with progress.stage("lower"):
+        for graph in program:
+            place = package.engine_dir(stage, graph.role, target, roles, recipe.targets)
+            made.append(backend.lower(graph, place))
+    return made
+
+
+def verify_engine(
+    source: Source, graph: Graph, lowered: Lowered, samples: Samples, lossy: bool, threads: int
+) -> dict[str, Json]:
+    """Drift of an engine from the user's module, by kind of data and output.
+
+    Raises VerifyError where an engine that should be exact is not, or gives values that are not numbers.
+    """
+    reference = ModuleEngine(source.module, graph)
+    found: dict[str, Json] = {}
+    worst: dict[str, OutputDrift] = {}
+    with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
+        for label, batches in _cases(source, samples, engine):
+            drifts = parity(reference, engine, batches)
+            if not lossy:
+                Tolerance().check(drifts, where=f"{lowered.target}, {label}")
+            found[label] = {name: dataclasses.asdict(d) for name, d in drifts.items()}
+            if label in ("calibration", "held out") or not worst:
+                worst = drifts
+    return found
+
+
+def _cases(source: Source, samples: Samples, engine: Engine) -> list[tuple[str, list[Any]]]:
+    cases: list[tuple[str, list[Any]]] = []
+    (role,) = source.inputs
+    first = []
+    for batch in samples(role):
+        first.append(dict(batch.inputs))
+        if len(first) == 4:
+            break
+    if first:
+        cases.append(("calibration", first))
+    if fresh := samples.held_out():
+        cases.append(("held out", [dict(b.inputs) for b in fresh]))
+    lengths = (4, 32, 128) if samples.has_length() else (1,)
+    for batch in (1, 8):
+        for length in lengths:
+            feeds = samples.shaped(batch, length)
+            if fits(engine, feeds):
+                label = f"{batch}x{length}" if samples.has_length() else f"batch {batch}"
+                cases.append((label, [feeds]))
+    padded = _padded(samples) if samples.has_length() else None
+    if padded is not None and fits(engine, padded):
+        cases.append(("padded", [padded]))
+    return cases
+
+
+def _padded(samples: Samples) -> Json | None:
+    """One short and one long row in a batch, the short one padded."""
+    feeds = samples.shaped(2, 32)
+    if "attention_mask" not in feeds:
+        return None
+    feeds["attention_mask"][0, 5:] = 0
+    feeds["input_ids"][0, 5:] = 0
+    return feeds
+
+
+def fits(engine: Engine, feeds: Mapping[str, Any]) -> bool:
+    """Whether feeds have the sizes that an engine's fixed dimensions want."""
+    for port in engine.inputs:
+        shape = feeds[port.name].shape
+        if len(shape) != len(port.shape):
+            return False
+        if any(isinstance(want, int) and want != have for want, have in zip(port.shape, shape, strict=True)):
+            return False
+    return True
+
+
+def measure(source: Source, graph: Graph, lowered: Lowered, metric: Any, threads: int) -> Json:
+    """The task metric of model and engine on the same samples, with the interval of their difference."""
+    if source.processor is None:
+        raise VerifyError(
+            f"metric {metric.name} reads text or pictures, which a factory model has no processor for",
+            hint="leave the metric out, or give the source a processor",
+        )
+    reference = metric.measure(ModuleEngine(source.module, graph), source.processor)
+    with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
+        mine = metric.measure(engine, source.processor)
+    compared = metrics.compare(metric, reference, mine)
+    return {**dataclasses.asdict(compared), "data": metrics.describe(metric.file)}
+
+
+def time_engine(
+    source: Source,
+    original: Program,
+    lowered: Lowered,
+    samples: Samples,
+    spec: BenchSpec,
+    threads: int,
+    step: Any = None,
+    against: Mapping[str, Any] | None = None,
+) -> benchmark.BenchResult:
+    """Engine against the user's module in torch and against the plain float export, in one interleaved run."""
+    import torch
+
+    from effc.backends.onnx import save, to_onnx
+    from effc.backends.ort import OrtEngine
+
+    torch.set_num_threads(threads)
+    graph = original.only()
+    with tempfile.TemporaryDirectory(prefix="effc-") as place:
+        files = save(to_onnx(graph, 21, translate=False), Path(place))
+        openers = {
+            "engine": lambda: BACKENDS[lowered.target]().open(lowered, threads=threads),
+            "float": lambda: OrtEngine(Path(place) / files[0], threads=threads),
+            "torch": lambda: ModuleEngine(source.module, graph),
+            **(against or {}),
+        }
+        cases = bench_cases(samples, spec, lowered)
+        return benchmark.compare(
+            openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed, progress=step
+        )
+
+
+def bench_cases(samples: Samples, spec: BenchSpec, lowered: Lowered) -> list[benchmark.Case]:
+    """The shapes of a spec that the engine can take, each once."""
+    cases: list[benchmark.Case] = []
+    seen = set()
+    has_length = samples.has_length()
+    for batch, length in spec.shapes:
+        key = (batch, length if has_length else None)
+        feeds = samples.shaped(batch, length)
+        if key in seen or not fits(_Ports(lowered), feeds):  # type: ignore[arg-type]
+            continue
+        seen.add(key)
+        cases.append(benchmark.Case(batch=batch, length=key[1], feeds=feeds))
+    return cases
+
+
+class _Ports:
+    def __init__(self, lowered: Lowered) -> None:
+        self.inputs = lowered.inputs
+
+
+def _bench_json(
+    timed: benchmark.BenchResult | None, drifts: Mapping[str, Json], metric: Json | None, stage: Path
+) -> Json | None:
+    """bench.json as it is published: shapes, outputs, metric, model_bytes and the circumstances."""
+    if timed is None:
+        return None
+    label = "held out" if "held out" in drifts else next(iter(drifts))
+    size = sum(p.stat().st_size for p in stage.rglob("model.onnx*"))
+    return {**timed.to_json(), "outputs": drifts[label], "metric": metric, "model_bytes": size}
+
+
+def graph_digest(program: Program) -> str:
+    """sha256 over the text of the graphs and every tensor in them."""
+    total = hashlib.sha256()
+    for graph in program:
+        total.update(show(graph).encode())
+        for name, tensor in sorted(graph.tensors().items()):
+            total.update(name.encode())
+            flat = tensor.contiguous().reshape(-1)
+            total.update(flat.view(_bytes_of(flat)).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _bytes_of(tensor: Any) -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the bytes of an output."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("effc", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = version(name).split("+")[0]
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(
+    stage: Path,
+    recipe: Recipe,
+    source: Source,
+    samples: Samples,
+    program: Program,
+    records: Sequence[PassRecord],
+    lowered: Sequence[Lowered],
+    progress: Progress,
+) -> Json:
+    """Everything of the package but the manifest file; gives what the report and the manifest say."""
+    if source.directory is not None:
+        package.copy_files(source.directory, source.files, stage)
+    decisions = {f"{i}:{r.name}": r.decisions for i, r in enumerate(records[-len(recipe.passes) :])} if recipe.passes else {}
+    origins = {graph.role: {n: dataclasses.asdict(o) for n, o in graph.origins.items()} for graph in program}
+    (stage / "decisions.json").write_text(package.dump(decisions), encoding="utf-8")
+    (stage / "origins.json").write_text(package.dump(origins), encoding="utf-8")
+    (stage / "recipe.yaml").write_text(recipe.portable(), encoding="utf-8")
+    (stage / "local.json").write_text(package.dump({"source": recipe.source.as_mapping()}), encoding="utf-8")
+    engines = [_entry(low, stage) for low in lowered]
+    passes = [
+        {
+            "name": r.name, "options": r.options, "effect": r.effect, "sites": r.sites,
+            "nodes": list(r.nodes), "bytes": list(r.bytes),
+        }
+        for r in records if r.sites
+    ]  # fmt: skip
+    manifest = {
+        "schema": package.SCHEMA,
+        "kind": source.kind,
+        "engines": engines,
+        "links": [],
+        "source": {"name": source.name, "digest": source.digest},
+        "data": samples.description(),
+        "graph_digest": graph_digest(program),
+        "passes": passes,
+        "decisions": "decisions.json",
+        "origins": "origins.json",
+        "versions": versions(),
+    }
+    drift = {r.name: dataclasses.asdict(r.drift) for r in records if r.drift is not None}
+    return {
+        "manifest": manifest,
+        "passes": [{**dataclasses.asdict(r), "decisions": len(r.decisions)} for r in records],
+        "drift": drift,
+        "sites": [dataclasses.asdict(s) for low in lowered for s in low.sites],
+        "model_bytes": sum(p.stat().st_size for p in stage.rglob("model.onnx*")),
+        "source_bytes": sum(_weight_bytes(m) for m in source.modules.values()),
+        "data": samples.description(),
+    }
+
+
+def _weight_bytes(module: Any) -> int:
+    places = {t.data_ptr(): t.numel() * t.element_size() for t in module.state_dict().values()}
+    return sum(places.values())
+
+
+def _entry(lowered: Lowered, stage: Path) -> Json:
+    path = lowered.directory / lowered.files[0]
+    slow = [s for s in lowered.sites if not s.int8]
+    return {
+        "role": lowered.role,
+        "target": lowered.target,
+        "path": path.relative_to(stage).as_posix(),
+        "sha256": package.digest(path),
+        "inputs": [dataclasses.asdict(p) for p in lowered.inputs],
+        "outputs": [dataclasses.asdict(p) for p in lowered.outputs],
+        "opset": lowered.opset,
+        "requires": list(lowered.requires),
+        "int8_sites": len(lowered.sites) - len(slow),
+        "total_sites": len(lowered.sites),
+        "float_sites": [{"name": s.name, "op": s.op, "kernel": s.kernel, "reason": s.reason} for s in slow],
+    }

@@ -1,0 +1,26 @@
+"""What one target wants from a quantised graph, as data: types, symmetry, placement, opset, with the reason beside each rule.
+
+A dialect is chosen before passes run, because a pass that optimises against a grid must know the grid. The tables
+live with the backends; passes see only this type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from effc.quant.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """Rules of one target. `reasons` says, per rule, why it is so and where it was measured."""
+
+    name: str
+    opset: int
+    activation: Scheme = field(default_factory=lambda: Scheme(signed=False, symmetric=False))
+    weight: Scheme = field(default_factory=lambda: Scheme(axis=0))
+    quantized_ops: tuple[str, ...] = ("linear", "conv1d", "conv2d", "embedding")
+    conv_output: bool = True
+    conv_bias_int32: bool = True
+    reasons: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,114 @@
+"""One family of errors, one exit code each, so that a script can tell what went wrong without reading text.
+
+An error is a letter to someone in a hurry: `what` is wrong, `where` it is, and what to do next (`hint`).
+"""
+
+from __future__ import annotations
+
+
+class EffcError(Exception):
+    """Something effc can explain; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.where, self.hint = what, where, hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"in {self.where}")
+        if self.hint:
+            lines.append(self.hint)
+        return "\n".join(lines)
+
+
+class UsageError(EffcError):
+    """The call itself is wrong: a missing argument, two options that exclude each other."""
+
+    exit_code = 2
+
+
+class RecipeError(EffcError):
+    """The recipe names something unknown, or a value that is not allowed; `where` is its path and line."""
+
+    exit_code = 3
+
+
+class SourceError(EffcError):
+    """The model cannot be loaded: no directory, no weights, weights that are not numbers."""
+
+    exit_code = 4
+
+
+class TraceError(EffcError):
+    """The model cannot be turned into a graph."""
+
+    exit_code = 5
+
+
+class PassError(EffcError):
+    """A pass failed or broke its word."""
+
+    exit_code = 6
+
+
+class PreconditionError(PassError):
+    """A pass was asked for something that the graph does not allow yet; `hint` says which pass would help."""
+
+
+class PostconditionError(PassError):
+    """A pass that promised to change nothing that can be seen from outside did."""
+
+
+class CalibrationError(EffcError):
+    """The calibration data is missing, empty, or does not fit the model's inputs."""
+
+    exit_code = 7
+
+
+class LoweringError(EffcError):
+    """The graph cannot be written for the target, or the target refuses what was written."""
+
+    exit_code = 8
+
+
+class BackendUnavailable(EffcError):
+    """The target needs a package or a device that is not here; `hint` is the pip line."""
+
+    exit_code = 9
+
+
+class VerifyError(EffcError):
+    """The engine does not do what the model does, or the package is not what its manifest says."""
+
+    exit_code = 10
+
+
+class GateRefused(EffcError):
+    """The engine works but does not pay, so it is not shipped."""
+
+    exit_code = 11
+
+
+class PackageError(EffcError):
+    """The output directory cannot be written, replaced or read."""
+
+    exit_code = 12
+
+
+class TuneError(EffcError):
+    """Training failed."""
+
+    exit_code = 13
+
+
+class DeltaError(EffcError):
+    """A weight delta does not fit the package that it is applied to."""
+
+    exit_code = 14
+
+
+INTERRUPTED = 130
+"""Exit code of a run that Ctrl-C ended."""

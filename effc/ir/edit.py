@@ -1,0 +1,206 @@
+"""The only code that touches graph signatures: lift, rebind, insert, replace, drop, refresh.
+
+Graphs are edited in place; tensors never are. `rebind` puts a new tensor under an old name, so a clone made
+before it still sees the old one. Everything that changes a tensor says what it did, and the origin map keeps it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from effc.ir.program import LIFTED, Graph, Origin
+
+COPIED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+
+
+def tensor_name(graph: Graph, node: object) -> str | None:
+    """The name of the lifted tensor that `node` stands for, or None where it is computed or an input."""
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return None
+    for spec in graph.exported.graph_signature.input_specs:
+        if isinstance(spec.arg, TensorArgument) and spec.arg.name == node.name:
+            return spec.target if spec.kind in LIFTED else None
+    return None
+
+
+def is_constant(graph: Graph, node: object) -> bool:
+    return tensor_name(graph, node) is not None
+
+
+def tensor_of(graph: Graph, node: fx.Node) -> Tensor:
+    """The tensor behind a lifted placeholder. Raises ValueError for any other node."""
+    name = tensor_name(graph, node)
+    if name is None:
+        raise ValueError(f"{node} is not a constant")
+    return graph.tensors()[name]
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    for node in graph.fx.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            assert isinstance(mode, FakeTensorMode)
+            return mode
+    return FakeTensorMode()
+
+
+def lift(graph: Graph, name: str, tensor: Tensor, origin: Origin) -> fx.Node:
+    """Add a constant under a new `name`; a name already taken by another tensor gets a number behind it."""
+    state, signature = graph.exported.state_dict, graph.exported.graph_signature
+    taken = {s.target for s in signature.input_specs} | set(state) | set(graph.exported.constants)
+    unique, count = name, 1
+    while unique in taken:
+        unique, count = f"{name}_{count}", count + 1
+    users = [n for n in graph.fx.nodes if n.op == "placeholder"]
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    place = sum(spec.kind in kinds for spec in signature.input_specs)
+    before = users[place] if place < len(users) else next(iter(graph.nodes))
+    with graph.fx.inserting_before(before):
+        node = graph.fx.placeholder("b_" + re.sub(r"\W", "_", unique))
+    node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
+    argument = TensorArgument(node.name)
+    signature.input_specs.insert(
+        place, InputSpec(InputKind.BUFFER, argument, unique, persistent=True)
+    )
+    state[unique] = tensor
+    graph.origins[unique] = origin
+    return node
+
+
+def rebind(graph: Graph, name: str, tensor: Tensor, transform: str) -> None:
+    """Put `tensor` under the name of an existing constant; `transform` says what was done to get it."""
+    exported = graph.exported
+    for spec in exported.graph_signature.input_specs:
+        if spec.target != name:
+            continue
+        home: dict[str, Any] = (
+            exported.state_dict if name in exported.state_dict else exported.constants
+        )
+        if isinstance(home[name], torch.nn.Parameter) and tensor.is_floating_point():
+            tensor = torch.nn.Parameter(tensor.detach(), requires_grad=home[name].requires_grad)
+        home[name] = tensor
+        assert isinstance(spec.arg, TensorArgument)
+        node = graph.placeholders()[spec.arg.name]
+        node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
+        old = graph.origins.get(name, Origin(name))
+        graph.origins[name] = Origin(old.source, (*old.transforms, transform))
+        return
+    raise KeyError(f"{graph.role} has no tensor {name!r}")
+
+
+def insert(
+    graph: Graph,
+    before: fx.Node,
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
+    """A new call in front of `before`, in the same module scope, its shape already known."""
+    with graph.fx.inserting_before(before):
+        node = graph.fx.call_function(target, tuple(args), kwargs or {})
+    node.meta = {key: before.meta[key] for key in COPIED_META if key in before.meta}
+    node.meta["val"] = _fake_run(graph, node)
+    return node
+
+
+def _fake_run(graph: Graph, node: fx.Node) -> Any:
+    def value(argument: Any) -> Any:
+        return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)  # type: ignore[arg-type]
+    assert callable(node.target)
+    with fake_mode(graph), torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def insert_after(
+    graph: Graph, after: fx.Node, target: Callable[..., Any], args: Sequence[Any]
+) -> fx.Node:
+    """A new call behind `after`, in the module scope of `after`."""
+    node = insert(graph, after.next, target, args)
+    node.meta.update({key: after.meta[key] for key in COPIED_META if key in after.meta})
+    return node
+
+
+def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` read `new`, outputs included, and take `old` out."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    for spec in graph.exported.graph_signature.output_specs:
+        if isinstance(spec.arg, TensorArgument) and spec.arg.name == old.name:
+            spec.arg = TensorArgument(new.name)
+    graph.fx.erase_node(old)
+
+
+def keep_outputs(graph: Graph, names: Sequence[str]) -> None:
+    """Drop all outputs but `names`, and with them what only they needed."""
+    (output,) = [n for n in graph.fx.nodes if n.op == "output"]
+    kept = [i for i, name in enumerate(graph.outputs) if name in names]
+    values = output.args[0]
+    assert isinstance(values, tuple | list)
+    output.args = (tuple(values[i] for i in kept),)
+    signature = graph.exported.graph_signature
+    signature.output_specs[:] = [signature.output_specs[i] for i in kept]
+    graph.outputs = tuple(graph.outputs[i] for i in kept)
+    _forget_call_tree(graph)
+    refresh(graph)
+
+
+def _forget_call_tree(graph: Graph) -> None:
+    """Make the recorded return value of the whole module a plain tuple of the outputs."""
+    from torch.utils import _pytree as pytree
+
+    entry = graph.exported.module_call_graph[0]
+    assert entry.signature is not None
+    specs: list[OutputSpec] = graph.exported.graph_signature.output_specs
+    entry.signature.outputs = [spec.arg for spec in specs]
+    entry.signature.out_spec = pytree.tree_structure(tuple(range(len(specs))))
+
+
+def refresh(graph: Graph) -> None:
+    """Make the graph honest after an edit: dead code out, unused tensors out, shapes anew, all validated."""
+    graph.fx.eliminate_dead_code()
+    _drop_unused(graph)
+    placeholders = [n for n in graph.fx.nodes if n.op == "placeholder"]
+    for node in graph.nodes:
+        node.meta.pop("val", None) if _stale(node) else None
+    mode = fake_mode(graph)
+    module = graph.exported.graph_module
+    FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(
+        *[n.meta["val"] for n in placeholders]
+    )
+    graph.fx.lint()
+    module.recompile()
+    graph.exported.validate()
+
+
+def _stale(node: fx.Node) -> bool:
+    return "val" not in node.meta
+
+
+def _drop_unused(graph: Graph) -> None:
+    exported = graph.exported
+    signature = exported.graph_signature
+    placeholders = graph.placeholders()
+    kept: list[InputSpec] = []
+    for spec in signature.input_specs:
+        assert isinstance(spec.arg, TensorArgument) or spec.kind not in LIFTED
+        node = placeholders.get(getattr(spec.arg, "name", ""))
+        if spec.kind in LIFTED and node is not None and not node.users:
+            graph.fx.erase_node(node)
+            continue
+        kept.append(spec)
+    signature.input_specs[:] = kept
+    used = {spec.target for spec in kept if spec.target is not None}
+    for home in (exported.state_dict, exported.constants):
+        for name in [key for key in home if key not in used]:
+            del home[name]
+    for name in [key for key in graph.origins if key not in used]:
+        del graph.origins[name]

@@ -1,0 +1,170 @@
+"""From an `nn.Module` to a `Program`: one `torch.export`, whose free dimensions carry names.
+
+Dimensions are found by export itself and named afterwards, because a name declared beforehand makes export fail
+wherever the model bounds the dimension (512 positions, say) without being told.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from effc.errors import TraceError
+from effc.ir.program import Graph, Origin, Program
+
+log = logging.getLogger(__name__)
+
+Dims = Mapping[str, Mapping[int, str]]
+
+
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    *,
+    dims: Dims | None = None,
+    role: str = "main",
+) -> Program:
+    """Trace `module` on example `inputs` into a program of one graph.
+
+    `dims` names the free dimensions, `{"input_ids": {0: "batch", 1: "sequence"}}`; without it the first dimension
+    of every input is `batch` where they agree. A dimension to be free must be at least 2 in the example.
+    Raises TraceError where the module cannot be exported, with the first reason that torch gives.
+    """
+    feeds = _named(module, inputs)
+    dims = _default_dims(feeds) if dims is None else dims
+    for name, axes in dims.items():
+        for axis, word in axes.items():
+            if name in feeds and feeds[name].shape[axis] < 2:
+                raise TraceError(
+                    f"dimension {word!r} of input {name!r} is {feeds[name].shape[axis]} in the example",
+                    hint="give an example of size 2 or more wherever a dimension is to stay free",
+                )
+    was_training = module.training
+    module.eval()
+    try:
+        with _quiet():
+            exported = _export(module, feeds, dims)
+    except Exception as error:
+        raise TraceError(
+            f"torch.export refused {type(module).__name__}: {_first_line(error)}",
+            hint="run with --debug for torch's whole explanation",
+        ) from error
+    finally:
+        module.train(was_training)
+    graph = _graph(exported, tuple(feeds), dims, role)
+    return Program({role: graph})
+
+
+def _named(
+    module: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+) -> dict[str, Tensor]:
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    names = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(names) < len(inputs):
+        raise TraceError(f"forward takes {len(names)} inputs but {len(inputs)} examples were given")
+    return dict(zip(names, inputs, strict=False))
+
+
+def _default_dims(feeds: Mapping[str, Tensor]) -> Dims:
+    sizes = {tensor.shape[0] for tensor in feeds.values() if tensor.dim()}
+    if len(sizes) != 1 or min(sizes) < 2:
+        return {}
+    return {name: {0: "batch"} for name, tensor in feeds.items() if tensor.dim()}
+
+
+def _export(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> ExportedProgram:
+    shapes = {name: dict.fromkeys(dims.get(name, {}), Dim.AUTO) for name in feeds}
+    with torch.no_grad():
+        exported = torch.export.export(module, (), kwargs=feeds, dynamic_shapes=shapes)
+    if _needs_functional(exported):
+        exported = exported.run_decompositions({})
+    return exported
+
+
+def _needs_functional(exported: ExportedProgram) -> bool:
+    """Whether the graph writes into tensors or holds sub-graphs, which passes must not meet."""
+    for node in exported.graph.nodes:
+        if node.op == "get_attr":
+            return True
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            return True
+    return False
+
+
+def _graph(exported: ExportedProgram, inputs: tuple[str, ...], dims: Dims, role: str) -> Graph:
+    placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    user = exported.graph_signature.user_inputs
+    names: dict[str, str] = {}
+    for name, placeholder in zip(inputs, user, strict=True):
+        value = placeholders[str(placeholder)].meta["val"]
+        for axis, word in dims.get(name, {}).items():
+            size = value.shape[axis]
+            if isinstance(size, int):
+                log.warning("dimension %r of %r is fixed to %d by the model", word, name, size)
+            else:
+                names.setdefault(str(size), word)
+    tensors = exported.graph_signature.input_specs
+    origins = {s.target: Origin(s.target) for s in tensors if s.target is not None}
+    graph = Graph(role, exported, inputs, _output_names(exported), names, origins)
+    _refuse_odd_outputs(graph)
+    return graph
+
+
+def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
+    """Names of the outputs: keys where the model returns a mapping, `output`, `output_1` … elsewhere."""
+    spec = exported.call_spec.out_spec
+    tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    names = []
+    for position, (path, _) in enumerate(paths):
+        keys = [str(k.key) for k in path if isinstance(k, pytree.MappingKey)]
+        rest = [str(k.idx) for k in path if isinstance(k, pytree.SequenceKey)]
+        if keys:
+            names.append(".".join(keys + rest))
+        else:
+            names.append("output" if len(paths) == 1 else f"output_{position}")
+    return tuple(names)
+
+
+def _refuse_odd_outputs(graph: Graph) -> None:
+    (output,) = [n for n in graph.fx.nodes if n.op == "output"]
+    for name, node in zip(graph.outputs, output.args[0], strict=True):
+        if not isinstance(getattr(node, "meta", {}).get("val"), Tensor):
+            raise TraceError(f"output {name!r} is not a tensor", hint="return tensors only")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remarks on its own internals, which tell a user nothing."""
+    names = ("torch.export", "torch.fx", "torch._export")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,60 @@
+"""Two operators that say where a tensor is integers: `effc::quantize` and `effc::dequantize`.
+
+They are graph citizens: traced, interpreted, differentiated and exported whole, so that a backend reads the grid
+from the graph instead of guessing it from arithmetic.
+
+    quantize    q = clamp(round(x / scale) + zero_point, low, high)
+    dequantize  x̂ = (q − zero_point) · scale
+
+`scale` and `zero_point` are tensors: one element, one per index of `axis`, or `[out, in / group]` where `group` > 0.
+Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _spread(parameter: Tensor, like: Tensor, axis: int, group: int) -> Tensor:
+    """`parameter` in a shape that broadcasts against `like`."""
+    if parameter.dim() == 0:
+        return parameter
+    if group > 0:
+        return parameter.repeat_interleave(group, dim=-1)
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+@torch.library.custom_op("effc::quantize", mutates_args=())
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int, group: int
+) -> Tensor:
+    scale = _spread(scale, x, axis, group)
+    zero = _spread(zero_point, x, axis, group).to(torch.float32)
+    codes = torch.clamp(torch.round(x.to(torch.float32) / scale) + zero, low, high)
+    return codes.to(zero_point.dtype)
+
+
+@quantize.register_fake
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int, group: int
+) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("effc::dequantize", mutates_args=())
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
+    scale = _spread(scale, q, axis, group)
+    zero = _spread(zero_point, q, axis, group)
+    return (q.to(torch.float32) - zero.to(torch.float32)) * scale
+
+
+@dequantize.register_fake
+def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
+    return torch.empty_like(q, dtype=torch.float32)
+
+
+QUANTIZE = torch.ops.effc.quantize.default
+DEQUANTIZE = torch.ops.effc.dequantize.default

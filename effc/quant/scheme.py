@@ -1,0 +1,39 @@
+"""How numbers become integers: bits, sign, symmetry, and what shares one scale.
+
+    q = clamp(round(x / scale) + zero_point, low, high)        x̂ = (q − zero_point) · scale
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One integer grid. `axis` None is one scale for the whole tensor; `group` splits the last axis into blocks.
+
+    Symmetric signed grids leave out the lowest code (−127 … 127), so that a weight and its negative have codes
+    of equal size. Codes are stored in 8 bit whatever `bits` is; a narrower grid is really clamped.
+    """
+
+    bits: int = 8
+    signed: bool = True
+    symmetric: bool = True
+    axis: int | None = None
+    group: int | None = None
+
+    @property
+    def low(self) -> int:
+        if not self.signed:
+            return 0
+        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int8 if self.signed else torch.uint8

@@ -1,0 +1,433 @@
+"""A recipe: YAML at the border, frozen dataclasses inside.
+
+Unknown keys are refused with the nearest known word, and every error names its path (`passes[1].bits`) and line.
+A section that decides quality has no silent default: passes that measure must be told with what data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from effc.backends import TARGETS
+from effc.errors import RecipeError, UsageError
+from effc.passes import PASSES
+from effc.passes.base import Pass
+from effc.source import import_code
+from effc.table import nearest, unknown
+
+VERSION = 1
+QUANTIZE_WORDS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "int8": {"bits": 8, "activation_bits": 8},
+    "w8a8": {"bits": 8, "activation_bits": 8},
+    "w6a6": {"bits": 6, "activation_bits": 6},
+    "w4a8": {"bits": 4, "activation_bits": 8, "weight_range": "mse"},
+    "w8a16": {"bits": 8, "activation_bits": 16, "group": 32},
+    "w4a16": {"bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse"},
+}
+"""What `--quantize` may say, and the options of the quantize pass that it stands for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """Where the model comes from: one of the words, with options for a factory."""
+
+    transformers: str | None = None
+    python: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def as_mapping(self) -> dict[str, Any]:
+        named = {"transformers": self.transformers, "python": self.python}
+        return {**{k: v for k, v in named.items() if v is not None}, **self.options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibSpec:
+    """Samples that ranges are measured on: a file or folder, or `callable: module:function` giving batches."""
+
+    file: str | None = None
+    callable: str | None = None
+    column: str | int | None = None
+    samples: int = 128
+    seed: int = 0
+    batch: int = 16
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSpec:
+    """Shapes to time as [batch, length] (length is ignored by models without one), on how many threads."""
+
+    shapes: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 128))
+    threads: int | None = None
+    budget_s: float = 8.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what comes out."""
+
+    source: SourceSpec
+    calib: CalibSpec | None = None
+    passes: tuple[Pass, ...] = ()
+    targets: tuple[str, ...] = ("ort",)
+    metric: str | None = None
+    bench: BenchSpec | None = field(default_factory=BenchSpec)
+    canonicalize: bool = True
+    """Run the exact clean-up passes first."""
+    plugins: tuple[str, ...] = ()
+    text: str = ""
+    """The recipe as YAML, in one canonical form."""
+
+    def portable(self) -> str:
+        """The recipe as it travels in a package: folders of this machine left out of its paths."""
+        data = yaml.safe_load(self.text)
+        for section, keys in (("source", ("transformers", "python")), ("calib", ("file",))):
+            for key in keys:
+                value = data.get(section, {}).get(key) if isinstance(data.get(section), dict) else None
+                if isinstance(value, str):
+                    data[section][key] = Path(value).name
+        metric = self.metric
+        if metric is not None:
+            name, _, file = metric.partition(":")
+            data["metric"] = {name: Path(file).name}
+        data["plugins"] = [Path(p).name for p in self.plugins]
+        return canonical({k: v for k, v in data.items() if v not in ([], None)})
+
+
+_SECTIONS = ("effc", "source", "calib", "passes", "targets", "metric", "bench", "canonicalize", "plugins")
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file. Relative paths in it are relative to it. Raises RecipeError with path and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    return parse(text, name=str(path), base=path.parent, overrides=overrides)
+
+
+def parse(
+    text: str, *, name: str = "recipe", base: Path | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """A recipe from YAML text; `overrides` are `passes.0.bits=6`."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{name}{line} is not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name} is not a mapping of sections", hint="see docs/recipes.md")
+    for override in overrides:
+        _override(data, override)
+    return _Reader(name, node, base).recipe(data)
+
+
+def build(data: dict[str, Any]) -> Recipe:
+    """A recipe from plain values: what the flags of the command line make."""
+    return _Reader("the command line", None, None).recipe(data)
+
+
+def without_bench(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, bench=None)
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise UsageError(f"--set {text!r} is not PATH=VALUE", hint="--set passes.0.bits=6")
+    *parents, last = path.split(".")
+    place: Any = data
+    try:
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place[int(last)] = yaml.safe_load(value)
+        else:
+            place[last] = yaml.safe_load(value)
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise RecipeError(f"--set {path}: the recipe has no such place") from error
+
+
+class _Reader:
+    """Turns plain values into a recipe, remembering where each stood."""
+
+    def __init__(self, name: str, node: yaml.Node | None, base: Path | None) -> None:
+        self.name, self.node, self.base = name, node, base
+
+    def recipe(self, data: dict[str, Any]) -> Recipe:
+        self._known(data, _SECTIONS, ())
+        if data.get("effc", VERSION) != VERSION:
+            raise self._error(("effc",), f"this is a recipe of version {data['effc']!r}; effc reads {VERSION}")
+        if "source" not in data:
+            raise self._error((), "a recipe needs a source", hint="source: {transformers: DIR}")
+        plugins = self._strings(data.get("plugins", []), "plugins")
+        for plugin in plugins:
+            import_code(self._path(plugin) if plugin.endswith(".py") else plugin)
+        data = self._resolve_paths(data)
+        metric = self._metric(data.get("metric"))
+        recipe = Recipe(
+            source=self._section(SourceSpec, data["source"], ("source",)),
+            calib=self._section(CalibSpec, data["calib"], ("calib",)) if data.get("calib") else None,
+            passes=tuple(self._pass(p, i) for i, p in enumerate(self._list(data.get("passes"), "passes"))),
+            targets=self._targets(data.get("targets", ["ort"])),
+            metric=metric,
+            bench=self._bench(data),
+            canonicalize=bool(data.get("canonicalize", True)),
+            plugins=tuple(plugins),
+            text=canonical(data),
+        )
+        self._check(recipe)
+        return recipe
+
+    def _check(self, recipe: Recipe) -> None:
+        source = recipe.source
+        if (source.transformers is None) == (source.python is None):
+            raise self._error(("source",), "a source is one of transformers, python")
+        if recipe.calib and (recipe.calib.file is None) == (recipe.calib.callable is None):
+            raise self._error(("calib",), "calibration data is one of file, callable")
+        for i, pass_ in enumerate(recipe.passes):
+            bits = getattr(pass_, "activation_bits", 16)
+            if bits != 16 and recipe.calib is None:
+                raise self._error(
+                    ("passes", i),
+                    f"{pass_.name} measures activations but the recipe names no calibration data",
+                    hint="add `calib: {file: FILE}`, or --calib FILE",
+                )
+
+    def _bench(self, data: Mapping[str, Any]) -> BenchSpec | None:
+        value = data.get("bench", {})
+        if value is False or value is None:
+            return None
+        return self._section(BenchSpec, value, ("bench",))
+
+    def _targets(self, value: Any) -> tuple[str, ...]:
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list) or not words:
+            raise self._error(("targets",), "targets is a list of words", hint="targets: [ort]")
+        for i, word in enumerate(words):
+            if word not in TARGETS:
+                raise self._error(("targets", i), unknown("target", str(word), TARGETS))
+        return tuple(dict.fromkeys(words))
+
+    def _metric(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        if isinstance(value, dict) and len(value) == 1:
+            ((name, file),) = value.items()
+            return f"{name}:{file}"
+        if isinstance(value, str) and ":" in value:
+            return value
+        raise self._error(("metric",), "a metric is one NAME: FILE", hint="metric: {accuracy: FILE}")
+
+    def _pass(self, value: Any, index: int) -> Pass:
+        place = ("passes", index)
+        if isinstance(value, str):
+            value = {"pass": value}
+        if not isinstance(value, dict) or "pass" not in value:
+            raise self._error(place, "a pass is {pass: NAME, options …}")
+        word = value["pass"]
+        if word not in PASSES:
+            raise self._error((*place, "pass"), unknown("pass", str(word), PASSES))
+        options = {k: v for k, v in value.items() if k != "pass"}
+        made = self._section(PASSES[word], options, place, suffix=f"in {word}")
+        assert isinstance(made, Pass)
+        return made
+
+    def _section(self, kind: type[Any], value: Any, place: tuple[Any, ...], suffix: str = "") -> Any:
+        if not isinstance(value, dict):
+            raise self._error(place, f"{_dotted(place)} is a mapping, not {value!r}")
+        self._known(value, [f.name for f in dataclasses.fields(kind) if f.init], place)
+        try:
+            return adapter(kind).validate_python(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = (*place, *[p for p in first["loc"] if not _is_type_word(p)])
+            raise self._error(where, _plain(first), suffix=suffix) from error
+
+    def _known(self, value: Mapping[Any, Any], known: Sequence[str], place: tuple[Any, ...]) -> None:
+        for key in value:
+            if key not in known:
+                raise self._error((*place, key), unknown("key", str(key), known), key=True)
+
+    def _list(self, value: Any, name: str) -> list[Any]:
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self._error((name,), f"{name} is a list")
+        return value
+
+    def _strings(self, value: Any, name: str) -> list[str]:
+        items = self._list(value, name)
+        for i, item in enumerate(items):
+            if not isinstance(item, str):
+                raise self._error((name, i), "a plugin is module or file.py")
+        return items
+
+    def _resolve_paths(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Relative paths of a recipe file become relative to where the command runs."""
+        if self.base is None:
+            return data
+        data = dict(data)
+        for section, key in (("source", "transformers"), ("calib", "file")):
+            value = data.get(section)
+            if isinstance(value, dict) and isinstance(value.get(key), str):
+                data[section] = {**value, key: self._path(value[key])}
+        source = data.get("source")
+        if isinstance(source, dict) and ".py:" in str(source.get("python", "")):
+            data["source"] = {**source, "python": self._path(source["python"])}
+        metric = data.get("metric")
+        if isinstance(metric, dict) and len(metric) == 1:
+            ((name, file),) = metric.items()
+            data["metric"] = {name: self._path(file) if ":" not in name else file}
+        return data
+
+    def _path(self, text: str) -> str:
+        assert self.base is not None or Path(text).is_absolute() or True
+        path = Path(text)
+        if self.base is None or path.is_absolute() or not (self.base / path.parts[0]).exists():
+            return text
+        return str(self.base / path)
+
+    def _error(
+        self, place: tuple[Any, ...], what: str, *, hint: str | None = None, suffix: str = "", key: bool = False
+    ) -> RecipeError:
+        line = self._line(place, key=key)
+        where = f"line {line} of {self.name}" if line else self.name
+        dotted = _dotted(place)
+        return RecipeError(
+            f"{dotted}: {what}" if dotted else what,
+            where=f"{suffix.removeprefix('in ')}, {where}" if suffix else where,
+            hint=hint,
+        )
+
+    def _line(self, place: tuple[Any, ...], *, key: bool = False) -> int | None:
+        node, line = self.node, None
+        for part in place:
+            found = None
+            if isinstance(node, yaml.MappingNode):
+                for name, value in node.value:
+                    if name.value == str(part):
+                        found, line = value, name.start_mark.line + 1
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                found = node.value[part]
+                line = found.start_mark.line + 1
+            if found is None:
+                break
+            node = found
+        return line
+
+
+def adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """pydantic's reader for a dataclass, unknown keys refused."""
+    return TypeAdapter(kind)
+
+
+def canonical(data: Mapping[str, Any]) -> str:
+    """The recipe as sorted YAML, the form that travels in a package."""
+    text = yaml.safe_dump({"effc": VERSION, **data}, sort_keys=True, allow_unicode=True, width=110)
+    return str(text)
+
+
+def pass_schema() -> dict[str, Any]:
+    """JSON Schema of every pass by its word."""
+    schemas = {}
+    for word in PASSES:
+        schema = adapter(PASSES[word]).json_schema()
+        schema.setdefault("properties", {})["pass"] = {"const": word}
+        schema["required"] = ["pass", *schema.get("required", [])]
+        schema["additionalProperties"] = False
+        schemas[word] = schema
+    return schemas
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a whole recipe file."""
+    passes = pass_schema()
+    definitions: dict[str, Any] = {}
+    for word, part in passes.items():
+        definitions.update(part.pop("$defs", {}))
+        definitions[word] = part
+    sections = {}
+    for name, kind in (("source", SourceSpec), ("calib", CalibSpec), ("bench", BenchSpec)):
+        section = adapter(kind).json_schema()
+        section["additionalProperties"] = False
+        sections[name] = section
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "effc recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["source"],
+        "properties": {
+            "effc": {"const": VERSION},
+            **sections,
+            "bench": {"anyOf": [sections["bench"], {"const": False}]},
+            "passes": {
+                "type": "array",
+                "items": {
+                    "anyOf": [
+                        {"enum": sorted(passes)},
+                        *({"$ref": f"#/$defs/{word}"} for word in sorted(passes)),
+                    ]
+                },
+            },
+            "targets": {"type": "array", "items": {"enum": sorted(TARGETS)}},
+            "metric": {"type": "object", "minProperties": 1, "maxProperties": 1},
+            "canonicalize": {"type": "boolean"},
+            "plugins": {"type": "array", "items": {"type": "string"}},
+        },
+        "$defs": definitions,
+    }
+
+
+def _dotted(place: Sequence[Any]) -> str:
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _is_type_word(part: Any) -> bool:
+    """Whether a step of pydantic's path names a branch of a union rather than a key."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool", "none") or "[" in part or "(" in part)
+
+
+def _plain(error: Any) -> str:
+    """pydantic's complaint in our words."""
+    kind, given = error["type"], error.get("input")
+    context = error.get("ctx", {})
+    if kind == "literal_error":
+        words = str(context.get("expected", "")).replace(" or ", ", ").replace("'", "")
+        guess = nearest(str(given), words.split(", ")) if isinstance(given, str) else None
+        tail = f"; did you mean {guess!r}?" if guess else ""
+        return f"{given!r} is not one of {words}{tail}"
+    if kind == "missing":
+        return "is missing"
+    return f"{error['msg'].lower().replace('input should be', 'should be')}, not {given!r}"
+
+
+def defaults_of(kind: type[Any]) -> dict[str, Any]:
+    """Options of a pass with their defaults, for `effc passes`."""
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for item in dataclasses.fields(kind):
+        if item.default is not dataclasses.MISSING:
+            value: Any = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            value = item.default_factory()
+        else:
+            value = None
+        found[item.name] = (hints.get(item.name), value)
+    return found

@@ -1,0 +1,30 @@
+"""Rewrites of a program, by the word that a recipe uses."""
+
+from typing import TypeVar
+
+from effc.errors import RecipeError
+from effc.table import Table
+
+PASSES = Table(
+    "pass",
+    {
+        "drop-noops": "effc.passes.cleanup:DropNoops",
+        "fold-constants": "effc.passes.cleanup:FoldConstants",
+        "fuse-rmsnorm": "effc.passes.fuse:FuseRMSNorm",
+        "fold-batchnorm": "effc.passes.fuse:FoldBatchNorm",
+        "quantize": "effc.passes.quantize:Quantize",
+    },
+    error=RecipeError,
+)
+
+CANONICAL = ("drop-noops", "fuse-rmsnorm", "fold-batchnorm", "fold-constants")
+"""Exact passes that every compile runs first."""
+
+
+P = TypeVar("P")
+
+
+def register(kind: type[P]) -> type[P]:
+    """Make a pass of your own known to recipes under its `name`; use it as a decorator."""
+    PASSES.add(kind.name, kind)  # type: ignore[attr-defined]
+    return kind

@@ -1,0 +1,121 @@
+"""What a pass is: a frozen dataclass whose fields are its options, and which returns how many sites it changed.
+
+    @dataclass(frozen=True, kw_only=True)
+    class DropDropout(Pass):
+        name = "drop-dropout"
+
+        def rewrite(self, graph, stats):
+            sites = Select(op="dropout").sites(graph)
+            for node in sites:
+                replace(graph, node, node.args[0])
+            return len(sites)
+
+A pass asks for statistics and never gathers them; what it decides from them goes through `stats.decide`, so that
+the same step can be taken again, on other weights, without the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from effc.calib.probe import Probe
+from effc.dialect import Dialect
+from effc.errors import CalibrationError
+from effc.ir.check import Drift
+from effc.ir.program import Graph, Program
+
+Effect = Literal["exact", "lossy"]
+
+
+class Stats:
+    """What was measured for a pass, and what the pass decided from it."""
+
+    def __init__(
+        self,
+        collectors: dict[str, Any] | None = None,
+        recorded: dict[str, Any] | None = None,
+    ) -> None:
+        self._collectors = collectors or {}
+        self._recorded = recorded
+        self.decisions: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        """The collector that watched `key`."""
+        return self._collectors[key]
+
+    def decide(self, key: str, make: Callable[[], Any]) -> Any:
+        """A decision under a stable key: made now, or taken from the record where one is replayed.
+
+        The value must be plain JSON. Raises CalibrationError where a replayed record does not know the key.
+        """
+        if self._recorded is None:
+            value = make()
+        elif key in self._recorded:
+            value = self._recorded[key]
+        else:
+            raise CalibrationError(
+                f"the recorded decisions say nothing about {key!r}",
+                hint="the graph differs from the one that was recorded; calibrate again",
+            )
+        self.decisions[key] = value
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One rewriting step. Override `rewrite`, and whatever else the step needs."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect] = "exact"
+    tolerance: ClassVar[float] = 1e-5
+    """Largest relative L2 drift that an exact pass may show on probe inputs."""
+
+    graphs: tuple[str, ...] = ()
+    """Roles to work on; all where empty."""
+
+    def resolve(self, dialect: Dialect) -> Self:
+        """This pass with the options that it leaves to the target filled in."""
+        return self
+
+    def requires(self, program: Program) -> None:
+        """Raise PreconditionError where the graph is not ready, naming the pass that would help."""
+
+    def probes(self, graph: Graph) -> Iterable[Probe]:
+        """What is to be measured before `rewrite`."""
+        return ()
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        """Change the graph in place; give the number of sites changed, 0 where it was left as it was."""
+        raise NotImplementedError
+
+    def ensures(self, program: Program) -> None:
+        """Raise PostconditionError where the pass did not do what it is for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassRecord:
+    """What a pass did: enough to report it, and with `decisions` enough to do it again."""
+
+    name: str
+    options: dict[str, Any]
+    effect: str
+    sites: int
+    seconds: float
+    nodes: tuple[int, int]
+    bytes: tuple[int, int]
+    drift: Drift | None = None
+    decisions: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """`fold-batchnorm: 53 sites, 1 204 → 1 151 nodes, 0.4 s`"""
+        before, after = (f"{n:,}".replace(",", " ") for n in self.nodes)
+        text = f"{self.name}: {self.sites} sites, {before} → {after} nodes"
+        if self.bytes[0] != self.bytes[1]:
+            text += f", {self.bytes[0] / 1e6:.1f} → {self.bytes[1] / 1e6:.1f} MB"
+        if self.drift is not None:
+            text += f", drift {self.drift.rel_l2:.2g}"
+        return f"{text}, {self.seconds:.1f} s"

@@ -1,0 +1,122 @@
+"""Exact clean-up: what an exported graph carries that an engine does not need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from effc.ir.edit import is_constant, lift, replace, tensor_name, tensor_of
+from effc.ir.program import Graph, Origin
+from effc.ir.select import op_name
+from effc.passes.base import Pass, Stats
+from effc.quant import ops
+
+aten = torch.ops.aten
+
+_INT_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropNoops(Pass):
+    """Removes metadata asserts, dropout in evaluation, casts to the type a value has, slices of everything."""
+
+    name = "drop-noops"
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        changed = 0
+        for node in list(graph.nodes):
+            if op_name(node) in ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range"):
+                graph.fx.erase_node(node)
+                changed += 1
+            elif _is_noop(node):
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                if not _is_output(node) or source.op == "call_function":
+                    replace(graph, node, source)
+                    changed += 1
+        return changed
+
+
+def _is_output(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _is_noop(node: fx.Node) -> bool:
+    """Whether a call gives back its first argument unchanged."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    same_type = before.dtype == after.dtype
+    match op_name(node):
+        case "dropout" | "feature_dropout" | "alpha_dropout":
+            return not (len(node.args) > 2 and node.args[2])
+        case "to" | "_to_copy" | "contiguous" | "detach" | "alias" | "lift_fresh_copy" | "clone":
+            return same_type
+        case "slice":
+            start, end = (*node.args[2:4], None, None)[:2]
+            step = node.args[4] if len(node.args) > 4 else 1
+            return start in (0, None) and end in (_INT_MAX, None) and step == 1
+        case "expand" | "view" | "reshape" | "_unsafe_view":
+            return same_type and _same_shape(before, after)
+    return False
+
+
+def _same_shape(a: Tensor, b: Tensor) -> bool:
+    return len(a.shape) == len(b.shape) and all(
+        str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldConstants(Pass):
+    """Computes once what depends on tensors of the model alone. Never folds a quantised weight back to float."""
+
+    name = "fold-constants"
+    max_growth_bytes: int = 1 << 20
+    """A fold whose result is larger than its inputs by more than this is left to run time."""
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        changed = 0
+        for node in list(graph.nodes):
+            inputs = node.all_input_nodes
+            if not inputs or not all(is_constant(graph, n) for n in inputs):
+                continue
+            if node.target in (ops.QUANTIZE, ops.DEQUANTIZE) or not _is_pure(node):
+                continue
+            shape = node.meta.get("val")
+            if not isinstance(shape, Tensor) or not all(isinstance(s, int) for s in shape.shape):
+                continue
+            tensors = [tensor_of(graph, n) for n in inputs]
+            grown = shape.numel() * shape.element_size() - sum(
+                t.numel() * t.element_size() for t in tensors
+            )
+            if grown > self.max_growth_bytes:
+                continue
+            _fold(graph, node)
+            changed += 1
+        return changed
+
+
+def _is_pure(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _fold(graph: Graph, node: fx.Node) -> None:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: tensor_of(graph, n))
+    assert callable(node.target)
+    with torch.no_grad():
+        value = node.target(*args, **kwargs)
+    names = [tensor_name(graph, n) or "" for n in node.all_input_nodes]
+    first = graph.origins[names[0]]
+    word = f"{op_name(node)}({', '.join(names[1:])})" if names[1:] else op_name(node)
+    origin = Origin(first.source, (*first.transforms, word))
+    placeholder = lift(graph, f"{names[0]}.{op_name(node)}", value.contiguous().clone(), origin)
+    replace(graph, node, placeholder)

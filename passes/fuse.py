@@ -1,0 +1,142 @@
+"""Exact fusions: patterns that export spells out, put back into the one operator that engines know."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from effc.ir.edit import insert, is_constant, lift, replace, tensor_name, tensor_of
+from effc.ir.program import Graph, Origin
+from effc.ir.select import op_name
+from effc.passes.base import Pass, Stats
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseRMSNorm(Pass):
+    """Writes `x · rsqrt(mean(x²) + eps) · weight` as one `rms_norm` (Zhang and Sennrich 2019, equation 4)."""
+
+    name = "fuse-rmsnorm"
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        changed = 0
+        for node in list(graph.nodes):
+            if op_name(node) != "rsqrt":
+                continue
+            match = _rms_norm(graph, node)
+            if match is None:
+                continue
+            scaled, x, weight, eps = match
+            size = x.meta["val"].shape[-1]
+            new = insert(graph, scaled, aten.rms_norm.default, (x, [size], weight, eps))
+            replace(graph, scaled, new)
+            changed += 1
+        return changed
+
+
+def _rms_norm(graph: Graph, rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """The last node of an RMSNorm around `rsqrt`, its input, its weight and its epsilon."""
+    add = rsqrt.args[0]
+    if not (isinstance(add, fx.Node) and op_name(add) == "add" and isinstance(add.args[1], float)):
+        return None
+    mean = add.args[0]
+    if not (isinstance(mean, fx.Node) and op_name(mean) == "mean"):
+        return None
+    if mean.args[1] not in ([-1], (-1,)) or len(mean.args) < 3 or mean.args[2] is not True:
+        return None
+    power = mean.args[0]
+    if not (isinstance(power, fx.Node) and op_name(power) == "pow" and power.args[1] == 2):
+        return None
+    x = power.args[0]
+    normed = _only_user(rsqrt)
+    if normed is None or op_name(normed) != "mul" or set(normed.args) != {x, rsqrt}:
+        return None
+    scaled = _only_user(normed)
+    if scaled is None or op_name(scaled) != "mul":
+        return None
+    weight = scaled.args[0] if scaled.args[1] is normed else scaled.args[1]
+    if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
+        return None
+    assert isinstance(x, fx.Node)
+    same = x.meta["val"].dtype == scaled.meta["val"].dtype
+    return (scaled, x, weight, add.args[1]) if same and weight.meta["val"].dim() == 1 else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldBatchNorm(Pass):
+    """Folds batch norm into the convolution or linear layer in front of it: one tensor less to read per layer.
+
+    W′ = W · γ / √(var + ε),   b′ = (b − mean) · γ / √(var + ε) + β   (in float64, once)
+    """
+
+    name = "fold-batchnorm"
+    tolerance = 1e-4
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        changed = 0
+        for node in list(graph.nodes):
+            found = _batch_norm(node)
+            if found is None:
+                continue
+            output, layer, parts, eps = found
+            if op_name(layer) not in ("conv1d", "conv2d", "linear") or len(layer.users) != 1:
+                continue
+            if not all(isinstance(p, fx.Node) and is_constant(graph, p) for p in parts):
+                continue
+            if not is_constant(graph, layer.args[1]):
+                continue
+            _fold_into(graph, layer, parts, eps)
+            replace(graph, output, layer)
+            changed += 1
+        return changed
+
+
+def _batch_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, list[Any], float] | None:
+    """Output node, layer in front, [γ, β, mean, var] and ε of a batch norm in evaluation."""
+    name = op_name(node)
+    if name == "batch_norm" and not node.args[5]:
+        output, eps = node, node.args[7]
+    elif name == "_native_batch_norm_legit_no_training":
+        users = list(node.users)
+        if len(users) != 1 or users[0].target is not operator.getitem or users[0].args[1] != 0:
+            return None
+        output, eps = users[0], node.args[6]
+    else:
+        return None
+    layer = node.args[0]
+    if not isinstance(layer, fx.Node) or not isinstance(eps, float):
+        return None
+    return output, layer, list(node.args[1:5]), eps
+
+
+def _fold_into(graph: Graph, layer: fx.Node, parts: list[Any], eps: float) -> None:
+    gamma, beta, mean, variance = (tensor_of(graph, p).double() for p in parts)
+    scale = gamma / torch.sqrt(variance + eps)
+    weight_node = layer.args[1]
+    assert isinstance(weight_node, fx.Node)
+    weight = tensor_of(graph, weight_node)
+    shape = (-1, *[1] * (weight.dim() - 1))
+    has_bias = len(layer.args) > 2 and isinstance(layer.args[2], fx.Node)
+    bias = tensor_of(graph, layer.args[2]).double() if has_bias else torch.zeros_like(scale)  # type: ignore[arg-type]
+    folded = (weight.double() * scale.view(shape)).to(weight.dtype)
+    shifted = ((bias - mean) * scale + beta).to(weight.dtype)
+    name = tensor_name(graph, weight_node) or ""
+    origin = graph.origins[name]
+    stem = name.removesuffix(".weight")
+    new_weight = _lift(graph, f"{stem}.weight", folded, origin)
+    new_bias = _lift(graph, f"{stem}.bias", shifted, Origin(f"{stem}.bias"))
+    layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
+
+
+def _lift(graph: Graph, name: str, tensor: Tensor, origin: Origin) -> fx.Node:
+    word = "fold-batchnorm"
+    return lift(graph, name, tensor, Origin(origin.source, (*origin.transforms, word)))

@@ -1,0 +1,187 @@
+"""Runs passes, and owns everything that is the same for each of them.
+
+Clone at the door, calibrate, rewrite, refresh, check, record, blame. A pass that says it is exact is held to it on
+probe inputs; one that says it is lossy has its drift measured and written down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from effc.calib.calibrator import MASK, collect, tensors_for
+from effc.calib.data import Batch
+from effc.dialect import Dialect
+from effc.errors import EffcError, PassError, PostconditionError
+from effc.ir.check import Drift, drift, problems
+from effc.ir.edit import refresh
+from effc.ir.program import Graph, Program
+from effc.passes.base import Pass, PassRecord, Stats
+
+log = logging.getLogger(__name__)
+
+
+class Data(Protocol):
+    """Batches of one role, as often as asked."""
+
+    def __call__(self, role: str) -> Iterable[Batch]: ...
+
+
+Progress = Callable[[str, int], None]
+
+
+def apply(
+    pass_: Pass,
+    program: Program,
+    data: Data | Iterable[Batch] | None = None,
+    *,
+    dialect: Dialect | None = None,
+    probes: Mapping[str, Sequence[Mapping[str, Tensor]]] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> PassRecord:
+    """Apply one pass to a program in place, and say what it did.
+
+    `probes` are inputs by role on which the outputs before and after are compared; where none are given the first
+    batch of `data` serves. `recorded` replays the decisions of an earlier run and needs no data. On any error the
+    program is as it was.
+    """
+    if dialect is not None:
+        pass_ = pass_.resolve(dialect)
+    before = program.clone()
+    started = time.perf_counter()
+    try:
+        pass_.requires(program)
+        sites, decisions = 0, {}
+        for graph in _graphs(pass_, program):
+            stats = _stats(pass_, graph, data, recorded, progress)
+            sites += _rewrite(pass_, graph, stats)
+            decisions.update(stats.decisions)
+        pass_.ensures(program)
+        gap = _compare(pass_, before, program, data, probes) if sites else None
+        if sites and pass_.effect == "exact" and gap is not None:
+            _hold(pass_, gap)
+    except EffcError:
+        program.graphs = before.graphs
+        raise
+    except Exception as error:
+        program.graphs = before.graphs
+        raise PassError(f"{pass_.name} failed: {type(error).__name__}: {error}") from error
+    record = PassRecord(
+        name=pass_.name,
+        options=options_of(pass_),
+        effect=pass_.effect,
+        sites=sites,
+        seconds=time.perf_counter() - started,
+        nodes=(_nodes(before), _nodes(program)),
+        bytes=(before.weight_bytes(), program.weight_bytes()),
+        drift=gap,
+        decisions=decisions,
+    )
+    log.info("%s", record.line())
+    return record
+
+
+def run(
+    passes: Sequence[Pass],
+    program: Program,
+    data: Data | Iterable[Batch] | None = None,
+    **options: Any,
+) -> tuple[Program, list[PassRecord]]:
+    """Apply passes in order to a clone; the caller's program is never touched."""
+    program = program.clone()
+    return program, [apply(pass_, program, data, **options) for pass_ in passes]
+
+
+def options_of(pass_: Pass) -> dict[str, Any]:
+    """The options of a pass as plain values, those left at None out."""
+    options = dataclasses.asdict(pass_)
+    return {k: v for k, v in options.items() if v is not None and v != ()}
+
+
+def _graphs(pass_: Pass, program: Program) -> list[Graph]:
+    return [graph for graph in program if not pass_.graphs or graph.role in pass_.graphs]
+
+
+def _batches(data: Data | Iterable[Batch] | None, role: str) -> Iterable[Batch]:
+    if data is None:
+        return ()
+    return data(role) if callable(data) else data
+
+
+def _stats(
+    pass_: Pass,
+    graph: Graph,
+    data: Data | Iterable[Batch] | None,
+    recorded: Mapping[str, Any] | None,
+    progress: Progress | None,
+) -> Stats:
+    if recorded is not None:
+        return Stats(recorded=dict(recorded))
+    wanted = list(pass_.probes(graph))
+    if not wanted:
+        return Stats()
+
+    def on_batch(count: int) -> None:
+        if progress is not None:
+            progress("calibrate", count)
+
+    return Stats(collect(graph, wanted, _batches(data, graph.role), on_batch=on_batch))
+
+
+def _rewrite(pass_: Pass, graph: Graph, stats: Stats) -> int:
+    version = _fingerprint(graph)
+    sites = pass_.rewrite(graph, stats)
+    if sites:
+        refresh(graph)
+        if broken := problems(graph):
+            raise PassError(f"{pass_.name} left a broken graph: {'; '.join(broken[:5])}")
+    elif _fingerprint(graph) != version:
+        raise PassError(f"{pass_.name} says it changed nothing but edited graph {graph.role!r}")
+    return sites
+
+
+def _fingerprint(graph: Graph) -> list[tuple[str, Any, Any]]:
+    return [(n.name, n.target, n.args) for n in graph.fx.nodes]
+
+
+def _nodes(program: Program) -> int:
+    return sum(len(list(graph.nodes)) for graph in program)
+
+
+def _compare(
+    pass_: Pass,
+    before: Program,
+    after: Program,
+    data: Data | Iterable[Batch] | None,
+    probes: Mapping[str, Sequence[Mapping[str, Tensor]]] | None,
+) -> Drift | None:
+    """The worst drift over probe inputs; None where there is nothing to compare on."""
+    worst: Drift | None = None
+    for graph in _graphs(pass_, after):
+        feeds = list((probes or {}).get(graph.role, ()))
+        if not feeds:
+            first = next(iter(_batches(data, graph.role)), None)
+            feeds = [tensors_for(graph, first.inputs)] if first is not None else []
+        for feed in feeds:
+            reference = before[graph.role]
+            shared = [name for name in reference.outputs if name in graph.outputs]
+            left = reference.run(feed)
+            left = {name: left[name] for name in shared}
+            gap = drift(left, graph.run(feed), feed.get(MASK))
+            worst = gap if worst is None else worst.worst(gap)
+    return worst
+
+
+def _hold(pass_: Pass, gap: Drift) -> None:
+    if not gap.rel_l2 <= pass_.tolerance:
+        raise PostconditionError(
+            f"{pass_.name} is exact but moved the outputs by {gap.rel_l2:.2g} "
+            f"(relative L2; at most {pass_.tolerance:g} is allowed)",
+            hint="leave the pass out, and report the model that shows this",
+        )

@@ -1,0 +1,314 @@
+"""Post-training quantisation: weights become integers, activations get ranges, the graph says where.
+
+    y = W x + b    →    y = dequantize(W_q) · dequantize(quantize(x)) + b
+
+Weights are stored as integers, per output channel; activations take the type that the target's kernels are fast in.
+A tensor that several layers share is quantised once and stays shared. A value that several layers read is quantised
+once and read by all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, fx
+
+from effc.calib.collectors import COLLECTORS
+from effc.calib.probe import Probe
+from effc.dialect import Dialect
+from effc.errors import PreconditionError
+from effc.ir.edit import insert, insert_after, is_constant, lift, replace, tensor_name, tensor_of
+from effc.ir.program import Graph, Origin, Program
+from effc.ir.select import Select, op_name, site_names
+from effc.passes.base import Pass, Stats
+from effc.quant.affine import qparams, quantize, weight_qparams
+from effc.quant.ops import DEQUANTIZE, QUANTIZE
+from effc.quant.scheme import Scheme
+
+aten = torch.ops.aten
+
+ACTIVATIONS_BEHIND_CONV = ("relu", "relu_", "relu6", "hardtanh", "clamp")
+SMALL_EMBEDDING = 0.01
+"""An embedding table under this share of the model's bytes stays in float: nothing to gain, something to lose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Quantises linear layers, convolutions and embeddings with constant weights.
+
+    `activation_bits` 16 leaves activations in float (weight-only). `group` splits each weight row into blocks with
+    a scale each, for weight-only kernels. `range` chooses activation ranges: `mse` (least squared error),
+    `percentile`, or `minmax`; `weight_range` does it for weights.
+    """
+
+    name = "quantize"
+    effect = "lossy"
+
+    bits: Literal[4, 6, 8] = 8
+    activation_bits: Literal[4, 6, 8, 16] = 8
+    range: Literal["mse", "minmax", "percentile"] = "mse"
+    percentile: float = 99.99
+    weight_range: Literal["minmax", "mse"] = "minmax"
+    group: int | None = None
+    select: Select = field(default_factory=Select)
+    activation_signed: bool | None = None
+    activation_symmetric: bool | None = None
+    ops: tuple[str, ...] = ()
+    """Operators to quantise; the target's own list where empty."""
+    conv_output: bool | None = None
+    conv_bias_int32: bool | None = None
+
+    def resolve(self, dialect: Dialect) -> Self:
+        def given(value: Any, otherwise: Any) -> Any:
+            return otherwise if value is None else value
+
+        return dataclasses.replace(
+            self,
+            activation_signed=given(self.activation_signed, dialect.activation.signed),
+            activation_symmetric=given(self.activation_symmetric, dialect.activation.symmetric),
+            ops=self.ops or dialect.quantized_ops,
+            conv_output=given(self.conv_output, dialect.conv_output),
+            conv_bias_int32=given(self.conv_bias_int32, dialect.conv_bias_int32),
+        )
+
+    @property
+    def _activation(self) -> Scheme:
+        return Scheme(
+            bits=self.activation_bits,
+            signed=bool(self.activation_signed),
+            symmetric=bool(self.activation_symmetric),
+        )
+
+    @property
+    def _static(self) -> bool:
+        return self.activation_bits != 16
+
+    def requires(self, program: Program) -> None:
+        for graph in program:
+            for node in graph.nodes:
+                if op_name(node) in ("batch_norm", "_native_batch_norm_legit_no_training"):
+                    source = node.args[0]
+                    if isinstance(source, fx.Node) and op_name(source) in ("conv1d", "conv2d"):
+                        raise PreconditionError(
+                            f"quantize wants final weights, but {source.name!r} has a batch norm behind it",
+                            where=f"graph {graph.role!r}",
+                            hint="put `fold-batchnorm` before `quantize`",
+                        )
+
+    def sites(self, graph: Graph) -> list[fx.Node]:
+        """Nodes that this pass would quantise, in order of execution."""
+        ops = self.ops or Dialect(name="", opset=0).quantized_ops
+        floor = SMALL_EMBEDDING * graph.weight_bytes()
+        return [n for n in self.select.sites(graph) if op_name(n) in ops and _fits(graph, n, floor)]
+
+    def probes(self, graph: Graph) -> Iterable[Probe]:
+        if not self._static:
+            return
+        names = site_names(graph)
+        for node in self.sites(graph):
+            if op_name(node) == "embedding":
+                continue
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            yield Probe(key=f"{graph.role}/{_value_key(names, value)}", node=value, collector=self._collector())
+            if op_name(node).startswith("conv") and self.conv_output:
+                end = _behind(node)
+                yield Probe(key=f"{graph.role}/{_value_key(names, end)}", node=end, collector=self._collector())
+
+    def _collector(self) -> Any:
+        kind = COLLECTORS[self.range]
+        return kind(self.percentile) if self.range == "percentile" else kind()
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        sites = self.sites(graph)
+        if not sites:
+            return 0
+        work = _Work(self, graph, stats, site_names(graph))
+        schemes = _weight_schemes(self, graph, sites)
+        for node in sites:
+            weight_node = _weight(node)
+            weight = work.weight(node, weight_node, schemes[weight_node])
+            if op_name(node) == "embedding":
+                work.embedding(node, weight)
+                continue
+            if self._static:
+                work.input(node)
+            work.layer(node, weight)
+        return len(sites)
+
+
+def _fits(graph: Graph, node: fx.Node, floor: float) -> bool:
+    """Whether a node of the right operator really is a site."""
+    weight = _weight(node)
+    if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
+        return False
+    value = weight.meta["val"]
+    if not value.is_floating_point():
+        return False
+    if op_name(node) == "embedding":
+        shared = any(op_name(user) != "embedding" for user in weight.users)
+        return shared or value.numel() * value.element_size() >= floor
+    return value.dim() >= 2
+
+
+def _weight(node: fx.Node) -> fx.Node:
+    place = 0 if op_name(node) == "embedding" else 1
+    weight = node.args[place]
+    assert isinstance(weight, fx.Node) or weight is None
+    return weight
+
+
+def _behind(conv: fx.Node) -> fx.Node:
+    """The node whose value leaves a convolution: its activation where that is the only reader."""
+    if len(conv.users) == 1:
+        (user,) = conv.users
+        if op_name(user) in ACTIVATIONS_BEHIND_CONV:
+            return user
+    return conv
+
+
+def _weight_schemes(
+    pass_: Quantize, graph: Graph, sites: list[fx.Node]
+) -> dict[fx.Node, Scheme]:
+    """One scheme per weight. A table that is looked up stays in 8 bit per row, whoever else reads it."""
+    looked_up = {_weight(n) for n in sites if op_name(n) == "embedding"}
+    schemes = {}
+    for node in sites:
+        weight = _weight(node)
+        if weight in looked_up:
+            schemes[weight] = Scheme(bits=8, axis=0)
+        elif pass_.group and weight.meta["val"].dim() == 2:
+            if weight.meta["val"].shape[-1] % pass_.group:
+                schemes[weight] = Scheme(bits=pass_.bits, axis=0)
+            else:
+                schemes[weight] = Scheme(bits=pass_.bits, axis=0, group=pass_.group)
+        else:
+            schemes[weight] = Scheme(bits=pass_.bits, axis=0)
+    return schemes
+
+
+def _value_key(names: dict[fx.Node, str], node: fx.Node) -> str:
+    return names.get(node, node.name)
+
+
+@dataclass
+class _Quantized:
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    scheme: Scheme
+    scales: Tensor
+
+
+class _Work:
+    """The edits of one rewrite, remembering what is quantised already."""
+
+    def __init__(
+        self, pass_: Quantize, graph: Graph, stats: Stats, names: dict[fx.Node, str]
+    ) -> None:
+        self.options, self.graph, self.stats, self.names = pass_, graph, stats, names
+        self.weights: dict[fx.Node, _Quantized] = {}
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.grids: dict[fx.Node, tuple[float, int]] = {}
+
+    def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> _Quantized:
+        if node in self.weights:
+            return self.weights[node]
+        name = tensor_name(self.graph, node) or ""
+        tensor = tensor_of(self.graph, node)
+        scale, zero = weight_qparams(tensor, scheme, method=self.options.weight_range)
+        codes = quantize(tensor, scale, zero, scheme)
+        origin = self.graph.origins[name]
+        word = f"quantize bits={scheme.bits} axis={scheme.axis} group={scheme.group or 0}"
+        origin = Origin(origin.source, (*origin.transforms, word))
+        done = _Quantized(
+            codes=lift(self.graph, f"{name}_int8", codes, origin),
+            scale=lift(self.graph, f"{name}_scale", scale, origin),
+            zero_point=lift(self.graph, f"{name}_zero_point", zero, origin),
+            scheme=scheme,
+            scales=scale,
+        )
+        self.weights[node] = done
+        return done
+
+    def embedding(self, site: fx.Node, weight: _Quantized) -> None:
+        """Rows are looked up as integers and scaled afterwards: the table is never turned to float."""
+        indices, rest = site.args[1], site.args[2:]
+        column = insert(self.graph, site, aten.unsqueeze.default, (weight.scale, 1))
+        rows = insert(self.graph, site, aten.embedding.default, (weight.codes, indices, *rest))
+        scales = insert(self.graph, site, aten.embedding.default, (column, indices, *rest))
+        wide = insert(self.graph, site, aten.to.dtype, (rows, torch.float32))
+        result = insert(self.graph, site, aten.mul.Tensor, (wide, scales))
+        replace(self.graph, site, result)
+
+    def layer(self, site: fx.Node, weight: _Quantized) -> None:
+        group = weight.scheme.group or 0
+        args = (weight.codes, weight.scale, weight.zero_point, 0, group)
+        site.update_arg(1, insert(self.graph, site, DEQUANTIZE, args))
+        if op_name(site).startswith("conv") and self.options._static:
+            self._conv(site, weight)
+
+    def input(self, site: fx.Node) -> None:
+        value = site.args[0]
+        assert isinstance(value, fx.Node)
+        if value in self.grids:
+            return  # it comes off a convolution's grid already
+        if value not in self.values:
+            self.values[value] = self._pair(value, before=site)
+        site.update_arg(0, self.values[value])
+
+    def _conv(self, site: fx.Node, weight: _Quantized) -> None:
+        """Integer bias on the grid s_x·s_w, and a grid behind the layer, where the fused kernel wants them."""
+        bias = site.args[2] if len(site.args) > 2 else None
+        dequantized = site.args[0]
+        assert isinstance(dequantized, fx.Node)
+        if isinstance(bias, fx.Node) and self.options.conv_bias_int32 and is_constant(self.graph, bias):
+            step = self.grids[dequantized][0] * weight.scales.double()
+            name = tensor_name(self.graph, bias) or ""
+            origin = self.graph.origins[name]
+            codes = torch.round(tensor_of(self.graph, bias).double() / step)
+            codes = codes.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+            lifted = lift(self.graph, f"{name}_int32", codes, Origin(origin.source, (*origin.transforms, "int32")))
+            scale = lift(self.graph, f"{name}_scale", step.float(), origin)
+            zero = lift(self.graph, f"{name}_zero_point", torch.zeros_like(codes), origin)
+            site.update_arg(2, insert(self.graph, site, DEQUANTIZE, (lifted, scale, zero, 0, 0)))
+        if not self.options.conv_output:
+            return
+        end = _behind(site)
+        readers = list(end.users)
+        if end not in self.values and all(reader.op != "output" for reader in readers):
+            pair = self._pair(end, after=end)
+            for reader in readers:
+                reader.replace_input_with(end, pair)
+            self.values[end] = pair
+
+    def _pair(self, value: fx.Node, *, before: fx.Node | None = None, after: fx.Node | None = None) -> fx.Node:
+        """`dequantize(quantize(value))`, its grid decided once."""
+        scheme = self.options._activation
+        key = f"{self.graph.role}/{_value_key(self.names, value)}"
+
+        def make() -> list[float | int]:
+            low, high = self.stats[key].range(scheme)
+            scale, zero = qparams(torch.tensor(low), torch.tensor(high), scheme)
+            return [float(scale), int(zero)]
+
+        step, zero_point = self.stats.decide(key, make)
+        origin = Origin(key, ("range",))
+        stem = _value_key(self.names, value).replace(":", ".")
+        scale = lift(self.graph, f"{stem}_scale", torch.tensor(step, dtype=torch.float32), origin)
+        codes_type = torch.tensor(zero_point, dtype=scheme.dtype)
+        zero = lift(self.graph, f"{stem}_zero_point", codes_type, origin)
+        args = (value, scale, zero, scheme.low, scheme.high, 0, 0)
+        if after is not None:
+            codes = insert_after(self.graph, after, QUANTIZE, args)
+            pair = insert_after(self.graph, codes, DEQUANTIZE, (codes, scale, zero, 0, 0))
+        else:
+            assert before is not None
+            codes = insert(self.graph, before, QUANTIZE, args)
+            pair = insert(self.graph, before, DEQUANTIZE, (codes, scale, zero, 0, 0))
+        self.grids[pair] = (step, zero_point)
+        return pair
