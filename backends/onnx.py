@@ -116,7 +116,36 @@ def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
     model = program.model
     _rename_ports(graph, model)
     strip(model)
+    if translate:
+        share_transposed(model)
     return model
+
+
+def share_transposed(model: ir.Model) -> None:
+    """Read a tied output layer from the embedding table: one copy on disk, transposed when a session is made."""
+    tables = [v for v in model.graph.initializers.values() if any(u.node.op_type == "Gather" for u in v.uses())]
+    for value in list(model.graph.initializers.values()):
+        readers = [use.node for use in value.uses()]
+        if not readers or value.shape is None or any(n.op_type != "MatMul" for n in readers):
+            continue
+        for table in tables:
+            if not _is_transpose(value, table):
+                continue
+            node = ir.node("Transpose", [table], attributes={"perm": [1, 0]}, name=f"{table.name}.t")
+            node.outputs[0].name = f"{table.name}.t"
+            model.graph.insert_before(readers[0], node)
+            value.replace_all_uses_with(node.outputs[0])
+            del model.graph.initializers[value.name or ""]
+            break
+
+
+def _is_transpose(value: ir.Value, table: ir.Value) -> bool:
+    a, b = value.const_value, table.const_value
+    if a is None or b is None or a.dtype != b.dtype or len(a.shape) != 2:
+        return False
+    if tuple(a.shape) != tuple(reversed(tuple(b.shape))):
+        return False
+    return bool((a.numpy() == b.numpy().T).all())
 
 
 def _reason(error: BaseException) -> str:

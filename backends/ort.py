@@ -89,6 +89,7 @@ class OrtEngine(EngineBase):
     """An ONNX file in an onnxruntime session."""
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        self._path = path
         self._session: onnxruntime.InferenceSession | None = _session(path, session_options(threads))
         self.inputs = tuple(_port(v) for v in self._session.get_inputs())
         self.outputs = tuple(_port(v) for v in self._session.get_outputs())
@@ -96,7 +97,14 @@ class OrtEngine(EngineBase):
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         assert self._session is not None
-        values = self._session.run(self._names, {p.name: feeds[p.name] for p in self.inputs})
+        try:
+            values = self._session.run(self._names, {p.name: feeds[p.name] for p in self.inputs})
+        except Exception as error:
+            shapes = {p.name: list(feeds[p.name].shape) for p in self.inputs}
+            raise LoweringError(
+                f"onnxruntime cannot run {self._path.name} on {shapes}: {str(error).splitlines()[0]}",
+                hint="the engine takes " + "; ".join(f"{p.name} {list(p.shape)}" for p in self.inputs),
+            ) from error
         return dict(zip(self._names, values, strict=True))
 
     def close(self) -> None:

@@ -15,13 +15,15 @@ MICROSOFT = "com.microsoft"
 
 
 def rewrite(model: ir.Model) -> None:
-    """All rewrites, in order, and then dead nodes out."""
+    """All rewrites, in order, and then dead nodes out and every node under a name of its own."""
     graph = model.graph
     _integer_matmul(graph)
     _weight_only_matmul(graph)
+    _rotary_for_every_row(graph)
     _attention_without_transposes(graph)
     _residual_as_sum(graph)
     _drop_dead(graph)
+    _unique_names(graph)
     if any(node.domain == MICROSOFT for node in graph):
         model.opset_imports[MICROSOFT] = 1
 
@@ -233,6 +235,39 @@ def _merge_heads(value: ir.Value) -> ir.Node | None:
     return reshape if len(reshape.outputs[0].shape) == 3 else None
 
 
+def _rotary_for_every_row(graph: ir.Graph) -> None:
+    """Give RotaryEmbedding tables of the batch's size: the exporter's fusion leaves them at 1, and the kernel refuses."""
+    made: dict[tuple[str, ir.Value | None], ir.Value] = {}
+    for node in list(graph):
+        if node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) > 3:
+            continue
+        x = node.inputs[0]
+        for place in (1, 2):
+            table = node.inputs[place]
+            wave = table.producer() if table is not None else None
+            if x is None or table is None or wave is None or wave.op_type not in ("Cos", "Sin"):
+                continue
+            angles = wave.inputs[0]
+            if angles is None or angles.shape is None or angles.shape[0] != 1:
+                continue
+            key = (wave.op_type, angles)
+            if key not in made:
+                made[key] = _expanded(graph, node, x, table)
+            node.replace_input_with(place, made[key])
+
+
+def _expanded(graph: ir.Graph, before: ir.Node, x: ir.Value, table: ir.Value) -> ir.Value:
+    """`table` [1, length, size] repeated to [batch of x, length, size]."""
+    batch = ir.node("Shape", [x], attributes={"start": 0, "end": 1})
+    rest = ir.node("Shape", [table], attributes={"start": 1})
+    shape = ir.node("Concat", [batch.outputs[0], rest.outputs[0]], attributes={"axis": 0})
+    wide = ir.node("Expand", [table, shape.outputs[0]])
+    for word, node in (("batch", batch), ("rest", rest), ("shape", shape), ("wide", wide)):
+        node.outputs[0].name = f"{table.name}_{word}"
+        graph.insert_before(before, node)
+    return wide.outputs[0]
+
+
 def _residual_as_sum(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Add" or any(v is None or v.const_value is not None for v in node.inputs):
@@ -240,6 +275,16 @@ def _residual_as_sum(graph: ir.Graph) -> None:
         readers = [use.node.op_type for use in node.outputs[0].uses()]
         if "LayerNormalization" in readers:
             node.op_type = "Sum"
+
+
+def _unique_names(graph: ir.Graph) -> None:
+    """A layer that runs more than once would name several nodes alike."""
+    taken: dict[str, int] = {}
+    for node in graph:
+        name = node.name or ""
+        count = taken[name] = taken.get(name, -1) + 1
+        if count:
+            node.name = f"{name}.{count}"
 
 
 def _drop_dead(graph: ir.Graph) -> None:

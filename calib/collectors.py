@@ -135,8 +135,8 @@ class LogHistogram:
 
 def _centres() -> Array:
     starts = (np.arange(_BINS, dtype=np.int64) << _SHIFT).astype(np.int32).view(np.float32)
-    lows = starts.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
+        lows = starts.astype(np.float64)
         middle = np.concatenate([(lows[:-1] + lows[1:]) / 2, lows[-1:]])
     middle[0] = 0.0
     return np.where(np.isfinite(middle), middle, np.finfo(np.float32).max)

@@ -203,42 +203,48 @@ def _csv(file: Path, delimiter: str = ",") -> Iterator[list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood per token: windows that begin with the start token, no overlap."""
+    """exp of the mean negative log-likelihood per token, over windows that begin with the start token, no overlap.
+
+    The text is one stream; marks `<|endoftext|>` are taken out. Its interval resamples blocks of 32 tokens, because
+    neighbouring tokens are not independent.
+    """
 
     name: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
+    block: ClassVar[int] = 32
     file: Path
 
     def measure(self, run: Run, processor: Any) -> Samples:
-        losses, counts = [], []
+        losses: list[Array] = []
         for ids in self.windows(processor):
             feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
-            feeds = {n: v for n, v in feeds.items() if n in processor.input_names}
-            logits = run(feeds)["logits"][0, :-1].astype(np.float64)
-            top = logits.max(axis=-1, keepdims=True)
-            total = np.log(np.exp(logits - top).sum(axis=-1)) + top[:, 0]
-            losses.append(float((total - logits[np.arange(len(ids) - 1), ids[1:]]).sum()))
-            counts.append(len(ids) - 1)
-        if not counts:
+            logits = run({n: v for n, v in feeds.items() if n in processor.input_names})["logits"]
+            scores = logits[0, :-1].astype(np.float64)
+            top = scores.max(axis=-1)
+            total = np.log(np.exp(scores - top[:, None]).sum(axis=-1)) + top
+            losses.append(total - scores[np.arange(len(ids) - 1), ids[1:]])
+        if not losses:
             raise CalibrationError(f"{self.file} holds no text to predict")
-        return Samples({"loss": np.array(losses), "tokens": np.array(counts, np.float64)})
+        flat = np.concatenate(losses)
+        starts = np.arange(0, len(flat), self.block)
+        counts = np.diff(np.append(starts, len(flat))).astype(np.float64)
+        return Samples({"loss": np.add.reduceat(flat, starts), "tokens": counts})
 
     def windows(self, processor: Any) -> Iterator[Array]:
-        """Token windows of the model's length; stories end at `<|endoftext|>`."""
+        """Token windows of the length that the model takes."""
+        try:
+            text = self.file.read_text(encoding="utf-8").replace("<|endoftext|>", "")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"{self.file} cannot be read as text: {error}") from error
         begin = processor.bos_id
-        length = processor.max_length or 512
-        text = self.file.read_text(encoding="utf-8")
-        for story in text.split("<|endoftext|>"):
-            if not story.strip():
-                continue
-            ids = processor.tokenizer(story.strip(), add_special_tokens=False)["input_ids"]
-            room = length - (begin is not None)
-            for start in range(0, len(ids), room):
-                window = ids[start : start + room]
-                if begin is not None:
-                    window = [begin, *window]
-                if len(window) > 1:
-                    yield np.array(window, np.int64)
+        room = (processor.max_length or 512) - (begin is not None)
+        ids = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(ids), room):
+            window = ids[start : start + room]
+            if begin is not None:
+                window = [begin, *window]
+            if len(window) > 1:
+                yield np.array(window, np.int64)
 
     def value(self, samples: Samples, index: Array | None = None) -> float:
         chosen = slice(None) if index is None else index
@@ -300,7 +306,7 @@ def compare(metric: Any, reference: Samples, engine: Samples, seed: int = 0) -> 
         name=metric.name,
         reference=metric.value(reference),
         engine=metric.value(engine),
-        n=n,
+        n=int(reference.columns["tokens"].sum()) if "tokens" in reference.columns else n,
         low=float(low),
         high=float(high),
         higher_is_better=metric.higher_is_better,

@@ -9,7 +9,9 @@ PASSES = Table(
     "pass",
     {
         "drop-noops": "effc.passes.cleanup:DropNoops",
+        "simplify-mask": "effc.passes.cleanup:SimplifyMask",
         "fold-constants": "effc.passes.cleanup:FoldConstants",
+        "fuse-linear": "effc.passes.fuse:FuseLinear",
         "fuse-rmsnorm": "effc.passes.fuse:FuseRMSNorm",
         "fold-batchnorm": "effc.passes.fuse:FoldBatchNorm",
         "quantize": "effc.passes.quantize:Quantize",
@@ -17,7 +19,14 @@ PASSES = Table(
     error=RecipeError,
 )
 
-CANONICAL = ("drop-noops", "fuse-rmsnorm", "fold-batchnorm", "fold-constants")
+CANONICAL = (
+    "drop-noops",
+    "simplify-mask",
+    "fuse-linear",
+    "fuse-rmsnorm",
+    "fold-batchnorm",
+    "fold-constants",
+)
 """Exact passes that every compile runs first."""
 
 

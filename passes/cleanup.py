@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from effc.ir.edit import is_constant, lift, replace, tensor_name, tensor_of
+from effc.ir.edit import insert, is_constant, lift, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin
 from effc.ir.select import op_name
+from effc.ir.show import shape_words
 from effc.passes.base import Pass, Stats
 from effc.quant import ops
 
@@ -55,8 +56,12 @@ def _is_noop(node: fx.Node) -> bool:
     match op_name(node):
         case "dropout" | "feature_dropout" | "alpha_dropout":
             return not (len(node.args) > 2 and node.args[2])
-        case "to" | "_to_copy" | "contiguous" | "detach" | "alias" | "lift_fresh_copy" | "clone":
-            return same_type
+        case "to" | "_to_copy" | "detach" | "alias" | "lift_fresh_copy":
+            return same_type  # not `contiguous` or `clone`: a later `view` may need the layout that they make
+        case "add" | "sub":
+            return same_type and node.args[1] == 0 and not node.kwargs
+        case "mul" | "div":
+            return same_type and node.args[1] == 1 and not node.kwargs
         case "slice":
             start, end = (*node.args[2:4], None, None)[:2]
             step = node.args[4] if len(node.args) > 4 else 1
@@ -70,6 +75,57 @@ def _same_shape(a: Tensor, b: Tensor) -> bool:
     return len(a.shape) == len(b.shape) and all(
         str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimplifyMask(Pass):
+    """Writes `mask[arange(b)[:, None, None, None], arange(s)]` as `mask[:, None, None, :]`: same values, no gather."""
+
+    name = "simplify-mask"
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        changed = 0
+        for node in list(graph.nodes):
+            places = _whole_axes(graph, node)
+            if places is None:
+                continue
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            for axis in range(node.meta["val"].dim()):
+                if axis not in places:
+                    value = insert(graph, node, aten.unsqueeze.default, (value, axis))
+            replace(graph, node, value)
+            changed += 1
+        return changed
+
+
+def _whole_axes(graph: Graph, node: fx.Node) -> list[int] | None:
+    """For an index by whole ranges, where each axis of the indexed tensor goes; None for any other node."""
+    if op_name(node) != "index" or not isinstance(node.args[0], fx.Node):
+        return None
+    sizes, indices = shape_words(graph, node.args[0].meta["val"].shape), node.args[1]
+    if not isinstance(indices, list | tuple) or len(indices) != len(sizes):
+        return None
+    places = []
+    dimensions = node.meta["val"].dim()
+    for axis, index in enumerate(indices):
+        if not isinstance(index, fx.Node) or not _is_range(graph, index, sizes[axis]):
+            return None
+        shape = index.meta["val"].shape
+        wide = [i for i, size in enumerate(shape) if str(size) != "1"]
+        if len(wide) != 1:
+            return None
+        places.append(wide[0] + dimensions - len(shape))
+    return places if places == sorted(set(places)) else None
+
+
+def _is_range(graph: Graph, node: fx.Node, size: str) -> bool:
+    """Whether a node holds 0 … size − 1, axes of 1 aside."""
+    while op_name(node) in ("unsqueeze", "view", "reshape") and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if op_name(node) != "arange" or len(node.args) != 1:
+        return False
+    return shape_words(graph, node.meta["val"].shape) == [size]
 
 
 @dataclass(frozen=True, kw_only=True)

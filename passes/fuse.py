@@ -72,6 +72,51 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FuseLinear(Pass):
+    """Writes products with a constant matrix, `x W + b` as GPT-2 has it, as `linear(x, Wᵀ, b)`."""
+
+    name = "fuse-linear"
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        changed = 0
+        made: dict[fx.Node, fx.Node] = {}
+        for node in list(graph.nodes):
+            match = _product(graph, node)
+            if match is None:
+                continue
+            x, weight, bias = match
+            if weight not in made:
+                name = tensor_name(graph, weight) or ""
+                origin = graph.origins[name]
+                turned = tensor_of(graph, weight).t().contiguous()
+                origin = Origin(origin.source, (*origin.transforms, "transpose"))
+                made[weight] = lift(graph, name, turned, origin)
+            new = insert(graph, node, aten.linear.default, (x, made[weight], bias))
+            replace(graph, node, new)
+            changed += 1
+        return changed
+
+
+def _product(graph: Graph, node: fx.Node) -> tuple[Any, fx.Node, Any] | None:
+    """Input, constant [in, out] matrix and bias of an `addmm`, `mm` or `matmul`."""
+    match op_name(node):
+        case "addmm" if not node.kwargs:
+            bias, x, weight = node.args
+        case "mm" | "matmul":
+            (x, weight), bias = node.args, None
+        case _:
+            return None
+    if not isinstance(weight, fx.Node) or not isinstance(x, fx.Node) or is_constant(graph, x):
+        return None
+    value = weight.meta["val"]
+    if not is_constant(graph, weight) or value.dim() != 2 or not value.is_floating_point():
+        return None
+    if bias is not None and not (is_constant(graph, bias) and bias.meta["val"].dim() == 1):
+        return None
+    return x, weight, bias
+
+
+@dataclass(frozen=True, kw_only=True)
 class FoldBatchNorm(Pass):
     """Folds batch norm into the convolution or linear layer in front of it: one tensor less to read per layer.
 

@@ -285,6 +285,24 @@ class _Work:
             for reader in readers:
                 reader.replace_input_with(end, pair)
             self.values[end] = pair
+            if end is not site and self._clamps(end, *self.grids[pair]):
+                codes = pair.args[0]
+                assert isinstance(codes, fx.Node)
+                codes.update_arg(0, site)
+
+    def _clamps(self, activation: fx.Node, step: float, zero_point: int) -> bool:
+        """Whether the grid behind an activation cuts exactly where the activation does, which then is not needed."""
+        scheme = self.options._activation
+        low, high = (scheme.low - zero_point) * step, (scheme.high - zero_point) * step
+        match op_name(activation):
+            case "relu" | "relu_":
+                return low >= 0
+            case "relu6":
+                return low >= 0 and high <= 6 + step / 2
+            case "hardtanh" if len(activation.args) > 2:
+                least, most = (float(v) for v in activation.args[1:3])  # type: ignore[arg-type]
+                return low >= least and high <= most + step / 2
+        return False
 
     def _pair(self, value: fx.Node, *, before: fx.Node | None = None, after: fx.Node | None = None) -> fx.Node:
         """`dequantize(quantize(value))`, its grid decided once."""

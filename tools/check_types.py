@@ -1,8 +1,8 @@
 """Strict mypy over the layout that is installed, not the one in the repository.
 
-Static checkers cannot follow the mapping of `passes/` to `effc.passes`: asked about the repository they skip half of
-it and report success. So a throw-away tree of links shows them the installed layout, and the number of files that
-mypy says it checked must be the number of files that there are.
+Static checkers cannot follow the mapping of `passes/` to `effc.passes`: asked about the repository
+they skip half of it and report success. So a throw-away tree of links shows them the installed
+layout, and the number of files that mypy says it checked must be the number of files there are.
 """
 
 import re
@@ -21,15 +21,15 @@ def link_tree() -> None:
     shutil.rmtree(TREE, ignore_errors=True)
     package = TREE / "effc"
     package.mkdir(parents=True)
-    entries = [path for path in (ROOT / "effc").iterdir() if path.name != "__pycache__"]
-    for path in [*entries, *(ROOT / name for name in MAPPED)]:
-        (package / path.name).symlink_to(path)
+    for path in [*(ROOT / "effc").iterdir(), *(ROOT / name for name in MAPPED)]:
+        if path.suffix == ".py" or any(path.rglob("*.py")):  # mypy counts an empty folder as a file
+            (package / path.name).symlink_to(path)
 
 
 def main() -> int:
     link_tree()
     files = [path for name in ("effc", *MAPPED) for path in (ROOT / name).rglob("*.py")]
-    config = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
+    config = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}"]
     run = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", *config, "-p", "effc"],
         cwd=TREE,
@@ -42,7 +42,7 @@ def main() -> int:
         print("mypy did not say how many files it checked")
         return run.returncode or 1
     if not files or int(seen[1]) != len(files):
-        print(f"mypy checked {seen[1]} files, but there are {len(files)}: a folder without __init__.py?")
+        print(f"mypy checked {seen[1]} files of {len(files)}: a folder without __init__.py?")
         return 1
     return run.returncode
 

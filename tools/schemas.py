@@ -1,6 +1,6 @@
-"""Write the JSON Schemas that effc publishes, or check that the published ones are what the code says.
+"""Write the JSON Schemas that effc publishes, or check that they are what the code says.
 
-    python tools/schemas.py [--check]
+python tools/schemas.py [--check]
 """
 
 import json

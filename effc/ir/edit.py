@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ def _fake_run(graph: Graph, node: fx.Node) -> Any:
 
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)  # type: ignore[arg-type]
     assert callable(node.target)
-    with fake_mode(graph), torch.no_grad():
+    mode = fake_mode(graph)
+    with mode, _no_new_guards(mode), torch.no_grad():
         return node.target(*args, **kwargs)
 
 
@@ -169,20 +171,20 @@ def refresh(graph: Graph) -> None:
     graph.fx.eliminate_dead_code()
     _drop_unused(graph)
     placeholders = [n for n in graph.fx.nodes if n.op == "placeholder"]
-    for node in graph.nodes:
-        node.meta.pop("val", None) if _stale(node) else None
     mode = fake_mode(graph)
     module = graph.exported.graph_module
-    FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(
-        *[n.meta["val"] for n in placeholders]
-    )
+    with _no_new_guards(mode):
+        FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(
+            *[n.meta["val"] for n in placeholders]
+        )
     graph.fx.lint()
     module.recompile()
     graph.exported.validate()
 
 
-def _stale(node: fx.Node) -> bool:
-    return "val" not in node.meta
+def _no_new_guards(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Shapes are worked out again, never decided again: a guard met here would fix a free dimension for good."""
+    return mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
 
 
 def _drop_unused(graph: Graph) -> None:

@@ -90,7 +90,8 @@ def site_names(graph: Graph) -> dict[fx.Node, str]:
     taken: dict[str, int] = {}
     for node in graph.nodes:
         path, word = module_path(node), op_name(node)
-        stem = path if word in ("linear", "conv1d", "conv2d", "embedding") and path else f"{path}:{word}"
+        is_layer = word in ("linear", "conv1d", "conv2d", "embedding")
+        stem = path if path and is_layer else f"{path}:{word}" if path else word
         count = taken.get(stem, 0)
         taken[stem] = count + 1
         names[node] = f"{stem}.{count}" if count else stem
