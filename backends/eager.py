@@ -51,7 +51,9 @@ class GraphEngine(EngineBase):
         self.inputs, self.outputs = ports(graph)
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        tensors = {p.name: torch.from_numpy(np.ascontiguousarray(feeds[p.name])) for p in self.inputs}
+        tensors = {
+            p.name: torch.from_numpy(np.ascontiguousarray(feeds[p.name])) for p in self.inputs
+        }
         return {name: value.numpy() for name, value in self.graph.run(tensors).items()}
 
 
@@ -63,7 +65,9 @@ class ModuleEngine(EngineBase):
         self.inputs, self.outputs = ports(graph)
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        tensors = {p.name: torch.from_numpy(np.ascontiguousarray(feeds[p.name])) for p in self.inputs}
+        tensors = {
+            p.name: torch.from_numpy(np.ascontiguousarray(feeds[p.name])) for p in self.inputs
+        }
         with torch.no_grad():
             result = self.module(**tensors)
         if isinstance(result, torch.Tensor):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset21 as op
+from onnxscript import opset21
 from torch import fx
 
 from effc.backends.base import Lowered, Port, Site, Unsupported
@@ -29,13 +29,17 @@ from effc.ir.program import Graph
 from effc.ir.select import module_path, op_name
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 
+op: Any = opset21
+
 EXTERNAL_BYTES = 1 << 30
 """Models above this many bytes keep their weights in a file beside the graph (protobuf ends at 2 GiB)."""
 FILE = "model.onnx"
 DATA = "model.onnx.data"
 
 
-def _quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int, group: int) -> Any:
+def _quantize(
+    x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int, group: int
+) -> Any:
     codes = op.QuantizeLinear(x, scale, zero_point, axis=axis)
     if (low, high) in ((0, 255), (-128, 127)):
         return codes
@@ -85,7 +89,9 @@ def unsupported(graph: Graph) -> list[Unsupported]:
 
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"))
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    )
 
 
 def _where(node: fx.Node) -> str:
@@ -123,7 +129,11 @@ def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
 
 def share_transposed(model: ir.Model) -> None:
     """Read a tied output layer from the embedding table: one copy on disk, transposed when a session is made."""
-    tables = [v for v in model.graph.initializers.values() if any(u.node.op_type == "Gather" for u in v.uses())]
+    tables = [
+        v
+        for v in model.graph.initializers.values()
+        if any(u.node.op_type == "Gather" for u in v.uses())
+    ]
     for value in list(model.graph.initializers.values()):
         readers = [use.node for use in value.uses()]
         if not readers or value.shape is None or any(n.op_type != "MatMul" for n in readers):
@@ -131,7 +141,9 @@ def share_transposed(model: ir.Model) -> None:
         for table in tables:
             if not _is_transpose(value, table):
                 continue
-            node = ir.node("Transpose", [table], attributes={"perm": [1, 0]}, name=f"{table.name}.t")
+            node = ir.node(
+                "Transpose", [table], attributes={"perm": [1, 0]}, name=f"{table.name}.t"
+            )
             node.outputs[0].name = f"{table.name}.t"
             model.graph.insert_before(readers[0], node)
             value.replace_all_uses_with(node.outputs[0])
@@ -274,7 +286,9 @@ class Onnx:
             inputs=inputs,
             outputs=outputs,
             sites=tuple(
-                Site(name=path, op=word, kernel="unknown", int8=False, reason="no runtime was chosen")
+                Site(
+                    name=path, op=word, kernel="unknown", int8=False, reason="no runtime was chosen"
+                )
                 for path, word, _ in weight_sites(graph)
             ),
         )

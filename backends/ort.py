@@ -75,9 +75,7 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
 def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise LoweringError(
             f"onnxruntime refuses {path.name}: {str(error).splitlines()[0]}",
@@ -90,7 +88,9 @@ class OrtEngine(EngineBase):
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self._path = path
-        self._session: onnxruntime.InferenceSession | None = _session(path, session_options(threads))
+        self._session: onnxruntime.InferenceSession | None = _session(
+            path, session_options(threads)
+        )
         self.inputs = tuple(_port(v) for v in self._session.get_inputs())
         self.outputs = tuple(_port(v) for v in self._session.get_outputs())
         self._names = [p.name for p in self.outputs]
@@ -103,7 +103,8 @@ class OrtEngine(EngineBase):
             shapes = {p.name: list(feeds[p.name].shape) for p in self.inputs}
             raise LoweringError(
                 f"onnxruntime cannot run {self._path.name} on {shapes}: {str(error).splitlines()[0]}",
-                hint="the engine takes " + "; ".join(f"{p.name} {list(p.shape)}" for p in self.inputs),
+                hint="the engine takes "
+                + "; ".join(f"{p.name} {list(p.shape)}" for p in self.inputs),
             ) from error
         return dict(zip(self._names, values, strict=True))
 
@@ -112,7 +113,9 @@ class OrtEngine(EngineBase):
 
 
 def _port(value: Any) -> Port:
-    return Port(name=value.name, dtype=_DTYPES.get(value.type, value.type), shape=tuple(value.shape))
+    return Port(
+        name=value.name, dtype=_DTYPES.get(value.type, value.type), shape=tuple(value.shape)
+    )
 
 
 class Ort:

@@ -34,7 +34,7 @@ def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
 
 
 def _only_consumer(value: ir.Value, kind: str) -> ir.Node | None:
-    uses = value.uses()
+    uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output():
         return None
     node = uses[0].node
@@ -50,17 +50,22 @@ def _constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
         if node is None:
             return None
         attribute = next(iter(node.attributes.values()))
-        return np.asarray(attribute.value.numpy() if hasattr(attribute.value, "numpy") else attribute.value)
+        return np.asarray(
+            attribute.value.numpy() if hasattr(attribute.value, "numpy") else attribute.value
+        )
     return tensor.numpy()
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any] | ir.TensorProtocol) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
     """The initialiser of that name, made if it is new: layers that share a weight share its packed form."""
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    tensor = ir.tensor(array, name=name)
     value = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
     graph.register_initializer(value)
     return value
@@ -88,6 +93,12 @@ def _weight_of(matmul: ir.Node) -> tuple[ir.Node, bool] | None:
     return node, transpose is not None
 
 
+def _block(dequantize: ir.Node) -> int:
+    """Weights that share a scale along a row; 0 where a row has one."""
+    attribute = dequantize.attributes.get("block_size")
+    return attribute.as_int() if attribute is not None else 0
+
+
 def _bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     """The addition of a constant vector right behind a product."""
     add = _only_consumer(matmul.outputs[0], "Add")
@@ -105,7 +116,7 @@ def _integer_matmul(graph: ir.Graph) -> None:
         if node.op_type != "MatMul":
             continue
         left, right = _producer(node.inputs[0], "DequantizeLinear"), _weight_of(node)
-        if left is None or right is None or right[0].attributes.get_int("block_size", 0):
+        if left is None or right is None or _block(right[0]):
             continue
         codes, scale, zero = left.inputs[:3]
         weight_node, transposed = right
@@ -156,7 +167,7 @@ def _weight_only_matmul(graph: ir.Graph) -> None:
         codes, scales = weight.const_value.numpy(), _constant(scale)
         if scales is None or any(u.node.op_type == "Gather" for u in weight.uses()):
             continue
-        block = right[0].attributes.get_int("block_size", 0) or 32
+        block = _block(right[0]) or 32
         rows, columns = codes.shape
         if block < 16 or block & (block - 1):
             continue
@@ -170,7 +181,13 @@ def _weight_only_matmul(graph: ir.Graph) -> None:
         new = ir.node(
             "MatMulNBits",
             [node.inputs[0], packed, spread_value],
-            attributes={"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4 if bits == 4 else 0},
+            attributes={
+                "K": columns,
+                "N": rows,
+                "bits": bits,
+                "block_size": block,
+                "accuracy_level": 4 if bits == 4 else 0,
+            },
             domain=MICROSOFT,
             name=_layer(weight),
         )
@@ -184,9 +201,9 @@ def _pack(codes: np.ndarray[Any, Any], bits: int, block: int) -> np.ndarray[Any,
     middle = 1 << (bits - 1)
     padded = np.full((rows, blocks * block), middle, np.uint8)
     padded[:, :columns] = (codes.astype(np.int16) + middle).astype(np.uint8)
-    if bits == 8:
-        return padded.reshape(rows, blocks, block)
-    return (padded[:, 0::2] | (padded[:, 1::2] << 4)).reshape(rows, blocks, block // 2)
+    if bits == 4:
+        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
+    return np.asarray(padded.reshape(rows, blocks, -1))
 
 
 def _attention_without_transposes(graph: ir.Graph) -> None:
@@ -205,7 +222,9 @@ def _attention_without_transposes(graph: ir.Graph) -> None:
         attributes = dict(node.attributes)
         attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", query[1])
         attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", key[1])
-        new = ir.Node("", "Attention", inputs, list(attributes.values()), name=node.name, num_outputs=1)
+        new = ir.Node(
+            "", "Attention", inputs, list(attributes.values()), name=node.name, num_outputs=1
+        )
         _swap(merge, new, graph, [])
 
 
@@ -236,7 +255,7 @@ def _merge_heads(value: ir.Value) -> ir.Node | None:
 
 
 def _rotary_for_every_row(graph: ir.Graph) -> None:
-    """Give RotaryEmbedding tables of the batch's size: the exporter's fusion leaves them at 1, and the kernel refuses."""
+    """Give RotaryEmbedding tables of the batch's size: the exporter leaves them at 1, which the kernel refuses."""
     made: dict[tuple[str, ir.Value | None], ir.Value] = {}
     for node in list(graph):
         if node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) > 3:
@@ -270,7 +289,9 @@ def _expanded(graph: ir.Graph, before: ir.Node, x: ir.Value, table: ir.Value) ->
 
 def _residual_as_sum(graph: ir.Graph) -> None:
     for node in list(graph):
-        if node.op_type != "Add" or any(v is None or v.const_value is not None for v in node.inputs):
+        if node.op_type != "Add" or any(
+            v is None or v.const_value is not None for v in node.inputs
+        ):
             continue
         readers = [use.node.op_type for use in node.outputs[0].uses()]
         if "LayerNormalization" in readers:

@@ -63,10 +63,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "roberta": text("RobertaForSequenceClassification", "RobertaConfig", num_labels=3),
     "xlm_roberta": text("XLMRobertaModel", "XLMRobertaConfig"),
     "distilbert": text(
-        "DistilBertForSequenceClassification", "DistilBertConfig", dim=64, n_layers=2, n_heads=4, hidden_dim=128
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=128,
     ),
     "albert": text("AlbertModel", "AlbertConfig", embedding_size=32),
-    "electra": text("ElectraForTokenClassification", "ElectraConfig", embedding_size=32, num_labels=5),
+    "electra": text(
+        "ElectraForTokenClassification", "ElectraConfig", embedding_size=32, num_labels=5
+    ),
     "deberta_v2": text(
         "DebertaV2ForSequenceClassification",
         "DebertaV2Config",
@@ -86,7 +93,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         cls_token_id=2,
         sep_token_id=1,
     ),
-    "gpt2": text("GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=2, n_head=4, n_positions=160, bos_token_id=1, eos_token_id=2),
+    "gpt2": text(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=160,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "llama": text("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=2, head_dim=16),
     "qwen3": text("Qwen3ForCausalLM", "Qwen3Config", num_key_value_heads=2, head_dim=16),
     "gemma2": text("Gemma2ForCausalLM", "Gemma2Config", num_key_value_heads=2, head_dim=16),
@@ -111,7 +127,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         window_size=4,
     ),
     "convnext": vision(
-        "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[16, 32], depths=[1, 2], num_stages=2, image_size=64
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        hidden_sizes=[16, 32],
+        depths=[1, 2],
+        num_stages=2,
+        image_size=64,
     ),
     "resnet": vision(
         "ResNetForImageClassification",
@@ -122,7 +143,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         layer_type="bottleneck",
         image_size=64,
     ),
-    "mobilenet_v2": vision("MobileNetV2ForImageClassification", "MobileNetV2Config", image_size=64, depth_multiplier=0.35),
+    "mobilenet_v2": vision(
+        "MobileNetV2ForImageClassification",
+        "MobileNetV2Config",
+        image_size=64,
+        depth_multiplier=0.35,
+    ),
 }
 
 
@@ -132,7 +158,11 @@ class PlainMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Linear(24, 64), nn.BatchNorm1d(64), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Linear(64, 10)
+            nn.Linear(24, 64),
+            nn.BatchNorm1d(64),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.1),
+            nn.Linear(64, 10),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -166,13 +196,21 @@ class Unusual(nn.Module):
 
 def plain_mlp() -> effc.Source:
     torch.manual_seed(0)
-    return effc.Source(modules={"main": PlainMLP()}, inputs={"main": {"x": torch.randn(4, 24)}}, dims={"main": {"x": {0: "batch"}}})
+    return effc.Source(
+        modules={"main": PlainMLP()},
+        inputs={"main": {"x": torch.randn(4, 24)}},
+        dims={"main": {"x": {0: "batch"}}},
+    )
 
 
 def unusual() -> effc.Source:
     torch.manual_seed(0)
     inputs = {"signal": torch.randn(4, 8, 50)}
-    return effc.Source(modules={"main": Unusual()}, inputs={"main": inputs}, dims={"main": {"signal": {0: "batch", 2: "time"}}})
+    return effc.Source(
+        modules={"main": Unusual()},
+        inputs={"main": inputs},
+        dims={"main": {"signal": {0: "batch", 2: "time"}}},
+    )
 
 
 FACTORIES = {"plain_mlp": plain_mlp, "unusual": unusual}
@@ -191,13 +229,20 @@ def calibration(model: nn.Module | None, name: str, place: Path) -> Path:
     rng = np.random.default_rng(0)
     if model is None:
         source = FACTORIES[name]()
-        arrays = {n: rng.standard_normal((32, *t.shape[1:])).astype(np.float32) for n, t in source.inputs["main"].items()}
+        arrays = {
+            n: rng.standard_normal((32, *t.shape[1:])).astype(np.float32)
+            for n, t in source.inputs["main"].items()
+        }
     elif getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = int(model.config.image_size)
         arrays = {"pixel_values": rng.standard_normal((16, 3, size, size)).astype(np.float32)}
     else:
         ids = rng.integers(3, TEXT["vocab_size"], (32, 48))
-        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        arrays = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids),
+        }
     np.savez(place, **arrays)
     return place
 
@@ -216,7 +261,9 @@ def compile_one(name: str, root: Path) -> dict[str, Any]:
             model.save_pretrained(folder)
             where = str(folder)
         data = calibration(model, name, root / f"{name}.npz")
-        result = effc.compile(where, root / f"{name}.out", quantize="int8", calib=data, samples=16, bench=False)
+        result = effc.compile(
+            where, root / f"{name}.out", quantize="int8", calib=data, samples=16, bench=False
+        )
     except EffcError as error:
         return {**row, "ok": False, "reason": f"{type(error).__name__}: {error.what}"}
     entry = result.report["manifest"]["engines"][0]
@@ -238,7 +285,8 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['name']:16} FAIL  {row['reason']}"
     sites = f"{row['int8_sites']}/{row['total_sites']}"
     before, after = row["bytes"]
-    return f"{row['name']:16} pass  {sites:>7} sites int8, drift {row['rel_l2']:.3f}, {before / after:.1f}× smaller, {row['seconds']} s"
+    size = f"{before / after:.1f}× smaller"
+    return f"{row['name']:16} pass  {sites:>7} sites int8, drift {row['rel_l2']:.3f}, {size}, {row['seconds']} s"
 
 
 def main() -> int:
@@ -256,7 +304,9 @@ def main() -> int:
     passed = sum(row["ok"] for row in rows)
     print(f"{passed} of {len(rows)} architectures compile")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=1, sort_keys=True) + "\n")
+        options.json.write_text(
+            json.dumps({"rows": rows, "versions": versions()}, indent=1, sort_keys=True) + "\n"
+        )
     return 0 if passed == len(rows) else 1
 
 

@@ -121,7 +121,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _table(path: Path, column: str | int | None) -> Iterator[Record]:
     """Rows of a CSV or TSV. A column by name means that the first row is a header."""
     tabbed = path.suffix == ".tsv"
-    rows = csv.reader(
+    rows: Iterator[list[str]] = csv.reader(
         _lines(path),
         delimiter="\t" if tabbed else ",",
         quoting=csv.QUOTE_NONE if tabbed else csv.QUOTE_MINIMAL,
@@ -133,7 +133,9 @@ def _table(path: Path, column: str | int | None) -> Iterator[Record]:
     label: int | None = lowered.index("label") if "label" in lowered else None
     if isinstance(column, str):
         if column not in first:
-            raise CalibrationError(f"{path} has no column {column!r}", hint=f"it has {', '.join(first)}")
+            raise CalibrationError(
+                f"{path} has no column {column!r}", hint=f"it has {', '.join(first)}"
+            )
         place, rest = first.index(column), rows
     elif label is not None and column is None:
         place, rest = (lowered.index("text") if "text" in lowered else 0), rows
@@ -148,7 +150,9 @@ def _table(path: Path, column: str | int | None) -> Iterator[Record]:
         try:
             yield Record(text=row[place], label=int(row[label]) if label is not None else None)
         except (ValueError, IndexError) as error:
-            raise CalibrationError(f"{path} row {number}: the label is not a whole number") from error
+            raise CalibrationError(
+                f"{path} row {number}: the label is not a whole number"
+            ) from error
 
 
 def _arrays(path: Path) -> Iterator[Record]:
@@ -176,7 +180,9 @@ def _folder(path: Path, column: str | int | None) -> Iterator[Record]:
     if pictures:
         yield from _pictures(path, pictures)
         return
-    files = sorted(p for p in path.iterdir() if p.suffix in TEXTS and not p.name.startswith("README"))
+    files = sorted(
+        p for p in path.iterdir() if p.suffix in TEXTS and not p.name.startswith("README")
+    )
     if len(files) != 1:
         raise CalibrationError(
             f"{path} holds {len(files)} files that could be samples",
@@ -238,7 +244,11 @@ def digest(path: Path) -> dict[str, Any]:
         total.update(file.relative_to(path).as_posix().encode())
         with file.open("rb") as stream:
             total.update(bytes.fromhex(_sha(stream)))
-    return {"name": path.name, "bytes": sum(f.stat().st_size for f in files), "sha256": total.hexdigest()}
+    return {
+        "name": path.name,
+        "bytes": sum(f.stat().st_size for f in files),
+        "sha256": total.hexdigest(),
+    }
 
 
 def _sha(stream: Any) -> str:

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,12 +99,19 @@ class ShapeResult:
             },
         }
         if name is not None:
-            found |= {"reference_ms": round(self.timings[name].median_ms, 4), **_rounded(self.ratios[name])}
+            found |= {
+                "reference_ms": round(self.timings[name].median_ms, 4),
+                **_rounded(self.ratios[name]),
+            }
         return found
 
 
 def _rounded(ratio: Ratio) -> dict[str, float]:
-    return {"ratio": round(ratio.ratio, 4), "low": round(ratio.low, 4), "high": round(ratio.high, 4)}
+    return {
+        "ratio": round(ratio.ratio, 4),
+        "low": round(ratio.low, 4),
+        "high": round(ratio.high, 4),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +166,9 @@ def compare(
     finally:
         for engine in engines.values():
             engine.close()
-    return BenchResult(shapes=tuple(shapes), load_ms=load_ms, first_run_ms=first_ms, threads=threads)
+    return BenchResult(
+        shapes=tuple(shapes), load_ms=load_ms, first_run_ms=first_ms, threads=threads
+    )
 
 
 def _once(engine: Any, case: Case) -> float:
@@ -167,9 +177,11 @@ def _once(engine: Any, case: Case) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _shape(engines: Mapping[str, Any], case: Case, budget_s: float, rng: np.random.Generator) -> ShapeResult:
+def _shape(
+    engines: Mapping[str, Any], case: Case, budget_s: float, rng: np.random.Generator
+) -> ShapeResult:
     deadline = time.perf_counter() + budget_s
-    speeds = {name: warm_up(lambda e=e: _once(e, case), budget_s / 20) for name, e in engines.items()}  # type: ignore[misc]
+    speeds = {n: warm_up(partial(_once, e, case), budget_s / 20) for n, e in engines.items()}
     counts = {n: max(3, min(10, int(BLOCK_S * 1e3 / max(ms, 1e-3)))) for n, ms in speeds.items()}
     blocks: dict[str, list[tuple[float, ...]]] = {name: [] for name in engines}
     rounds = 0
@@ -239,7 +251,9 @@ def cpu_name() -> str:
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            name = next((ln.split(":", 1)[1].strip() for ln in stream if ln.startswith("model name")), name)
+            name = next(
+                (ln.split(":", 1)[1].strip() for ln in stream if ln.startswith("model name")), name
+            )
     except OSError:
         pass
     return f"{name}, {os.cpu_count()} cores"

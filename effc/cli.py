@@ -63,7 +63,13 @@ def terminal() -> Iterator[Terminal]:
         yield Terminal(None)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
     columns = (
@@ -79,8 +85,12 @@ def terminal() -> Iterator[Terminal]:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what each step did.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole traceback of an error.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what each step did.")
+    ] = False,
 ) -> None:
     """Compile a trained PyTorch model into a smaller, faster engine, and prove what that cost.
 
@@ -94,26 +104,52 @@ def options(
     logging.getLogger("effc").setLevel(level)
 
 
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout.")]
-Model = Annotated[str | None, typer.Option("--model", help="The model it was made from: directory or module:factory.")]
-Metric = Annotated[str | None, typer.Option("--metric", metavar="NAME:FILE", help="Task metric, such as sts:FILE.")]
-Calib = Annotated[str | None, typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Cores that an engine may use.")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="The model it was made from: directory or module:factory."),
+]
+Metric = Annotated[
+    str | None, typer.Option("--metric", metavar="NAME:FILE", help="Task metric, such as sts:FILE.")
+]
+Calib = Annotated[
+    str | None,
+    typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Cores that an engine may use.")
+]
 
 
 @app.command()
 def compile(
     model: Annotated[str, typer.Argument(help="Model directory, module:factory, or recipe.yaml.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
-    target: Annotated[list[str] | None, typer.Option("--target", help="ort or onnx; may be given again.")] = None,
-    quantize: Annotated[str, typer.Option("--quantize", help="int8, w8a16, w4a16, w4a8, w6a6 or none.")] = "none",
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="ort or onnx; may be given again.")
+    ] = None,
+    quantize: Annotated[
+        str, typer.Option("--quantize", help="int8, w8a16, w4a16, w4a8, w6a6 or none.")
+    ] = "none",
     calib: Calib = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="How many samples to calibrate on.")] = 128,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="How many samples to calibrate on.")
+    ] = 128,
     metric: Metric = None,
-    decisions: Annotated[Path | None, typer.Option("--decisions", help="Replay the ranges of an earlier compile.")] = None,
-    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Time the engine against the model.")] = True,
+    decisions: Annotated[
+        Path | None, typer.Option("--decisions", help="Replay the ranges of an earlier compile.")
+    ] = None,
+    bench: Annotated[
+        bool, typer.Option("--bench/--no-bench", help="Time the engine against the model.")
+    ] = True,
     threads: Threads = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6."),
+    ] = None,
     json_: Json = None,
 ) -> None:
     """Compile a model into a verified, timed, packaged engine.
@@ -177,11 +213,18 @@ def verify(
 def bench(
     out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
     model: Model = None,
-    against: Annotated[list[str] | None, typer.Option("--against", help="Another package or .onnx file to time too.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="Another package or .onnx file to time too."),
+    ] = None,
     calib: Calib = None,
     metric: Metric = None,
-    shapes: Annotated[str, typer.Option("--shapes", help="batch x length, comma separated.")] = "1x16,1x128,8x128",
-    budget: Annotated[float, typer.Option("--budget", min=0.1, help="Seconds a shape may take.")] = 10.0,
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="batch x length, comma separated.")
+    ] = "1x16,1x128,8x128",
+    budget: Annotated[
+        float, typer.Option("--budget", min=0.1, help="Seconds a shape may take.")
+    ] = 10.0,
     threads: Threads = None,
     json_: Json = None,
 ) -> None:
@@ -205,7 +248,9 @@ def bench(
 def inspect(
     model: Annotated[str, typer.Argument(help="A package, a model directory, or module:factory.")],
     target: Annotated[str, typer.Option("--target", help="Whose dialect to show.")] = "ort",
-    graph: Annotated[bool, typer.Option("--graph", help="Print the graph, one line per node.")] = False,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Print the graph, one line per node.")
+    ] = False,
     json_: Json = None,
 ) -> None:
     """Say what is in a package, or what effc would see in a model.

@@ -99,7 +99,10 @@ def from_flags(
 
     if quantize not in QUANTIZE_WORDS:
         raise UsageError(unknown("--quantize word", quantize, QUANTIZE_WORDS))
-    data: Json = {"source": guess(model), "targets": [target] if isinstance(target, str) else list(target)}
+    data: Json = {
+        "source": guess(model),
+        "targets": [target] if isinstance(target, str) else list(target),
+    }
     if calib is not None:
         data["calib"] = {"file": str(calib), "samples": samples}
     options = QUANTIZE_WORDS[quantize]
@@ -131,14 +134,19 @@ def run(
     with progress.stage("trace"):
         original = trace_source(source)
         _refuse_unsupported(original, recipe.targets)
-    program, records = original, []
+    program = original
+    records: list[PassRecord] = []
     lowered: list[Lowered] = []
     with package.staged(out) as stage:
         for target in recipe.targets:
-            program, records = rewrite(recipe, original, source, samples, target, decisions, progress)
+            program, records = rewrite(
+                recipe, original, source, samples, target, decisions, progress
+            )
             lowered += _lower(program, target, recipe, stage, progress)
         first = lowered[0]
-        threads = recipe.bench.threads if recipe.bench and recipe.bench.threads else default_threads()
+        threads = (
+            recipe.bench.threads if recipe.bench and recipe.bench.threads else default_threads()
+        )
         with progress.stage("verify"):
             lossy = any(r.effect == "lossy" and r.sites for r in records)
             drifts = {
@@ -169,7 +177,9 @@ def run(
 def default_threads() -> int:
     import os
 
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(
+        1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
 
 def trace_source(source: Source) -> Program:
@@ -223,7 +233,9 @@ def rewrite(
                     program,
                     samples if pass_.effect == "lossy" and recorded is None else None,
                     dialect=DIALECTS[target],
-                    probes=probes if pass_.effect == "exact" or recorded is not None else _probes(original, samples),
+                    probes=probes
+                    if pass_.effect == "exact" or recorded is not None
+                    else _probes(original, samples),
                     recorded=recorded,
                     progress=lambda _, done, step=step: step(done, total),  # type: ignore[misc]
                 )
@@ -287,11 +299,11 @@ def _cases(source: Source, samples: Samples, engine: Engine) -> list[tuple[str, 
     if fresh := samples.held_out():
         cases.append(("held out", [dict(b.inputs) for b in fresh]))
     lengths = (4, 32, 128) if samples.has_length() else (1,)
-    for batch in (1, 8):
+    for rows in (1, 8):
         for length in lengths:
-            feeds = samples.shaped(batch, length)
+            feeds = samples.shaped(rows, length)
             if fits(engine, feeds):
-                label = f"{batch}x{length}" if samples.has_length() else f"batch {batch}"
+                label = f"{rows}x{length}" if samples.has_length() else f"batch {rows}"
                 cases.append((label, [feeds]))
     padded = _padded(samples) if samples.has_length() else None
     if padded is not None and fits(engine, padded):
@@ -315,7 +327,10 @@ def fits(engine: Engine, feeds: Mapping[str, Any]) -> bool:
         shape = feeds[port.name].shape
         if len(shape) != len(port.shape):
             return False
-        if any(isinstance(want, int) and want != have for want, have in zip(port.shape, shape, strict=True)):
+        if any(
+            isinstance(want, int) and want != have
+            for want, have in zip(port.shape, shape, strict=True)
+        ):
             return False
     return True
 
@@ -387,7 +402,10 @@ class _Ports:
 
 
 def _bench_json(
-    timed: benchmark.BenchResult | None, drifts: Mapping[str, Json], metric: Json | None, stage: Path
+    timed: benchmark.BenchResult | None,
+    drifts: Mapping[str, Json],
+    metric: Json | None,
+    stage: Path,
 ) -> Json | None:
     """bench.json as it is published: shapes, outputs, metric, model_bytes and the circumstances."""
     if timed is None:
@@ -441,12 +459,21 @@ def _write(
     """Everything of the package but the manifest file; gives what the report and the manifest say."""
     if source.directory is not None:
         package.copy_files(source.directory, source.files, stage)
-    decisions = {f"{i}:{r.name}": r.decisions for i, r in enumerate(records[-len(recipe.passes) :])} if recipe.passes else {}
-    origins = {graph.role: {n: dataclasses.asdict(o) for n, o in graph.origins.items()} for graph in program}
+    decisions = (
+        {f"{i}:{r.name}": r.decisions for i, r in enumerate(records[-len(recipe.passes) :])}
+        if recipe.passes
+        else {}
+    )
+    origins = {
+        graph.role: {n: dataclasses.asdict(o) for n, o in graph.origins.items()}
+        for graph in program
+    }
     (stage / "decisions.json").write_text(package.dump(decisions), encoding="utf-8")
     (stage / "origins.json").write_text(package.dump(origins), encoding="utf-8")
     (stage / "recipe.yaml").write_text(recipe.portable(), encoding="utf-8")
-    (stage / "local.json").write_text(package.dump({"source": recipe.source.as_mapping()}), encoding="utf-8")
+    (stage / "local.json").write_text(
+        package.dump({"source": recipe.source.as_mapping()}), encoding="utf-8"
+    )
     engines = [_entry(low, stage) for low in lowered]
     passes = [
         {
@@ -499,5 +526,7 @@ def _entry(lowered: Lowered, stage: Path) -> Json:
         "requires": list(lowered.requires),
         "int8_sites": len(lowered.sites) - len(slow),
         "total_sites": len(lowered.sites),
-        "float_sites": [{"name": s.name, "op": s.op, "kernel": s.kernel, "reason": s.reason} for s in slow],
+        "float_sites": [
+            {"name": s.name, "op": s.op, "kernel": s.kernel, "reason": s.reason} for s in slow
+        ],
     }

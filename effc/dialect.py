@@ -1,4 +1,4 @@
-"""What one target wants from a quantised graph, as data: types, symmetry, placement, opset, with the reason beside each rule.
+"""What one target wants from a quantised graph, as data, with the reason beside each rule.
 
 A dialect is chosen before passes run, because a pass that optimises against a grid must know the grid. The tables
 live with the backends; passes see only this type.

@@ -80,7 +80,9 @@ def _worst(cases: Mapping[str, Json]) -> Json:
     return dict(next(iter(cases.values()), {}))
 
 
-def _open(out: Path, manifest: package.Manifest, model: str, calib: str | None, progress: Progress) -> Any:
+def _open(
+    out: Path, manifest: package.Manifest, model: str, calib: str | None, progress: Progress
+) -> Any:
     """Source, first engine, samples and traced graph of a package and the model it was made from."""
     from effc import compiler
     from effc.recipe import CalibSpec
@@ -120,7 +122,9 @@ def _lowered(out: Path, entry: package.EngineEntry) -> Any:
 
 
 def verify_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = [f"integrity  {found['files']} files as the manifest says, {found['model_bytes'] / 1e6:.1f} MB of model"]
+    lines = [
+        f"integrity  {found['files']} files as the manifest says, {found['model_bytes'] / 1e6:.1f} MB of model"
+    ]
     for label, outputs in found["cases"].items():
         for name, d in outputs.items():
             lines.append(
@@ -137,7 +141,12 @@ def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
     shapes = []
     for part in text.split(","):
         batch, _, length = part.strip().partition("x")
-        if not batch.isdigit() or not (length or "1").isdigit() or int(batch) < 1 or int(length or 1) < 1:
+        if (
+            not batch.isdigit()
+            or not (length or "1").isdigit()
+            or int(batch) < 1
+            or int(length or 1) < 1
+        ):
             raise UsageError(f"--shapes {part!r} is not BATCHxLENGTH", hint="--shapes 1x16,8x128")
         shapes.append((int(batch), int(length or 1)))
     return tuple(shapes)
@@ -182,7 +191,9 @@ def bench(
             measured = compiler.measure(source, original.only(), lowered, wanted, threads)
     spec = BenchSpec(shapes=tuple(shapes), threads=threads, budget_s=budget_s)
     with progress.stage("bench") as step:
-        timed = compiler.time_engine(source, original, lowered, samples, spec, threads, step, others)
+        timed = compiler.time_engine(
+            source, original, lowered, samples, spec, threads, step, others
+        )
     return {
         **timed.to_json(),
         "outputs": _worst(cases),
@@ -261,7 +272,9 @@ def inspect(model: str, *, target: str, graph: bool) -> Json:
 def inspect_lines(found: Mapping[str, Any]) -> list[str]:
     if "package" in found:
         manifest = found["package"]
-        lines = [f"{manifest['kind']} made from {manifest['source']['name']}, {found['bytes'] / 1e6:.1f} MB of model"]
+        lines = [
+            f"{manifest['kind']} made from {manifest['source']['name']}, {found['bytes'] / 1e6:.1f} MB of model"
+        ]
         for e in manifest["engines"]:
             lines.append(
                 f"{e['path']}: {e['target']}, opset {e['opset']}, {e['int8_sites']}/{e['total_sites']} sites in "
@@ -271,7 +284,9 @@ def inspect_lines(found: Mapping[str, Any]) -> list[str]:
                 for port in e[side]:
                     shape = ", ".join(str(s) for s in port["shape"])
                     lines.append(f"    {side[:-1]} {port['name']}: {port['dtype']} [{shape}]")
-            lines += [f"    float: {s['name']} ({s['kernel']}): {s['reason']}" for s in e["float_sites"]]
+            lines += [
+                f"    float: {s['name']} ({s['kernel']}): {s['reason']}" for s in e["float_sites"]
+            ]
         for p in manifest["passes"]:
             lines.append(f"{p['name']}: {p['sites']} sites, {p['effect']}")
         return lines
@@ -279,7 +294,9 @@ def inspect_lines(found: Mapping[str, Any]) -> list[str]:
     for rule, reason in found["reasons"].items():
         lines.append(f"{found['target']} {rule}: {_rule(found['dialect'].get(rule))} — {reason}")
     for role, r in found["roles"].items():
-        lines.append(f"graph {role}: {r['nodes']} nodes, {r['weight_bytes'] / 1e6:.1f} MB, {len(r['sites'])} sites")
+        lines.append(
+            f"graph {role}: {r['nodes']} nodes, {r['weight_bytes'] / 1e6:.1f} MB, {len(r['sites'])} sites"
+        )
         lines += [f"    {s['op']:10} {s['name']}" for s in r["sites"]]
         lines += [f"    unsupported {u['node']}: {u['reason']}" for u in r["unsupported"]]
         if "graph" in r:
@@ -304,7 +321,11 @@ def passes() -> Json:
         kind = PASSES[word]
         summary = (kind.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         options = {name: _default(value) for name, (_, value) in defaults_of(kind).items()}
-        found[word] = {"effect": kind.effect, "summary": " ".join(summary.split()), "options": options}
+        found[word] = {
+            "effect": kind.effect,
+            "summary": " ".join(summary.split()),
+            "options": options,
+        }
     return found
 
 
@@ -314,14 +335,32 @@ def _default(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
+FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
 
 
 def cpu_features() -> list[str]:
     """The instruction sets that decide which integer kernels are fast here."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            flags = next((ln.split(":", 1)[1].split() for ln in stream if ln.startswith(("flags", "Features"))), [])
+            flags = next(
+                (
+                    ln.split(":", 1)[1].split()
+                    for ln in stream
+                    if ln.startswith(("flags", "Features"))
+                ),
+                [],
+            )
     except OSError:
         return []
     return [name for name in FEATURES if name in flags]
@@ -331,8 +370,17 @@ def doctor() -> Json:
     """CPU, memory, versions, and every target with the line that installs it where it is missing."""
     from effc.backends import TARGETS
 
-    versions = {}
-    for name in ("effc", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "openvino"):
+    versions: dict[str, str | None] = {}
+    for name in (
+        "effc",
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "numpy",
+        "openvino",
+    ):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -364,8 +412,9 @@ def doctor_lines(found: Mapping[str, Any]) -> list[str]:
     fast = {"avx512_vnni", "avx_vnni", "asimddp", "i8mm", "amx_int8"} & set(found["features"])
     if not fast:
         lines.append("           no int8 dot product here: int8 engines may be slower than float")
-    lines += [f"{name:10} {number or 'not installed'}" for name, number in found["versions"].items()]
+    lines += [
+        f"{name:10} {number or 'not installed'}" for name, number in found["versions"].items()
+    ]
     for target, t in found["targets"].items():
         lines.append(f"target     {target}: {'available' if t['available'] else t['install']}")
     return lines
-

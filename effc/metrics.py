@@ -36,7 +36,9 @@ class Processor(Protocol):
     @property
     def max_length(self) -> int | None: ...
 
-    def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> dict[str, Array]: ...
+    def encode(
+        self, texts: Sequence[str], *, max_length: int | None = None
+    ) -> dict[str, Array]: ...
 
     def pool(self, hidden: Array, mask: Array) -> Array: ...
 
@@ -78,7 +80,9 @@ class SpearmanCosine:
         try:
             gold = np.array([float(r[2]) for r in rows])
         except (IndexError, ValueError) as error:
-            raise CalibrationError(f"{self.file} wants rows of sentence1,sentence2,score") from error
+            raise CalibrationError(
+                f"{self.file} wants rows of sentence1,sentence2,score"
+            ) from error
         left = embed(run, processor, [r[0] for r in rows])
         right = embed(run, processor, [r[1] for r in rows])
         lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
@@ -88,7 +92,9 @@ class SpearmanCosine:
         from scipy.stats import spearmanr
 
         chosen = slice(None) if index is None else index
-        return float(spearmanr(samples.columns["cosine"][chosen], samples.columns["gold"][chosen]).statistic)
+        return float(
+            spearmanr(samples.columns["cosine"][chosen], samples.columns["gold"][chosen]).statistic
+        )
 
 
 def embed(run: Run, processor: Any, texts: Sequence[str], size: int = 32) -> Array:
@@ -142,7 +148,9 @@ class F1:
         chosen = slice(None) if index is None else index
         predicted, gold = samples.columns["predicted"][chosen], samples.columns["gold"][chosen]
         scores = []
-        for label in np.unique(np.concatenate([samples.columns["gold"], samples.columns["predicted"]])):
+        for label in np.unique(
+            np.concatenate([samples.columns["gold"], samples.columns["predicted"]])
+        ):
             hits = float(((predicted == label) & (gold == label)).sum())
             total = float((predicted == label).sum() + (gold == label).sum())
             scores.append(2 * hits / total if total else 0.0)
@@ -157,7 +165,9 @@ def classify(run: Run, processor: Any, file: Path, size: int = 64) -> tuple[Arra
         if chunk[0].pixels is not None:
             feeds = processor.images(np.stack([r.pixels for r in chunk if r.pixels is not None]))
         elif chunk[0].arrays is not None:
-            feeds = {n: np.stack([(r.arrays or {})[n] for r in chunk]) for n in processor.input_names}
+            feeds = {
+                n: np.stack([(r.arrays or {})[n] for r in chunk]) for n in processor.input_names
+            }
         else:
             feeds = processor.encode([r.text or "" for r in chunk])
         outputs = run(feeds)
@@ -197,8 +207,10 @@ def _chunks(records: Iterator[data.Record], size: int) -> Iterator[list[data.Rec
 def _csv(file: Path, delimiter: str = ",") -> Iterator[list[str]]:
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt", encoding="utf-8", newline="") as stream:
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        yield from csv.reader(stream, delimiter=delimiter, quoting=quoting)
+        if delimiter == "\t":
+            yield from csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            yield from csv.reader(stream)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +283,9 @@ def parse(word: str) -> Any:
     kind = METRICS[name]
     path = Path(file)
     if not file or not path.exists():
-        raise CalibrationError(f"metric {name}: there is no file {file or '(none given)'}", hint="NAME:FILE")
+        raise CalibrationError(
+            f"metric {name}: there is no file {file or '(none given)'}", hint="NAME:FILE"
+        )
     return kind(file=path)
 
 

@@ -126,7 +126,9 @@ def staged(out: Path) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{out.name}-", dir=out.parent))
         os.chmod(stage, 0o755)
     except OSError as error:
-        raise PackageError(f"{out} cannot be written: {error.strerror}", hint="choose another -o") from error
+        raise PackageError(
+            f"{out} cannot be written: {error.strerror}", hint="choose another -o"
+        ) from error
     try:
         yield stage
         if not (stage / MANIFEST).is_file():
@@ -136,7 +138,8 @@ def staged(out: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise PackageError(
-                f"no room for {out}: {error.strerror}", hint="free some disk space, the old output is untouched"
+                f"no room for {out}: {error.strerror}",
+                hint="free some disk space, the old output is untouched",
             ) from error
         raise PackageError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
@@ -225,7 +228,8 @@ def read(out: Path) -> Manifest:
     found = content.get("schema") if isinstance(content, dict) else None
     if found != SCHEMA:
         raise PackageError(
-            f"{file} has schema {found!r}; this effc reads {SCHEMA}", hint="use the effc that wrote it"
+            f"{file} has schema {found!r}; this effc reads {SCHEMA}",
+            hint="use the effc that wrote it",
         )
     try:
         return TypeAdapter(Manifest).validate_python(content)
@@ -256,7 +260,9 @@ def check(out: Path) -> list[str]:
     return found
 
 
-def engine_dir(stage: Path, role: str, target: str, roles: Sequence[str], targets: Sequence[str]) -> Path:
+def engine_dir(
+    stage: Path, role: str, target: str, roles: Sequence[str], targets: Sequence[str]
+) -> Path:
     """`[TARGET/][ROLE/]`, a level left out where it has one member."""
     place = stage
     if len(targets) > 1:
@@ -272,4 +278,8 @@ def schema() -> dict[str, Any]:
 
     made = TypeAdapter(Manifest).json_schema()
     made["properties"]["schema"] = {"const": SCHEMA}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "effc manifest"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **made,
+        "title": "effc manifest",
+    }

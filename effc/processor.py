@@ -62,7 +62,9 @@ class Pooling:
 class Processor:
     """A model directory's tokenizer, picture settings and pooling, loaded when first needed."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], inputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any], inputs: Sequence[str] = ()
+    ) -> None:
         self.directory, self.config = directory, config
         self.input_names = tuple(inputs)
         self.kind = kind_of(config)
@@ -153,7 +155,9 @@ class Processor:
         if array.shape[-1] == 1 and channels > 1:
             array = np.repeat(array, channels, axis=-1)
         if array.shape[-1] != channels:
-            raise CalibrationError(f"pictures have {array.shape[-1]} channels, the model takes {channels}")
+            raise CalibrationError(
+                f"pictures have {array.shape[-1]} channels, the model takes {channels}"
+            )
         values = torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2)
         size = self.image_size()
         if tuple(values.shape[2:]) != size:
@@ -179,9 +183,11 @@ class Processor:
             settings = self._image_settings()
             size = settings.get("crop_size") or settings.get("size") or 224
         if isinstance(size, Mapping):
-            edge = size.get("shortest_edge")
+            edge: Any = size.get("shortest_edge")
             return int(size.get("height") or edge), int(size.get("width") or edge)
-        return (int(size[0]), int(size[1])) if isinstance(size, Sequence) else (int(size), int(size))
+        return (
+            (int(size[0]), int(size[1])) if isinstance(size, Sequence) else (int(size), int(size))
+        )
 
     def batches(
         self, records: Iterable[Record], *, size: int = 16, max_length: int | None = None
@@ -201,7 +207,9 @@ class Processor:
         if first.arrays is not None:
             return stack(records)
         if first.pixels is not None:
-            return Batch(inputs=self.images(np.stack([r.pixels for r in records if r.pixels is not None])))
+            return Batch(
+                inputs=self.images(np.stack([r.pixels for r in records if r.pixels is not None]))
+            )
         if "input_ids" not in self.input_names:
             raise CalibrationError(
                 "the samples are text but the model takes " + ", ".join(self.input_names),

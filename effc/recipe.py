@@ -93,7 +93,9 @@ class Recipe:
         data = yaml.safe_load(self.text)
         for section, keys in (("source", ("transformers", "python")), ("calib", ("file",))):
             for key in keys:
-                value = data.get(section, {}).get(key) if isinstance(data.get(section), dict) else None
+                value = (
+                    data.get(section, {}).get(key) if isinstance(data.get(section), dict) else None
+                )
                 if isinstance(value, str):
                     data[section][key] = Path(value).name
         metric = self.metric
@@ -104,7 +106,17 @@ class Recipe:
         return canonical({k: v for k, v in data.items() if v not in ([], None)})
 
 
-_SECTIONS = ("effc", "source", "calib", "passes", "targets", "metric", "bench", "canonicalize", "plugins")
+_SECTIONS = (
+    "effc",
+    "source",
+    "calib",
+    "passes",
+    "targets",
+    "metric",
+    "bench",
+    "canonicalize",
+    "plugins",
+)
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -126,7 +138,9 @@ def parse(
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}{line} is not YAML: {getattr(error, 'problem', error)}") from error
+        raise RecipeError(
+            f"{name}{line} is not YAML: {getattr(error, 'problem', error)}"
+        ) from error
     if not isinstance(data, dict):
         raise RecipeError(f"{name} is not a mapping of sections", hint="see docs/recipes.md")
     for override in overrides:
@@ -169,7 +183,9 @@ class _Reader:
     def recipe(self, data: dict[str, Any]) -> Recipe:
         self._known(data, _SECTIONS, ())
         if data.get("effc", VERSION) != VERSION:
-            raise self._error(("effc",), f"this is a recipe of version {data['effc']!r}; effc reads {VERSION}")
+            raise self._error(
+                ("effc",), f"this is a recipe of version {data['effc']!r}; effc reads {VERSION}"
+            )
         if "source" not in data:
             raise self._error((), "a recipe needs a source", hint="source: {transformers: DIR}")
         plugins = self._strings(data.get("plugins", []), "plugins")
@@ -179,8 +195,12 @@ class _Reader:
         metric = self._metric(data.get("metric"))
         recipe = Recipe(
             source=self._section(SourceSpec, data["source"], ("source",)),
-            calib=self._section(CalibSpec, data["calib"], ("calib",)) if data.get("calib") else None,
-            passes=tuple(self._pass(p, i) for i, p in enumerate(self._list(data.get("passes"), "passes"))),
+            calib=self._section(CalibSpec, data["calib"], ("calib",))
+            if data.get("calib")
+            else None,
+            passes=tuple(
+                self._pass(p, i) for i, p in enumerate(self._list(data.get("passes"), "passes"))
+            ),
             targets=self._targets(data.get("targets", ["ort"])),
             metric=metric,
             bench=self._bench(data),
@@ -210,7 +230,9 @@ class _Reader:
         value = data.get("bench", {})
         if value is False or value is None:
             return None
-        return self._section(BenchSpec, value, ("bench",))
+        made = self._section(BenchSpec, value, ("bench",))
+        assert isinstance(made, BenchSpec)
+        return made
 
     def _targets(self, value: Any) -> tuple[str, ...]:
         words = [value] if isinstance(value, str) else value
@@ -229,7 +251,9 @@ class _Reader:
             return f"{name}:{file}"
         if isinstance(value, str) and ":" in value:
             return value
-        raise self._error(("metric",), "a metric is one NAME: FILE", hint="metric: {accuracy: FILE}")
+        raise self._error(
+            ("metric",), "a metric is one NAME: FILE", hint="metric: {accuracy: FILE}"
+        )
 
     def _pass(self, value: Any, index: int) -> Pass:
         place = ("passes", index)
@@ -245,7 +269,9 @@ class _Reader:
         assert isinstance(made, Pass)
         return made
 
-    def _section(self, kind: type[Any], value: Any, place: tuple[Any, ...], suffix: str = "") -> Any:
+    def _section(
+        self, kind: type[Any], value: Any, place: tuple[Any, ...], suffix: str = ""
+    ) -> Any:
         if not isinstance(value, dict):
             raise self._error(place, f"{_dotted(place)} is a mapping, not {value!r}")
         self._known(value, [f.name for f in dataclasses.fields(kind) if f.init], place)
@@ -256,7 +282,9 @@ class _Reader:
             where = (*place, *[p for p in first["loc"] if not _is_type_word(p)])
             raise self._error(where, _plain(first), suffix=suffix) from error
 
-    def _known(self, value: Mapping[Any, Any], known: Sequence[str], place: tuple[Any, ...]) -> None:
+    def _known(
+        self, value: Mapping[Any, Any], known: Sequence[str], place: tuple[Any, ...]
+    ) -> None:
         for key in value:
             if key not in known:
                 raise self._error((*place, key), unknown("key", str(key), known), key=True)
@@ -301,7 +329,13 @@ class _Reader:
         return str(self.base / path)
 
     def _error(
-        self, place: tuple[Any, ...], what: str, *, hint: str | None = None, suffix: str = "", key: bool = False
+        self,
+        place: tuple[Any, ...],
+        what: str,
+        *,
+        hint: str | None = None,
+        suffix: str = "",
+        key: bool = False,
     ) -> RecipeError:
         line = self._line(place, key=key)
         where = f"line {line} of {self.name}" if line else self.name
@@ -320,7 +354,11 @@ class _Reader:
                 for name, value in node.value:
                     if name.value == str(part):
                         found, line = value, name.start_mark.line + 1
-            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            elif (
+                isinstance(node, yaml.SequenceNode)
+                and isinstance(part, int)
+                and part < len(node.value)
+            ):
                 found = node.value[part]
                 line = found.start_mark.line + 1
             if found is None:
@@ -401,7 +439,9 @@ def _dotted(place: Sequence[Any]) -> str:
 
 def _is_type_word(part: Any) -> bool:
     """Whether a step of pydantic's path names a branch of a union rather than a key."""
-    return isinstance(part, str) and (part in ("str", "int", "float", "bool", "none") or "[" in part or "(" in part)
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "bool", "none") or "[" in part or "(" in part
+    )
 
 
 def _plain(error: Any) -> str:

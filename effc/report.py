@@ -27,7 +27,13 @@ def write(stage: Path, content: Mapping[str, Any]) -> None:
 
 def text(content: Mapping[str, Any]) -> str:
     """The whole report as plain text."""
-    lines = [*_size(content), *_sites(content), *_drift(content), *_metric(content), *_bench(content)]
+    lines = [
+        *_size(content),
+        *_sites(content),
+        *_drift(content),
+        *_metric(content),
+        *_bench(content),
+    ]
     return "\n".join(lines)
 
 
@@ -80,13 +86,17 @@ def bench_lines(bench: Mapping[str, Any]) -> list[str]:
     lines = []
     for s in bench["shapes"]:
         against = ", ".join(f"{n} {a['ms']:.2f}" for n, a in sorted(s.get("against", {}).items()))
-        lines.append(f"bench     {shape_word(s)}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}")
+        lines.append(
+            f"bench     {shape_word(s)}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}"
+        )
     lines.append(f"          {bench['threads']} threads, {bench['cpu']}")
     return lines
 
 
 def shape_word(shape: Mapping[str, Any]) -> str:
-    return f"{shape['batch']}x{shape['length']}" if shape.get("length") else f"batch {shape['batch']}"
+    return (
+        f"{shape['batch']}x{shape['length']}" if shape.get("length") else f"batch {shape['batch']}"
+    )
 
 
 def ratio_word(s: Mapping[str, Any]) -> str:

@@ -56,7 +56,9 @@ class Samples:
             array = example.numpy()
             axes = dims.get(name, {0: "batch"} if array.ndim else {})
             for axis, word in axes.items():
-                size = batch if word == "batch" else length if word in LENGTHS else array.shape[axis]
+                size = (
+                    batch if word == "batch" else length if word in LENGTHS else array.shape[axis]
+                )
                 array = np.take(array, np.arange(size) % array.shape[axis], axis=axis)
             if name == "input_ids" and array.ndim == 2:
                 array = np.resize(self.tokens(), array.shape).astype(array.dtype)
@@ -65,7 +67,9 @@ class Samples:
 
     def has_length(self) -> bool:
         dims = self.source.dims
-        return any(w in LENGTHS for role in dims.values() for a in role.values() for w in a.values())
+        return any(
+            w in LENGTHS for role in dims.values() for a in role.values() for w in a.values()
+        )
 
     def tokens(self) -> Array:
         """Real token ids in the order of the calibration text; the example's where there is none."""
@@ -74,7 +78,10 @@ class Samples:
             rows = [self.source.inputs[role]["input_ids"].numpy().reshape(-1)]
             first = list(itertools.islice(self(role), 8)) if self.spec is not None else []
             if first and "input_ids" in first[0].inputs:
-                masks = [b.inputs.get("attention_mask", np.ones_like(b.inputs["input_ids"])) for b in first]
+                masks = [
+                    b.inputs.get("attention_mask", np.ones_like(b.inputs["input_ids"]))
+                    for b in first
+                ]
                 rows = [b.inputs["input_ids"][m > 0] for b, m in zip(first, masks, strict=True)]
             self._tokens = np.concatenate(rows)
         return self._tokens
@@ -96,7 +103,9 @@ class Samples:
         assert self.spec is not None
         processor = self.source.processor
         if processor is not None:
-            yield from processor.batches(records, size=self.spec.batch, max_length=self.spec.max_length)
+            yield from processor.batches(
+                records, size=self.spec.batch, max_length=self.spec.max_length
+            )
             return
         records = iter(records)
         while chunk := list(itertools.islice(records, self.spec.batch)):
@@ -118,7 +127,9 @@ class Samples:
 
 def _arrays(item: Mapping[str, Any]) -> dict[str, Array]:
     if not isinstance(item, Mapping):
-        raise CalibrationError(f"a calibration batch is a mapping of arrays, not {type(item).__name__}")
+        raise CalibrationError(
+            f"a calibration batch is a mapping of arrays, not {type(item).__name__}"
+        )
     return {name: np.asarray(value) for name, value in item.items()}
 
 

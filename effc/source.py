@@ -172,7 +172,9 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, bool]
     """The model in evaluation mode, and whether its pooler came without weights."""
     names = config.get("architectures") or []
     if not names:
-        raise SourceError(f"{path}/config.json names no architectures", hint="add the class to load")
+        raise SourceError(
+            f"{path}/config.json names no architectures", hint="add the class to load"
+        )
     if not any(path.glob("*.safetensors")):
         pickles = [p.name for pattern in _PICKLES for p in sorted(path.glob(pattern))]
         if pickles:
@@ -180,7 +182,9 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, bool]
                 f"{path} has its weights only as pickle ({pickles[0]}), which can run code when read",
                 hint="convert it where you trust it: model.save_pretrained(DIR, safe_serialization=True)",
             )
-        raise SourceError(f"{path} has no weights (*.safetensors)", hint="put model.safetensors there")
+        raise SourceError(
+            f"{path} has no weights (*.safetensors)", hint="put model.safetensors there"
+        )
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -308,7 +312,8 @@ def from_factory(word: str, options: Mapping[str, Any] | None = None) -> Source:
         made = _plain_source(*made)
     if not isinstance(made, Source):
         raise SourceError(
-            f"{word} returned {type(made).__name__}", hint="return effc.Source(...) or (module, inputs)"
+            f"{word} returned {type(made).__name__}",
+            hint="return effc.Source(...) or (module, inputs)",
         )
     for model in made.modules.values():
         check_finite(model)

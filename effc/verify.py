@@ -48,7 +48,9 @@ class _Sums:
         self.norm += float((x**2).sum())
         lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
         dots = (x * y).sum(axis=1)
-        same = np.where(lengths > 0, dots / np.where(lengths > 0, lengths, 1.0), (x == y).all(axis=1))
+        same = np.where(
+            lengths > 0, dots / np.where(lengths > 0, lengths, 1.0), (x == y).all(axis=1)
+        )
         self.cosine += float(same.sum())
         self.n += len(x)
 
@@ -117,7 +119,9 @@ def _valid(value: Array, mask: Array | None) -> Array:
     return value.reshape(len(value), -1) if value.ndim else value.reshape(1, 1)
 
 
-def invariance(run: Run, alone: Sequence[Mapping[str, Array]], together: Mapping[str, Array]) -> float:
+def invariance(
+    run: Run, alone: Sequence[Mapping[str, Array]], together: Mapping[str, Array]
+) -> float:
     """Largest difference between a sample's outputs by itself and as a row of a padded batch.
 
     `alone[i]` holds the sample of row i without padding.

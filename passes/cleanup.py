@@ -28,7 +28,11 @@ class DropNoops(Pass):
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         changed = 0
         for node in list(graph.nodes):
-            if op_name(node) in ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range"):
+            if op_name(node) in (
+                "_assert_tensor_metadata",
+                "_assert_scalar",
+                "sym_constrain_range",
+            ):
                 graph.fx.erase_node(node)
                 changed += 1
             elif _is_noop(node):
@@ -59,13 +63,13 @@ def _is_noop(node: fx.Node) -> bool:
         case "to" | "_to_copy" | "detach" | "alias" | "lift_fresh_copy":
             return same_type  # not `contiguous` or `clone`: a later `view` may need the layout that they make
         case "add" | "sub":
-            return same_type and node.args[1] == 0 and not node.kwargs
+            return same_type and node.args[1] in (0, 0.0) and not node.kwargs
         case "mul" | "div":
-            return same_type and node.args[1] == 1 and not node.kwargs
+            return same_type and node.args[1] in (1, 1.0) and not node.kwargs
         case "slice":
             start, end = (*node.args[2:4], None, None)[:2]
             step = node.args[4] if len(node.args) > 4 else 1
-            return start in (0, None) and end in (_INT_MAX, None) and step == 1
+            return start in (0, None) and end in (_INT_MAX, None) and step in (1,)
         case "expand" | "view" | "reshape" | "_unsafe_view":
             return same_type and _same_shape(before, after)
     return False

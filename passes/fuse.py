@@ -111,8 +111,11 @@ def _product(graph: Graph, node: fx.Node) -> tuple[Any, fx.Node, Any] | None:
     value = weight.meta["val"]
     if not is_constant(graph, weight) or value.dim() != 2 or not value.is_floating_point():
         return None
-    if bias is not None and not (is_constant(graph, bias) and bias.meta["val"].dim() == 1):
-        return None
+    if bias is not None:
+        if not isinstance(bias, fx.Node) or not is_constant(graph, bias):
+            return None
+        if bias.meta["val"].dim() != 1:
+            return None
     return x, weight, bias
 
 

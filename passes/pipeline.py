@@ -146,8 +146,10 @@ def _rewrite(pass_: Pass, graph: Graph, stats: Stats) -> int:
     return sites
 
 
-def _fingerprint(graph: Graph) -> list[tuple[str, Any, Any]]:
-    return [(n.name, n.target, n.args) for n in graph.fx.nodes]
+def _fingerprint(graph: Graph) -> Any:
+    """What an edit of any kind would change: calls, their arguments, and which tensor each name stands for."""
+    calls = [(n.name, n.target, n.args, dict(n.kwargs)) for n in graph.fx.nodes]
+    return calls, {name: tensor.data_ptr() for name, tensor in graph.tensors().items()}
 
 
 def _nodes(program: Program) -> int:

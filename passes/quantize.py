@@ -114,10 +114,18 @@ class Quantize(Pass):
                 continue
             value = node.args[0]
             assert isinstance(value, fx.Node)
-            yield Probe(key=f"{graph.role}/{_value_key(names, value)}", node=value, collector=self._collector())
+            yield Probe(
+                key=f"{graph.role}/{_value_key(names, value)}",
+                node=value,
+                collector=self._collector(),
+            )
             if op_name(node).startswith("conv") and self.conv_output:
                 end = _behind(node)
-                yield Probe(key=f"{graph.role}/{_value_key(names, end)}", node=end, collector=self._collector())
+                yield Probe(
+                    key=f"{graph.role}/{_value_key(names, end)}",
+                    node=end,
+                    collector=self._collector(),
+                )
 
     def _collector(self) -> Any:
         kind = COLLECTORS[self.range]
@@ -151,15 +159,14 @@ def _fits(graph: Graph, node: fx.Node, floor: float) -> bool:
         return False
     if op_name(node) == "embedding":
         shared = any(op_name(user) != "embedding" for user in weight.users)
-        return shared or value.numel() * value.element_size() >= floor
-    return value.dim() >= 2
+        return shared or bool(value.numel() * value.element_size() >= floor)
+    return bool(value.dim() >= 2)
 
 
 def _weight(node: fx.Node) -> fx.Node:
     place = 0 if op_name(node) == "embedding" else 1
     weight = node.args[place]
-    assert isinstance(weight, fx.Node) or weight is None
-    return weight
+    return weight  # type: ignore[return-value]  # `_fits` has seen to it that a site's is a node
 
 
 def _behind(conv: fx.Node) -> fx.Node:
@@ -171,9 +178,7 @@ def _behind(conv: fx.Node) -> fx.Node:
     return conv
 
 
-def _weight_schemes(
-    pass_: Quantize, graph: Graph, sites: list[fx.Node]
-) -> dict[fx.Node, Scheme]:
+def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict[fx.Node, Scheme]:
     """One scheme per weight. A table that is looked up stays in 8 bit per row, whoever else reads it."""
     looked_up = {_weight(n) for n in sites if op_name(n) == "embedding"}
     schemes = {}
@@ -243,6 +248,7 @@ class _Work:
         scales = insert(self.graph, site, aten.embedding.default, (column, indices, *rest))
         wide = insert(self.graph, site, aten.to.dtype, (rows, torch.float32))
         result = insert(self.graph, site, aten.mul.Tensor, (wide, scales))
+        self.names[result] = self.names[site]  # ranges were measured under this name
         replace(self.graph, site, result)
 
     def layer(self, site: fx.Node, weight: _Quantized) -> None:
@@ -266,13 +272,22 @@ class _Work:
         bias = site.args[2] if len(site.args) > 2 else None
         dequantized = site.args[0]
         assert isinstance(dequantized, fx.Node)
-        if isinstance(bias, fx.Node) and self.options.conv_bias_int32 and is_constant(self.graph, bias):
+        if (
+            isinstance(bias, fx.Node)
+            and self.options.conv_bias_int32
+            and is_constant(self.graph, bias)
+        ):
             step = self.grids[dequantized][0] * weight.scales.double()
             name = tensor_name(self.graph, bias) or ""
             origin = self.graph.origins[name]
             codes = torch.round(tensor_of(self.graph, bias).double() / step)
             codes = codes.clamp(-(2**31), 2**31 - 1).to(torch.int32)
-            lifted = lift(self.graph, f"{name}_int32", codes, Origin(origin.source, (*origin.transforms, "int32")))
+            lifted = lift(
+                self.graph,
+                f"{name}_int32",
+                codes,
+                Origin(origin.source, (*origin.transforms, "int32")),
+            )
             scale = lift(self.graph, f"{name}_scale", step.float(), origin)
             zero = lift(self.graph, f"{name}_zero_point", torch.zeros_like(codes), origin)
             site.update_arg(2, insert(self.graph, site, DEQUANTIZE, (lifted, scale, zero, 0, 0)))
@@ -286,9 +301,9 @@ class _Work:
                 reader.replace_input_with(end, pair)
             self.values[end] = pair
             if end is not site and self._clamps(end, *self.grids[pair]):
-                codes = pair.args[0]
-                assert isinstance(codes, fx.Node)
-                codes.update_arg(0, site)
+                quantized = pair.args[0]
+                assert isinstance(quantized, fx.Node)
+                quantized.update_arg(0, site)
 
     def _clamps(self, activation: fx.Node, step: float, zero_point: int) -> bool:
         """Whether the grid behind an activation cuts exactly where the activation does, which then is not needed."""
@@ -304,7 +319,9 @@ class _Work:
                 return low >= least and high <= most + step / 2
         return False
 
-    def _pair(self, value: fx.Node, *, before: fx.Node | None = None, after: fx.Node | None = None) -> fx.Node:
+    def _pair(
+        self, value: fx.Node, *, before: fx.Node | None = None, after: fx.Node | None = None
+    ) -> fx.Node:
         """`dequantize(quantize(value))`, its grid decided once."""
         scheme = self.options._activation
         key = f"{self.graph.role}/{_value_key(self.names, value)}"

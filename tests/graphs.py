@@ -5,7 +5,7 @@
         ...
     ''')
 
-Run with EFFC_ACCEPT=1 to write the graph that is there into the test; read the change before you keep it.
+EFFC_ACCEPT=1 writes the graph that is there into the test; read the change before you keep it.
 """
 
 import difflib

@@ -25,9 +25,7 @@ class Drift:
         )
 
 
-def drift(
-    a: Mapping[str, Tensor], b: Mapping[str, Tensor], mask: Tensor | None = None
-) -> Drift:
+def drift(a: Mapping[str, Tensor], b: Mapping[str, Tensor], mask: Tensor | None = None) -> Drift:
     """The worst drift over outputs of the same name. A NaN on one side only counts as infinite.
 
     `mask` [batch, length] leaves out padded positions of outputs that have these two axes: nobody reads them.
@@ -57,7 +55,9 @@ def problems(graph: Graph) -> list[str]:
     specs = exported.graph_signature.input_specs
     named = [s.arg.name for s in specs if isinstance(s.arg, TensorArgument)]
     found += [f"input {n} has no place in the signature" for n in placeholders if n not in named]
-    found += [f"signature names {n}, which is not in the graph" for n in named if n not in placeholders]
+    found += [
+        f"signature names {n}, which is not in the graph" for n in named if n not in placeholders
+    ]
     for spec in specs:
         if spec.kind not in LIFTED:
             continue

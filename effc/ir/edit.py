@@ -116,7 +116,7 @@ def _fake_run(graph: Graph, node: fx.Node) -> Any:
     def value(argument: Any) -> Any:
         return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
-    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)  # type: ignore[arg-type]
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
     assert callable(node.target)
     mode = fake_mode(graph)
     with mode, _no_new_guards(mode), torch.no_grad():

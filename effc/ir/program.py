@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node
 
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -40,15 +42,16 @@ class Graph:
     origins: dict[str, Origin] = field(default_factory=dict)
 
     @property
-    def fx(self) -> fx.Graph:
-        return self.exported.graph
+    def fx(self) -> FxGraph:
+        graph: FxGraph = self.exported.graph
+        return graph
 
     @property
-    def nodes(self) -> Iterator[fx.Node]:
+    def nodes(self) -> Iterator[Node]:
         """Call nodes in order of execution; safe against edits made while walking."""
         return iter([n for n in self.fx.nodes if n.op == "call_function"])
 
-    def placeholders(self) -> dict[str, fx.Node]:
+    def placeholders(self) -> dict[str, Node]:
         return {n.name: n for n in self.fx.nodes if n.op == "placeholder"}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -102,7 +105,7 @@ class Graph:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch copies its own deprecated types
             calls = copy.deepcopy(old.module_call_graph)
-        module = fx.GraphModule(old.graph_module, copy.deepcopy(old.graph))
+        module = GraphModule(old.graph_module, copy.deepcopy(old.graph))
         for mine, theirs in zip(module.graph.nodes, old.graph.nodes, strict=True):
             if mine.name != theirs.name:
                 mine.name = theirs.name  # fx renames nodes that shadow builtins, such as `input`

@@ -28,7 +28,9 @@ def splice(
     """
     examples = [_example(node.meta["val"]) for node in inputs]
     dims = {
-        word: {a: f"d{a}" for a, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)}
+        word: {
+            a: f"d{a}" for a, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)
+        }
         for word, node in zip(_input_names(len(inputs)), inputs, strict=True)
     }
     wrapped = _Positional(copy.deepcopy(module))

@@ -58,14 +58,18 @@ def _rows(weight: Tensor, scheme: Scheme) -> Tensor:
     """The weight with everything that shares a scale along the last axis."""
     if scheme.group:
         if weight.dim() != 2 or weight.shape[-1] % scheme.group:
-            raise ValueError(f"{list(weight.shape)} has no whole groups of {scheme.group} in its last axis")
+            raise ValueError(
+                f"{list(weight.shape)} has no whole groups of {scheme.group} in its last axis"
+            )
         return weight.reshape(weight.shape[0], -1, scheme.group)
     if scheme.axis is None:
         return weight.reshape(-1)
     return weight.movedim(scheme.axis, 0).flatten(1)
 
 
-def _least_squares(rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _least_squares(
+    rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme
+) -> tuple[Tensor, Tensor]:
     """Per row, the clip in `SHRINK` with the least squared error; memory stays at one chunk of rows."""
     shape = low.shape
     flat = rows.reshape(-1, rows.shape[-1])
@@ -80,7 +84,9 @@ def _least_squares(rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> t
             codes = torch.clamp(
                 torch.round(flat[part] / scale[:, None]) + zero[:, None], scheme.low, scheme.high
             )
-            error = ((codes - zero[:, None]) * scale[:, None] - flat[part]).double().square().sum(-1)
+            error = (
+                ((codes - zero[:, None]) * scale[:, None] - flat[part]).double().square().sum(-1)
+            )
             better = error < least
             least = torch.where(better, error, least)
             best[part] = torch.where(better, torch.full_like(least, share), best[part])

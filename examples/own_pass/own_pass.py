@@ -1,6 +1,6 @@
 """A pass of one's own: `linear(x) * number` becomes one linear layer with a scaled weight and bias.
 
-    s · (W x + b)  =  (s W) x + s b
+s · (W x + b)  =  (s W) x + s b
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """A pass of one's own, used from Python and from a recipe: the graph before, the graph after, and how far they differ.
 
-    python examples/own_pass/run.py [--smoke] [--json FILE]
+python examples/own_pass/run.py [--smoke] [--json FILE]
 """
 
 from __future__ import annotations
@@ -51,15 +51,21 @@ def from_a_recipe() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="effc-") as scratch:
         report = Path(scratch) / "report.json"
         command = [sys.executable, "-m", "effc", "compile", "recipe.yaml", "-o", f"{scratch}/OUT"]
-        subprocess.run([*command, "--json", str(report)], cwd=HERE, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "--json", str(report)], cwd=HERE, check=True, stdout=subprocess.DEVNULL
+        )
         made = json.loads(report.read_text(encoding="utf-8"))
     sites = {entry["name"]: entry["sites"] for entry in made["passes"]}
-    worst = max(d["max_abs"] for outputs in made["verify"]["ort"].values() for d in outputs.values())
+    worst = max(
+        d["max_abs"] for outputs in made["verify"]["ort"].values() for d in outputs.values()
+    )
     return {"sites": sites["fold-scale"], "max_abs": worst, "model_bytes": made["model_bytes"]}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A pass of one's own, from Python and from a recipe.")
+    parser = argparse.ArgumentParser(
+        description="A pass of one's own, from Python and from a recipe."
+    )
     parser.add_argument("--smoke", action="store_true", help="fewer random inputs")
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
     given = parser.parse_args()
@@ -69,10 +75,14 @@ def main() -> int:
     print(found["record"])
     print(f"largest difference over {found['data']['n']} inputs: {found['max_abs']:.2g}")
     found["recipe"] = from_a_recipe()
-    print(f"from the recipe: {found['recipe']['sites']} sites, engine off by {found['recipe']['max_abs']:.2g} at most")
+    print(
+        f"from the recipe: {found['recipe']['sites']} sites, engine off by {found['recipe']['max_abs']:.2g} at most"
+    )
     content = {"example": "own_pass", "smoke": given.smoke, **found}
     if given.json:
-        Path(given.json).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        Path(given.json).write_text(
+            json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
     return 0
 
 

@@ -91,7 +91,7 @@ def test_rebind_to_another_shape_is_seen_after_a_refresh(program):
 
 
 def test_rebind_knows_its_tensors(program):
-    with pytest.raises(KeyError, match="no tensor 'fc.wieght'"):
+    with pytest.raises(KeyError, match=r"no tensor 'fc\.wieght'"):
         rebind(program.only(), "fc.wieght", torch.ones(2), "typo")
 
 

@@ -84,8 +84,16 @@ def with_statistics(norm):
 
 LAYERS = {
     "conv2d": (lambda: nn.Conv2d(3, 5, 3), lambda: nn.BatchNorm2d(5), (2, 3, 8, 8)),
-    "conv2d without bias": (lambda: nn.Conv2d(3, 5, 3, bias=False), lambda: nn.BatchNorm2d(5), (2, 3, 8, 8)),
-    "grouped conv2d": (lambda: nn.Conv2d(4, 8, 3, groups=4), lambda: nn.BatchNorm2d(8), (2, 4, 8, 8)),
+    "conv2d without bias": (
+        lambda: nn.Conv2d(3, 5, 3, bias=False),
+        lambda: nn.BatchNorm2d(5),
+        (2, 3, 8, 8),
+    ),
+    "grouped conv2d": (
+        lambda: nn.Conv2d(4, 8, 3, groups=4),
+        lambda: nn.BatchNorm2d(8),
+        (2, 4, 8, 8),
+    ),
     "conv1d": (lambda: nn.Conv1d(3, 5, 3), lambda: nn.BatchNorm1d(5), (2, 3, 8)),
     "linear": (lambda: nn.Linear(4, 6), lambda: nn.BatchNorm1d(6), (3, 4)),
 }
@@ -106,7 +114,9 @@ def test_batch_norm_is_folded_as_float64_would_compute_it(layer):
 
 
 def test_the_folded_tensors_remember_where_they_come_from():
-    model = nn.Sequential(nn.Conv2d(3, 5, 1, bias=False), with_statistics(nn.BatchNorm2d(5)), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 1, bias=False), with_statistics(nn.BatchNorm2d(5)), nn.ReLU()
+    )
     x = normal(2, 3, 4, 4)
     program = effc.trace(model.eval(), x)
     effc.apply(FoldBatchNorm(), program, probes={"main": [{"input": x}]})

@@ -76,7 +76,9 @@ def probes(*shape):
 
 def test_an_exact_pass_that_lies_is_caught_and_undone(program):
     before = effc.show(program)
-    with pytest.raises(PostconditionError, match="drop-relu is exact but moved the outputs by 0"):
+    with pytest.raises(
+        PostconditionError, match=r"drop-relu is exact but moved the outputs by [0-9.]+ "
+    ):
         apply(DropRelu(), program, probes=probes(8, 4))
     assert effc.show(program) == before
 
@@ -152,7 +154,9 @@ def test_an_error_inside_a_pass_becomes_a_pass_error_and_is_undone(program):
 
     x, before = normal(3, 4), effc.show(program)
     wanted = program.run(x=x)["output"]
-    with pytest.raises(PassError, match="stumble failed: ZeroDivisionError: no such thing") as caught:
+    with pytest.raises(
+        PassError, match="stumble failed: ZeroDivisionError: no such thing"
+    ) as caught:
         apply(Stumble(), program)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert effc.show(program) == before
