@@ -169,19 +169,39 @@ def _reason(error: BaseException) -> str:
 
 
 def _rename_ports(graph: Graph, model: ir.Model) -> None:
-    taken = {name: v for v in _values(model) if (name := v.name)}
-    for values, names in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
-        for value, name in zip(values, names, strict=True):
-            other = taken.get(name)
-            if other is not None and other is not value:
-                other.name = f"{name}_inner"
-            value.name = name
+    if both := sorted(set(graph.inputs) & set(graph.outputs)):
+        raise LoweringError(
+            f"{', '.join(both)} of graph {graph.role!r} is an input and an output, which ONNX cannot name",
+            hint="return it under another name",
+        )
+    _own_outputs(model)
+    renamed = dict(zip(model.graph.inputs, graph.inputs, strict=True))
+    renamed |= dict(zip(model.graph.outputs, graph.outputs, strict=True))
+    wanted = set(renamed.values())
+    for value in list(_values(model)):
+        if value not in renamed and value.name in wanted:
+            value.name = f"{value.name}_inner"
+    for value, name in renamed.items():
+        value.name = name
     for values, side in zip((model.graph.inputs, model.graph.outputs), ports(graph), strict=True):
         for value, port in zip(values, side, strict=True):
             value.shape = ir.Shape(port.shape)
     for value in _values(model):
         if value.shape is not None and not value.is_graph_input() and not value.is_graph_output():
             value.shape = ir.Shape([_renamed(graph, size) for size in value.shape])
+
+
+def _own_outputs(model: ir.Model) -> None:
+    """Give an output a value of its own where it is an input, a tensor of the model, or another output too."""
+    seen: set[ir.Value] = set()
+    for place, value in enumerate(model.graph.outputs):
+        if value in seen or value.is_graph_input() or value.is_initializer():
+            node = ir.node("Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            node.outputs[0].name = f"{value.name}_out_{place}"
+            model.graph.append(node)
+            model.graph.outputs[place] = node.outputs[0]
+        seen.add(model.graph.outputs[place])
 
 
 def _renamed(graph: Graph, size: int | ir.SymbolicDim) -> int | str | None:

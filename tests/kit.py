@@ -1,15 +1,19 @@
 """Models that fit in a kilobyte, and the command line in this process or in one of its own."""
 
+import atexit
 import contextlib
 import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,7 @@ def save_encoder(place: Path, *, seed: int = 0, **changes: Any) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 64,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 160,
     }
     BertModel(BertConfig(**{**sizes, **changes}), add_pooling_layer=False).save_pretrained(place)
     save_tokenizer(place)
@@ -74,7 +78,7 @@ def save_tokenizer(place: Path) -> None:
     tokenizer.save(str(place / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 64,
+        "model_max_length": 160,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
     }
@@ -133,6 +137,27 @@ def spectrum():
     return Spectrum(), {"x": torch.randn(2, 4, 4)}
 
 
+@torch.library.custom_op("kit::odd", mutates_args=())
+def odd(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+@odd.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Odd(nn.Module):
+    """An operator that nobody but this file knows."""
+
+    def forward(self, x):
+        return odd(x)
+
+
+def unknown():
+    return Odd(), {"x": torch.randn(2, 4)}
+
+
 def moody():
     return Moody(), {"x": torch.randn(2, 4)}
 
@@ -167,6 +192,37 @@ class Perceptron(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.relu(self.up(x)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A tiny encoder with its sentences, its int8 package, and a file of factories. To be read, not changed."""
+
+    model: Path
+    sentences: Path
+    factories: Path
+    out: Path
+
+
+@cache
+def made() -> Made:
+    """The same for every test of a run."""
+    place = Path(tempfile.mkdtemp(prefix="effc-tests-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    found = Made(
+        model=save_encoder(place / "tiny"),
+        sentences=write_sentences(place / "sentences.txt"),
+        factories=write_factories(place / "factories.py"),
+        out=place / "out",
+    )
+    ran = cli("compile", found.model, "-o", found.out, *int8(found))
+    assert ran.code == 0, ran.err
+    return found
+
+
+def int8(found: Made) -> tuple[object, ...]:
+    """The flags of a quick int8 compile."""
+    return ("--quantize", "int8", "--calib", found.sentences, "--samples", 16, "--no-bench")
 
 
 def cli(*words: object) -> Ran:

@@ -16,26 +16,32 @@ from torch import Tensor
 from effc.quant.scheme import Scheme
 
 SMALLEST = 1e-12
-"""A range below this is no range: the scale is 1 and every code is the zero point."""
+"""No scale is smaller, so that none is subnormal and a product of two still is a float32."""
 SHRINK = torch.linspace(0.4, 1.0, 49, dtype=torch.float64)
 """Clip candidates of the `mse` weight range, as shares of the largest magnitude."""
 _CHUNK = 1 << 22
 
 
 def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero point (the scheme's dtype) that cover [low, high] and zero."""
+    """Scale (float32) and zero point (the scheme's dtype) that cover [low, high] and zero.
+
+    A range of nothing but zero has scale 1. Raises ValueError where an end is not a finite number.
+    """
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise ValueError("a range has an end that is not a finite number")
     low = torch.clamp(low.to(torch.float64), max=0.0)
     high = torch.clamp(high.to(torch.float64), min=0.0)
     if scheme.symmetric:
         scale = torch.maximum(-low, high) / scheme.high
+        empty = scale == 0
+        scale = torch.clamp(scale, min=SMALLEST)
         zero = torch.zeros_like(scale)
     else:
         scale = (high - low) / (scheme.high - scheme.low)
-        zero = scheme.low - low / torch.clamp(scale, min=SMALLEST)
-    empty = ~(scale > SMALLEST)
-    scale = torch.where(empty, torch.ones_like(scale), scale)
-    rest = float(max(scheme.low, min(0, scheme.high)))
-    zero = torch.where(empty, torch.full_like(zero, rest), torch.round(zero))
+        empty = scale == 0
+        scale = torch.clamp(scale, min=SMALLEST)
+        zero = torch.where(empty, 0.0, torch.round(scheme.low - low / scale))
+    scale = torch.where(empty, 1.0, scale)
     return scale.to(torch.float32), torch.clamp(zero, scheme.low, scheme.high).to(scheme.dtype)
 
 
@@ -45,7 +51,7 @@ def weight_qparams(
     """Scale and zero point of a weight: one per index of `axis`, or `[out, in / group]`.
 
     `mse` tries narrower clips and keeps, per scale, the one with the least squared error. Raises ValueError where
-    the last axis is not a whole number of groups.
+    the last axis is not a whole number of groups, or the weight is empty.
     """
     rows = _rows(weight.detach(), scheme)
     low, high = rows.amin(-1), rows.amax(-1)
@@ -56,8 +62,12 @@ def weight_qparams(
 
 def _rows(weight: Tensor, scheme: Scheme) -> Tensor:
     """The weight with everything that shares a scale along the last axis."""
+    if not weight.numel():
+        raise ValueError(f"a weight of shape {list(weight.shape)} has nothing to quantise")
     if scheme.group:
-        if weight.dim() != 2 or weight.shape[-1] % scheme.group:
+        if weight.dim() != 2:
+            raise ValueError(f"groups need a weight [out, in], not one of {list(weight.shape)}")
+        if weight.shape[-1] % scheme.group:
             raise ValueError(
                 f"{list(weight.shape)} has no whole groups of {scheme.group} in its last axis"
             )
@@ -70,27 +80,32 @@ def _rows(weight: Tensor, scheme: Scheme) -> Tensor:
 def _least_squares(
     rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme
 ) -> tuple[Tensor, Tensor]:
-    """Per row, the clip in `SHRINK` with the least squared error; memory stays at one chunk of rows."""
+    """Per row, the clip in `SHRINK` with the least squared error; memory stays at one chunk."""
     shape = low.shape
     flat = rows.reshape(-1, rows.shape[-1])
-    low, high = low.reshape(-1), high.reshape(-1)
-    best = torch.ones(len(flat), dtype=torch.float64)
+    low, high = low.reshape(-1).double(), high.reshape(-1).double()
+    best = torch.ones_like(low)
     step = max(1, _CHUNK // flat.shape[-1])
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        least = torch.full((len(flat[part]),), float("inf"), dtype=torch.float64)
-        for share in SHRINK.tolist():
+        least = torch.full_like(low[part], float("inf"))
+        for share in SHRINK:
             scale, zero = qparams(low[part] * share, high[part] * share, scheme)
-            codes = torch.clamp(
-                torch.round(flat[part] / scale[:, None]) + zero[:, None], scheme.low, scheme.high
-            )
-            error = (
-                ((codes - zero[:, None]) * scale[:, None] - flat[part]).double().square().sum(-1)
-            )
-            better = error < least
+            error = _squared_error(flat[part], scale[:, None], zero[:, None], scheme)
+            better = error <= least  # of two equals the wider
             least = torch.where(better, error, least)
-            best[part] = torch.where(better, torch.full_like(least, share), best[part])
+            best[part] = torch.where(better, share, best[part])
     return (low * best).reshape(shape), (high * best).reshape(shape)
+
+
+def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """Per row, what quantising costs; a row longer than a chunk is taken in pieces."""
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    for piece in rows.split(_CHUNK, dim=-1):
+        x = piece.to(torch.float32)
+        codes = torch.clamp(torch.round(x / scale) + zero, scheme.low, scheme.high)
+        total += ((codes - zero) * scale - x).double().square().sum(-1)
+    return total
 
 
 def spread(parameter: Tensor, like: Tensor, scheme: Scheme) -> Tensor:

@@ -1,0 +1,347 @@
+"""Weights become integers, activations get grids, and the graph says where."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from graphs import (
+    Call,
+    Projections,
+    Tied,
+    assert_graph,
+    batches,
+    distance,
+    engine,
+    lower,
+    node_of,
+    normal,
+    ops,
+    quantize,
+)
+from torch import nn
+
+import effc
+from effc.backends.dialect import ORT
+from effc.calib.data import Batch
+from effc.errors import CalibrationError, PreconditionError
+from effc.ir.edit import rebind
+from effc.ir.program import Origin
+from effc.passes.fuse import FoldBatchNorm
+from effc.passes.quantize import Quantize
+from effc.quant.ops import QUANTIZE
+
+
+def two_layers(size=8):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, size))
+
+
+def words(count=4):
+    draw = torch.Generator().manual_seed(0)
+    return [
+        Batch(inputs={"ids": torch.randint(0, 40, (2, 6), generator=draw).numpy()})
+        for _ in range(count)
+    ]
+
+
+def identity(size=16):
+    """A linear layer that gives what it reads, so that its output shows the grid of its input."""
+    layer = nn.Linear(size, size, bias=False)
+    layer.weight.data = torch.eye(size)
+    return layer
+
+
+def test_one_linear_layer():
+    program = effc.trace(nn.Linear(4, 2), normal(3, 4))
+    assert_graph(
+        program,
+        """
+        %input: f32[batch, 4] = input
+        %linear: f32[batch, 2] = linear(%input, @weight, @bias)
+        return output=%linear
+        """,
+    )
+    assert quantize(program, batches("input", 8, 4)).sites == 1
+    assert_graph(
+        program,
+        """
+        %input: f32[batch, 4] = input
+        %quantize_default: u8[batch, 4] = quantize(%input, @input_scale, @input_zero_point, 0, 255, 0, 0)
+        %dequantize_default: f32[batch, 4] = dequantize(%quantize_default, @input_scale, @input_zero_point, 0, 0)
+        %dequantize_default_1: f32[2, 4] = dequantize(@weight_int8, @weight_scale, @weight_zero_point, 0, 0)
+        %linear: f32[batch, 2] = linear(%dequantize_default, %dequantize_default_1, @bias)
+        return output=%linear
+        """,
+    )
+
+
+def test_the_weight_is_stored_as_integers_that_stand_for_it():
+    layer = nn.Linear(16, 4)
+    program = effc.trace(layer, normal(3, 16))
+    quantize(program, batches("input", 8, 16))
+    tensors = program.only().tensors()
+    codes, scale = tensors["weight_int8"], tensors["weight_scale"]
+    assert codes.dtype == torch.int8
+    assert scale.shape == (4,)
+    gap = (codes * scale[:, None] - layer.weight).abs()
+    assert bool((gap <= scale[:, None] / 2 * 1.001).all())
+    origin = program.only().origins["weight_int8"]
+    assert origin == Origin("weight", ("quantize bits=8 axis=0 group=0",))
+
+
+def test_what_three_layers_read_is_quantised_once():
+    program = effc.trace(Projections(), normal(2, 3, 8))
+    assert quantize(program, batches("x", 2, 3, 8)).sites == 3
+    assert ops(program).count("quantize") == 1
+    layers = effc.Select(op="linear").sites(program.only())
+    assert len({node.args[0] for node in layers}) == 1
+
+
+def test_a_tied_table_is_one_int8_tensor_in_the_program_and_in_the_file(tmp_path):
+    import onnx
+
+    program = effc.trace(Tied(), torch.ones(2, 6, dtype=torch.int64))
+    assert quantize(program, words()).sites == 2
+    tables = [
+        t for t in program.only().tensors().values() if t.dtype == torch.int8 and t.dim() == 2
+    ]
+    assert [tuple(t.shape) for t in tables] == [(40, 16)]
+    lower(program, tmp_path)
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [list(i.dims) for i in model.graph.initializer if np.prod(i.dims) == 640] == [[40, 16]]
+
+
+def test_rows_of_a_table_are_looked_up_as_integers():
+    program = effc.trace(nn.Embedding(40, 8), torch.ones(2, 5, dtype=torch.int64))
+    quantize(program, activation_bits=16)
+    assert_graph(
+        program,
+        """
+        %input: i64[batch, 5] = input
+        %unsqueeze_default: f32[40, 1] = unsqueeze(@weight_scale, 1)
+        %embedding_default: i8[batch, 5, 8] = embedding(@weight_int8, %input)
+        %embedding_default_1: f32[batch, 5, 1] = embedding(%unsqueeze_default, %input)
+        %to_dtype: f32[batch, 5, 8] = to(%embedding_default, float32)
+        %mul_tensor: f32[batch, 5, 8] = mul(%to_dtype, %embedding_default_1)
+        return output=%mul_tensor
+        """,
+    )
+
+
+def test_a_layer_that_reads_an_embedding_directly_is_quantised():
+    module = Call(
+        lambda self, x: self.fc(self.table(x)), table=nn.Embedding(40, 8), fc=nn.Linear(8, 8)
+    )
+    program = effc.trace(module, torch.ones(2, 6, dtype=torch.int64))
+    data = [Batch(inputs={"x": batch.inputs["ids"]}) for batch in words()]
+    record = quantize(program, data)
+    assert record.sites == 2
+    assert record.drift.rel_l2 < 0.02
+
+
+def test_weight_only_leaves_activations_in_float_and_needs_no_data():
+    program = effc.trace(two_layers(), normal(2, 8))
+    record = quantize(program, activation_bits=16)
+    assert record.sites == 2
+    assert record.decisions == {}
+    assert "quantize" not in ops(program)
+    assert ops(program).count("dequantize") == 2
+
+
+def test_activations_need_data():
+    program = effc.trace(two_layers(), normal(2, 8))
+    with pytest.raises(CalibrationError, match="there is no calibration data"):
+        quantize(program)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_narrow_activations_take_no_more_values_than_their_bits(bits, tmp_path):
+    program = effc.trace(identity(), normal(2, 16))
+    data = batches("input", 64, 16)
+    quantize(program, data, activation_bits=bits)
+    feeds = {"input": np.concatenate([batch.inputs["input"] for batch in data]) * 2}
+    eager = program.run(input=torch.from_numpy(feeds["input"]))["output"].numpy()
+    with engine(program, tmp_path) as opened:
+        real = opened(feeds)["output"]
+    for values in (eager, real):
+        assert 2 ** (bits - 1) < len(np.unique(values)) <= 2**bits
+    assert distance(eager, real) < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(4, 15), (6, 63), (8, 255)])
+def test_narrow_weights_take_no_more_codes_than_their_bits(bits, codes):
+    program = effc.trace(nn.Linear(64, 64), normal(2, 64))
+    quantize(program, bits=bits, activation_bits=16)
+    weight = program.only().tensors()["weight_int8"]
+    assert (int(weight.min()), int(weight.max())) == (-(codes // 2), codes // 2)
+    assert len(weight.unique()) <= codes
+
+
+def test_fewer_bits_lose_more():
+    drifts = []
+    for bits in (8, 6, 4):
+        program = effc.trace(two_layers(32), normal(2, 32))
+        record = quantize(program, batches("input", 16, 32), bits=bits, activation_bits=bits)
+        drifts.append(record.drift.rel_l2)
+    assert 0 < drifts[0] < drifts[1] < drifts[2]
+
+
+def test_groups_have_a_scale_each_where_the_row_is_whole_groups():
+    module = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 48), nn.Linear(48, 8))
+    program = effc.trace(module, normal(2, 64))
+    quantize(program, bits=4, activation_bits=16, group=16)
+    scales = {n: tuple(t.shape) for n, t in program.only().tensors().items() if n.endswith("scale")}
+    assert scales == {"0.weight_scale": (8, 4), "1.weight_scale": (48,), "2.weight_scale": (8, 3)}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 12)])
+def test_a_convolution_with_relu_runs_in_the_int8_kernel(shape, tmp_path):
+    torch.manual_seed(0)
+    conv = nn.Conv2d if len(shape) == 4 else nn.Conv1d
+    model = nn.Sequential(conv(3, 8, 3), nn.ReLU(), conv(8, 8, 3), nn.ReLU(), nn.Flatten())
+    program = effc.trace(model, normal(*shape))
+    data = batches("input", *shape)
+    assert quantize(program, data).sites == 2
+    lowered = lower(program, tmp_path)
+    assert [(s.kernel, s.int8) for s in lowered.sites] == [("QLinearConv", True)] * 2
+    x = data[0].inputs["input"]
+    wanted = model(torch.from_numpy(x)).detach()
+    with engine(program, tmp_path) as opened:
+        assert distance(wanted, opened({"input": x})["output"]) < 0.03
+
+
+def test_a_convolution_that_is_the_output_stays_in_float_and_says_so(tmp_path):
+    program = effc.trace(nn.Conv2d(3, 4, 3), normal(2, 3, 8, 8))
+    assert quantize(program, batches("input", 2, 3, 8, 8)).sites == 1
+    assert effc.show(program).endswith("return output=%conv2d")
+    (site,) = lower(program, tmp_path).sites
+    assert not site.int8
+    assert site.reason
+
+
+def test_a_batch_norm_behind_a_convolution_must_be_folded_first():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    program = effc.trace(model, normal(2, 3, 8, 8))
+    data = batches("input", 2, 3, 8, 8)
+    with pytest.raises(PreconditionError, match="has a batch norm behind it") as caught:
+        quantize(program, data)
+    assert caught.value.hint == "put `fold-batchnorm` before `quantize`"
+    effc.apply(FoldBatchNorm(), program, data)
+    assert quantize(program, data).sites == 1
+
+
+@pytest.mark.parametrize(
+    ("select", "found"),
+    [
+        (effc.Select(module="0"), ["0"]),
+        (effc.Select(exclude="0"), ["2"]),
+        (effc.Select(op="conv*"), []),
+        (effc.Select(type="Linear"), ["0", "2"]),
+    ],
+)
+def test_only_what_is_selected_is_quantised(select, found):
+    program = effc.trace(two_layers(), normal(2, 8))
+    record = quantize(program, activation_bits=16, select=select)
+    codes = [
+        n.removesuffix(".weight_int8") for n in program.only().tensors() if n.endswith("_int8")
+    ]
+    assert sorted(codes) == found
+    assert record.sites == len(found)
+
+
+def test_a_weight_that_is_computed_is_left_alone():
+    module = Call(lambda self, x: nn.functional.linear(x, x @ x.transpose(0, 1) @ x))
+    program = effc.trace(module, {"x": normal(8, 8)}, dims={})
+    assert quantize(program, batches("x", 8, 8)).sites == 0
+
+
+def test_recorded_ranges_replay_on_new_weights_without_data():
+    program = effc.trace(two_layers(), normal(2, 8))
+    other = program.clone()
+    name = "0.weight"
+    rebind(other.only(), name, other.only().tensors()[name] * 2, "fine-tuned")
+    made = quantize(program, batches("input", 16, 8))
+    assert sorted(made.decisions) == ["main/1:gelu", "main/input"]
+    again = effc.apply(Quantize(), other, dialect=ORT, recorded=made.decisions)
+    assert again.decisions == made.decisions
+    one, two = program.only().tensors(), other.only().tensors()
+    assert torch.equal(one["input_scale"], two["input_scale"])
+    torch.testing.assert_close(two["0.weight_scale"], one["0.weight_scale"] * 2)
+
+
+def test_a_replay_that_lacks_a_range_says_which():
+    program = effc.trace(two_layers(), normal(2, 8))
+    with pytest.raises(CalibrationError, match="say nothing about 'main/1:gelu'"):
+        effc.apply(Quantize(), program, dialect=ORT, recorded={"main/input": [0.1, 128]})
+    assert "dequantize" not in ops(program)
+
+
+def test_the_same_data_gives_the_same_scales():
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        program = effc.trace(two_layers(32), normal(2, 32))
+        found.append(quantize(program, batches("input", 64, 32)).decisions)
+    assert found[0] == found[1]
+
+
+def test_a_percentile_leaves_outliers_out():
+    x = normal(4096, 4).numpy()
+    x[0, 0] = 1000.0
+    scales = {}
+    for method in ("minmax", "percentile", "mse"):
+        program = effc.trace(nn.Linear(4, 4), normal(2, 4))
+        options = {"range": method, "percentile": 99.9}
+        quantize(program, [Batch(inputs={"input": x})], **options)
+        scales[method] = float(program.only().tensors()["input_scale"])
+    assert scales["minmax"] > 3.9
+    assert scales["percentile"] < 0.1
+    assert scales["mse"] <= scales["minmax"]
+
+
+def test_padding_is_not_calibrated_on():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask):
+            return self.fc(x * 2) * attention_mask[..., None]
+
+    x, mask = normal(2, 6, 4).numpy(), np.ones((2, 6), np.int64)
+    padded, mask_padded = x.copy(), mask.copy()
+    padded[0, 3:], mask_padded[0, 3:] = 1e6, 0
+    program = effc.trace(Masked(), {"x": normal(2, 6, 4), "attention_mask": torch.from_numpy(mask)})
+    quantize(program, [Batch(inputs={"x": padded, "attention_mask": mask_padded})])
+    scale = next(t for n, t in program.only().tensors().items() if n.endswith("mul_scale"))
+    assert float(scale) < 0.1
+
+
+def test_a_grid_is_clamped_in_the_graph_too():
+    program = effc.trace(nn.Linear(4, 4), normal(2, 4))
+    quantize(program, batches("input", 8, 4), activation_bits=6)
+    node = node_of(program, "quantize")
+    assert node.target is QUANTIZE
+    assert node.args[3:5] == (0, 63)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own figures")
+def test_ten_thousand_samples_use_no_more_memory_than_a_hundred():
+    seen = {100: [], 10_000: []}
+
+    def stream(samples):
+        for seed in range(samples // 50):
+            seen[samples].append(resident())
+            yield Batch(inputs={"input": normal(50, 512, seed=seed).numpy()})
+
+    for samples in (100, 100, 10_000):  # the first warms the allocators
+        program = effc.trace(nn.Linear(512, 512), normal(2, 512))
+        quantize(program, lambda role, samples=samples: stream(samples))
+    assert len(seen[10_000]) >= 200
+    assert max(seen[10_000]) - max(seen[100]) < 8 << 20  # the inputs together are 20 MB
