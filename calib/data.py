@@ -5,16 +5,20 @@ A file that cannot be read as what it says it is ends in a CalibrationError that
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import itertools
+import math
 import random
 import struct
-from collections.abc import Iterable, Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,6 +28,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".csv", ".tsv", ".npz")
+IMAGES = "images-idx3-ubyte"
+"""What the name of an idx file of pictures has in it; its labels lie beside it."""
+
+LARGEST = 1 << 28
+"""Bytes of a picture, above which the header of an idx file is taken for damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +59,9 @@ def parse(spec: str | Path) -> tuple[Path, str | int | None]:
     """`FILE` or `FILE#column`, the column by name or number."""
     text = str(spec)
     path, mark, column = text.rpartition("#")
-    if not mark or Path(text).exists():
+    if not mark or not path or not column or "/" in column or Path(text).exists():
         return Path(text), None
-    return Path(path), int(column) if column.isdigit() else column
+    return Path(path), int(column) if column.isdecimal() else column
 
 
 def read(
@@ -60,15 +69,21 @@ def read(
 ) -> Iterator[Record]:
     """The samples of a file or folder in their order; with `samples`, that many of them drawn by `seed`.
 
-    Raises CalibrationError where nothing is there, or where it is not what its name says.
+    Raises CalibrationError where nothing is there, or where it is not what its name says. Files are read as
+    streams: what is at fault far down is met, and said, when it is reached.
     """
     path = Path(path)
+    if samples is not None and samples < 1:
+        raise CalibrationError(f"{samples} samples cannot be drawn", hint="ask for one or more")
     if not path.exists():
         raise CalibrationError(f"there is no calibration file {path}", hint="check the path")
     found = 0
-    for record in _draw(_records(path, column), samples, seed):
-        found += 1
-        yield record
+    try:
+        for record in _draw(_records(path, column), samples, seed):
+            found += 1
+            yield record
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}") from error
     if not found:
         raise CalibrationError(f"{path} holds no samples")
 
@@ -90,14 +105,21 @@ def _draw(records: Iterator[Record], samples: int | None, seed: int) -> Iterator
 
 
 def _records(path: Path, column: str | int | None) -> Iterator[Record]:
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        yield from _table(path, column)
+        return
     if path.is_dir():
         yield from _folder(path, column)
-    elif path.suffix == ".txt":
-        yield from (Record(text=line) for line in _lines(path) if line.strip())
-    elif path.suffix in (".csv", ".tsv"):
-        yield from _table(path, column)
-    elif path.suffix == ".npz":
+        return
+    _refuse_column(path, column)
+    if kind == ".txt":
+        lines = (line.rstrip("\r\n") for line in _lines(path))
+        yield from (Record(text=line) for line in lines if line.strip())
+    elif kind == ".npz":
         yield from _arrays(path)
+    elif IMAGES in path.name:
+        yield from _idx_pair(path)
     else:
         raise CalibrationError(
             f"{path} is of no kind that effc reads",
@@ -105,115 +127,207 @@ def _records(path: Path, column: str | int | None) -> Iterator[Record]:
         )
 
 
+def _refuse_column(path: Path, column: str | int | None) -> None:
+    if column is not None:
+        raise CalibrationError(f"{path} has no columns, so none is called {column!r}")
+
+
 def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as stream:
-            for line in stream:
-                number += 1
-                yield line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text after line {number}") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+    """Lines with their ends. Decoded one by one, so that a line that is not UTF-8 can be named."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise CalibrationError(f"{path} line {number} is not UTF-8 text") from error
 
 
 def _table(path: Path, column: str | int | None) -> Iterator[Record]:
-    """Rows of a CSV or TSV. A column by name means that the first row is a header."""
-    tabbed = path.suffix == ".tsv"
-    rows: Iterator[list[str]] = csv.reader(
-        _lines(path),
-        delimiter="\t" if tabbed else ",",
-        quoting=csv.QUOTE_NONE if tabbed else csv.QUOTE_MINIMAL,
-    )
-    first = next(rows, None)
-    if first is None:
+    """Rows of a CSV or TSV.
+
+    The first row is a header where a column is asked for by name, or where none is asked for and it names a `label`
+    or a `text`; the text is then that column, or the first that is not the label.
+    """
+    rows = _rows(path)
+    _, first = next(rows, (0, []))
+    if not first:
         return
-    lowered = [name.strip().lower() for name in first]
-    label: int | None = lowered.index("label") if "label" in lowered else None
+    names = [name.strip().lower() for name in first]
+    label: int | None = names.index("label") if "label" in names else None
     if isinstance(column, str):
         if column not in first:
             raise CalibrationError(
                 f"{path} has no column {column!r}", hint=f"it has {', '.join(first)}"
             )
-        place, rest = first.index(column), rows
-    elif label is not None and column is None:
-        place, rest = (lowered.index("text") if "text" in lowered else 0), rows
+        place = first.index(column)
+        label = None if label == place else label
+    elif column is None and "text" in names:
+        place = names.index("text")
+    elif column is None and label is not None and len(names) > 1:
+        place = 1 if label == 0 else 0
     else:
-        place, rest = column or 0, itertools.chain([first], rows)
-        label = None
-    for number, row in enumerate(rest, 1):
-        if not row:
-            continue
-        if place >= len(row):
-            raise CalibrationError(f"{path} row {number} has {len(row)} columns, not {place + 1}")
+        place, label = column or 0, None
+        rows = itertools.chain([(1, first)], rows)
+    for number, row in rows:
+        if max(place, label or 0) >= len(row):
+            want = max(place, label or 0) + 1
+            raise CalibrationError(f"{path} line {number} has {len(row)} columns, not {want}")
         try:
             yield Record(text=row[place], label=int(row[label]) if label is not None else None)
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise CalibrationError(
-                f"{path} row {number}: the label is not a whole number"
+                f"{path} line {number}: the label is not a whole number"
             ) from error
 
 
-def _arrays(path: Path) -> Iterator[Record]:
-    """Samples of an .npz: every array has them along its first axis; `label` is the label."""
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not empty, with the line that each ends on. Quotes mean something in a CSV only."""
+    if path.suffix.lower() == ".tsv":
+        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(_lines(path), strict=True)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise CalibrationError(f"{path} line {reader.line_num} is no table row: {error}") from error
+
+
+def _arrays(path: Path) -> Iterator[Record]:
+    """Samples of an .npz: every array has them along its first axis; whole numbers called `label` are the labels.
+
+    Arrays are read a sample at a time, so that memory does not grow with the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
+            arrays = {
+                info.filename.removesuffix(".npy"): _Stored(
+                    path, info, stack.enter_context(archive.open(info))
+                )
+                for info in archive.infolist()
+            }
+            sizes = {name: a.shape[0] if a.shape else None for name, a in arrays.items()}
+            if len(set(sizes.values())) > 1 or None in sizes.values():
+                raise CalibrationError(
+                    f"{path}: the arrays differ in their number of samples: {sizes}"
+                )
+            label = arrays.get("label")
+            if label is not None and (len(label.shape) > 1 or label.dtype.kind not in "iub"):
+                raise CalibrationError(f"{path}: `label` is not one whole number a sample")
+            for sample in zip(*arrays.values(), strict=True):
+                found = dict(zip(arrays, sample, strict=True))
+                mark = found.pop("label", None)
+                yield Record(arrays=found, label=int(mark) if mark is not None else None)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise CalibrationError(f"{path} cannot be read as arrays: {error}") from error
-    sizes = {name: array.shape[0] if array.ndim else None for name, array in arrays.items()}
-    if len(set(sizes.values())) > 1 or None in sizes.values():
-        raise CalibrationError(f"{path}: the arrays differ in their number of samples: {sizes}")
-    labels = arrays.pop("label", None)
-    for i in range(next(iter(sizes.values()), None) or 0):
-        label = int(labels[i]) if labels is not None else None
-        yield Record(arrays={name: array[i] for name, array in arrays.items()}, label=label)
+
+
+class _Stored:
+    """An array in an .npz, as its samples. One stored as Python objects would run code, and is refused."""
+
+    def __init__(self, path: Path, info: zipfile.ZipInfo, stream: IO[bytes]) -> None:
+        self.what = f"{path}: {info.filename.removesuffix('.npy')!r}"
+        self.stream, self.most = stream, info.file_size
+        try:
+            first = np.lib.format.read_magic(stream) == (1, 0)
+            header = (
+                np.lib.format.read_array_header_1_0
+                if first
+                else np.lib.format.read_array_header_2_0
+            )
+            self.shape, self.by_column, self.dtype = header(stream)
+        except ValueError as error:
+            raise CalibrationError(f"{self.what} is no array: {error}") from error
+        if self.dtype.hasobject:
+            raise CalibrationError(f"{self.what} holds Python objects, not numbers")
+
+    def __iter__(self) -> Iterator[Array]:
+        if self.by_column and len(self.shape) > 1:  # its samples lie interleaved
+            yield from self._read(self.shape).reshape(self.shape, order="F")
+            return
+        for _ in range(self.shape[0]):
+            yield self._read(self.shape[1:]).reshape(self.shape[1:])
+
+    def _read(self, shape: tuple[int, ...]) -> Array:
+        size = math.prod(shape) * self.dtype.itemsize
+        content = self.stream.read(size) if size <= self.most else b""
+        if len(content) != size:
+            raise CalibrationError(f"{self.what} is cut short")
+        return np.frombuffer(bytearray(content), self.dtype)
 
 
 def _folder(path: Path, column: str | int | None) -> Iterator[Record]:
-    images = sorted(path.glob("*images*idx3-ubyte*"))
+    images = sorted(p for p in path.iterdir() if IMAGES in p.name)
+    pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+    if images or pictures:
+        _refuse_column(path, column)
     if images:
+        _only(path, images)
         yield from _idx_pair(images[0])
         return
-    pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
     if pictures:
         yield from _pictures(path, pictures)
         return
     files = sorted(
-        p for p in path.iterdir() if p.suffix in TEXTS and not p.name.startswith("README")
+        p
+        for p in path.iterdir()
+        if p.suffix.lower() in TEXTS and not p.name.upper().startswith(("README", "LICENSE"))
     )
-    if len(files) != 1:
-        raise CalibrationError(
-            f"{path} holds {len(files)} files that could be samples",
-            hint="name one of them, or give a folder of pictures",
-        )
+    _only(path, files)
     yield from _records(files[0], column)
 
 
+def _only(path: Path, files: Sequence[Path]) -> None:
+    if len(files) != 1:
+        named = f": {', '.join(p.name for p in files[:5])}" if files else ""
+        raise CalibrationError(
+            f"{path} holds {len(files)} files that could be samples{named}",
+            hint="name one of them, or give a folder of pictures",
+        )
+
+
 def _idx_pair(images: Path) -> Iterator[Record]:
-    pixels = _idx(images, dimensions=3)
-    labels_path = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
-    labels = _idx(labels_path, dimensions=1) if labels_path.exists() else None
-    if labels is not None and len(labels) != len(pixels):
-        raise CalibrationError(f"{images} holds {len(pixels)} pictures but {len(labels)} labels")
-    for i, picture in enumerate(pixels):
-        yield Record(pixels=picture, label=int(labels[i]) if labels is not None else None)
+    labels = images.with_name(images.name.replace(IMAGES, "labels-idx1-ubyte"))
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(_unzipped(images))
+        count, height, width = _idx_head(images, stream, 3)
+        if height * width > LARGEST:
+            raise CalibrationError(f"{images} claims pictures of {height} × {width}")
+        marks = stack.enter_context(_unzipped(labels)) if labels.exists() else None
+        if marks is not None and (found := _idx_head(labels, marks, 1)[0]) != count:
+            raise CalibrationError(f"{images} holds {count} pictures but {found} labels")
+        try:
+            for _ in range(count):
+                pixels = _bytes(images, stream, height * width).reshape(height, width)
+                label = int(_bytes(labels, marks, 1)[0]) if marks is not None else None
+                yield Record(pixels=pixels, label=label)
+            if stream.read(1) or (marks is not None and marks.read(1)):
+                raise CalibrationError(f"{images} or its labels go on after {count} samples")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise CalibrationError(f"{images} or its labels are damaged: {error}") from error
 
 
-def _idx(path: Path, dimensions: int) -> Array:
-    """An idx file of bytes, plain or gzipped (LeCun's format: magic, sizes, data)."""
+def _unzipped(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _idx_head(path: Path, stream: IO[bytes], dimensions: int) -> tuple[int, ...]:
+    """The sizes in an idx file of bytes (LeCun's format: magic, sizes, data)."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
+        head = stream.read(4 + 4 * dimensions)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CalibrationError(f"{path} cannot be read: {error}") from error
-    head = 4 + 4 * dimensions
-    if len(content) < head or content[:4] != bytes([0, 0, 8, dimensions]):
+    if len(head) != 4 + 4 * dimensions or head[:4] != bytes([0, 0, 8, dimensions]):
         raise CalibrationError(f"{path} is not an idx file of bytes with {dimensions} dimensions")
-    sizes = struct.unpack(f">{dimensions}I", content[4:head])
-    if len(content) != head + int(np.prod(sizes, dtype=np.int64)):
-        raise CalibrationError(f"{path} is cut short or too long for {sizes}")
-    return np.frombuffer(content, np.uint8, offset=head).reshape(sizes)
+    return struct.unpack(f">{dimensions}I", head[4:])
+
+
+def _bytes(path: Path, stream: IO[bytes], size: int) -> Array:
+    content = stream.read(size)
+    if len(content) != size:
+        raise CalibrationError(f"{path} is cut short")
+    return np.frombuffer(bytearray(content), np.uint8)
 
 
 def _pictures(root: Path, files: Iterable[Path]) -> Iterator[Record]:
@@ -221,7 +335,7 @@ def _pictures(root: Path, files: Iterable[Path]) -> Iterator[Record]:
         from PIL import Image
     except ImportError as error:
         raise CalibrationError("pictures need Pillow", hint="pip install pillow") from error
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     for file in files:
         try:
             with Image.open(file) as picture:

@@ -53,8 +53,6 @@ class Terminal(Progress):
             yield step
         finally:
             self.bar.remove_task(task)
-            seconds = self.bar.get_time
-            del seconds
 
 
 @contextmanager
@@ -104,9 +102,23 @@ def options(
     logging.getLogger("effc").setLevel(level)
 
 
+def _json_place(value: str | None) -> str | None:
+    """Refuse a place that cannot be written before the work, not after it."""
+    if value is None or value == "-":
+        return value
+    if Path(value).is_dir() or not os.access(Path(value).absolute().parent, os.W_OK):
+        raise UsageError(f"--json {value} cannot be written", hint="name a file in a directory")
+    return value
+
+
 Json = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=_json_place,
+        help="Write the result as JSON; - is stdout.",
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -163,7 +175,7 @@ def compile(
     from effc import compiler, recipe
 
     if model.endswith((".yaml", ".yml")):
-        if quantize != "none" or calib or metric or target:
+        if quantize != "none" or calib or metric or target or threads or samples != 128:
             raise UsageError(
                 "a recipe says itself what to do; flags like --quantize do not go with it",
                 hint="change the recipe with --set, e.g. --set targets.0=onnx",
@@ -313,17 +325,27 @@ def _write_json(json_: str | None, value: Any) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise UsageError(
+            f"{path} holds no decisions", hint="give the decisions.json of an earlier output"
+        )
+    return found
 
 
 def main() -> NoReturn:
     """Run the command line; every effc error ends with its message and its own exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
-        app(standalone_mode=False)
-        code = 0
+        code = (
+            app(prog_name="effc", standalone_mode=False) or 0
+        )  # a Ctrl-C comes back as its exit code
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except EffcError as error:
         code = _fail(error)
     except KeyboardInterrupt:
@@ -341,8 +363,12 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Not the built-in itself: Python ends by the signal, not our code, where that passes an `exec` of text."""
+
+
 def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 def _fail(error: EffcError) -> int:

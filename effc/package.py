@@ -94,6 +94,15 @@ def digest(path: Path) -> str:
 
 def check_output(out: Path) -> None:
     """Refuse, before any work, a place that cannot become a package. Raises PackageError."""
+    try:
+        _check_output(out)
+    except OSError as error:
+        raise PackageError(
+            f"{out} cannot be written: {error.strerror}", hint="choose another -o"
+        ) from error
+
+
+def _check_output(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise PackageError(f"{out} is not a directory", hint="choose another -o")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
@@ -123,7 +132,7 @@ def staged(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{out.name}-", dir=out.parent))
+        stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{out.name[:32]}-", dir=out.parent))
         os.chmod(stage, 0o755)
     except OSError as error:
         raise PackageError(
@@ -159,7 +168,7 @@ def _exchange(stage: Path, out: Path) -> None:
         return
     if _swap(stage, out):
         return
-    old = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{out.name}-old-", dir=out.parent))
+    old = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{out.name[:32]}-old-", dir=out.parent))
     os.rename(out, old / "package")
     try:
         os.rename(stage, out)

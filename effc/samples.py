@@ -6,6 +6,7 @@ tokens where there are any. Everything is read again when it is needed, so nothi
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,11 @@ class Samples:
         self._tokens: Array | None = None
 
     def __call__(self, role: str) -> Iterator[Batch]:
-        """Calibration batches."""
+        """Calibration batches in the model's own types. Raises CalibrationError where one does not fit."""
+        for batch in self._drawn():
+            yield dataclasses.replace(batch, inputs=self._fitting(role, batch.inputs))
+
+    def _drawn(self) -> Iterator[Batch]:
         if self.spec is None:
             yield from self.source.batches() if self.source.batches else ()
         elif self.spec.callable is not None:
@@ -39,13 +44,62 @@ class Samples:
         else:
             yield from self._batched(self._records(self.spec.samples))
 
+    def _fitting(self, role: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The inputs that the model takes, cast where nothing is lost but width."""
+        examples = self.source.inputs[role]
+        made: dict[str, Array] = {}
+        for name, tensor in examples.items():
+            if name not in inputs:
+                raise CalibrationError(
+                    f"a calibration batch has no input {name!r}",
+                    hint=f"it has {', '.join(sorted(inputs)) or 'none'}; the model takes {', '.join(examples)}",
+                )
+            example, given = tensor.numpy(), np.asarray(inputs[name])
+            if given.dtype.kind not in "fiub" or (given.dtype.kind == "f") != (
+                example.dtype.kind == "f"
+            ):
+                raise CalibrationError(
+                    f"calibration input {name!r} is {given.dtype}, the model takes {example.dtype}"
+                )
+            free = self.source.dims.get(role, {}).get(name, {0: "batch"})
+            wanted = [free.get(axis, size) for axis, size in enumerate(example.shape)]
+            if given.ndim != example.ndim or any(
+                isinstance(want, int) and want != have
+                for want, have in zip(wanted, given.shape, strict=True)
+            ):
+                raise CalibrationError(
+                    f"calibration input {name!r} has shape {list(given.shape)}, "
+                    f"the model takes [{', '.join(map(str, wanted))}]"
+                )
+            made[name] = given.astype(example.dtype, copy=False)
+        self._check_ids(made.get("input_ids"))
+        return made
+
+    def _check_ids(self, ids: Array | None) -> None:
+        processor = self.source.processor
+        if ids is None or processor is None or not ids.size:
+            return
+        words, longest = processor.config.get("vocab_size"), processor.max_length
+        if ids.min() < 0 or (isinstance(words, int) and ids.max() >= words):
+            raise CalibrationError(
+                f"calibration input 'input_ids' has ids from {ids.min()} to {ids.max()}, "
+                f"the model's vocabulary has {words}",
+                hint="was it made with another tokenizer?",
+            )
+        if ids.ndim == 2 and longest is not None and ids.shape[1] > longest:
+            raise CalibrationError(
+                f"calibration input 'input_ids' is {ids.shape[1]} long, the model takes at most {longest}"
+            )
+
     def held_out(self, batches: int = 4) -> list[Batch]:
         """Up to `batches` batches of the same file that were not calibrated on."""
         if self.spec is None or self.spec.file is None:
             return []
         seen = {_key(record) for record in self._records(self.spec.samples)}
         fresh = (record for record in self._records(None) if _key(record) not in seen)
-        return list(self._batched(itertools.islice(fresh, batches * self.spec.batch)))
+        (role,) = self.source.inputs
+        found = self._batched(itertools.islice(fresh, batches * self.spec.batch))
+        return [dataclasses.replace(b, inputs=self._fitting(role, b.inputs)) for b in found]
 
     def shaped(self, batch: int, length: int) -> dict[str, Array]:
         """Inputs of [batch, length] without padding; `length` falls away where the model has none."""

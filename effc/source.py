@@ -170,8 +170,8 @@ def _download(name: str) -> Path:
 
 def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, bool]:
     """The model in evaluation mode, and whether its pooler came without weights."""
-    names = config.get("architectures") or []
-    if not names:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise SourceError(
             f"{path}/config.json names no architectures", hint="add the class to load"
         )

@@ -231,7 +231,7 @@ def cli(*words: object) -> Ran:
 
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["effc", *map(str, words)]
-    old = signal.getsignal(signal.SIGTERM)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             commands.main()
@@ -239,7 +239,8 @@ def cli(*words: object) -> Ran:
         code = stop.code if isinstance(stop.code, int) else 1
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Ran(code=code, out=out.getvalue(), err=err.getvalue())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from effc.quant.scheme import Scheme
 
 SMALLEST = 1e-12
-"""No scale is smaller, so that none is subnormal and a product of two still is a float32."""
+"""A range with a smaller scale is no range: the scale is 1, and a product of two scales still is a float32."""
 SHRINK = torch.linspace(0.4, 1.0, 49, dtype=torch.float64)
 """Clip candidates of the `mse` weight range, as shares of the largest magnitude."""
 _CHUNK = 1 << 22
@@ -33,15 +33,12 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     high = torch.clamp(high.to(torch.float64), min=0.0)
     if scheme.symmetric:
         scale = torch.maximum(-low, high) / scheme.high
-        empty = scale == 0
-        scale = torch.clamp(scale, min=SMALLEST)
         zero = torch.zeros_like(scale)
     else:
         scale = (high - low) / (scheme.high - scheme.low)
-        empty = scale == 0
-        scale = torch.clamp(scale, min=SMALLEST)
-        zero = torch.where(empty, 0.0, torch.round(scheme.low - low / scale))
-    scale = torch.where(empty, 1.0, scale)
+        zero = torch.round(scheme.low - low / torch.clamp(scale, min=SMALLEST))
+    empty = scale <= SMALLEST
+    scale, zero = torch.where(empty, 1.0, scale), torch.where(empty, 0.0, zero)
     return scale.to(torch.float32), torch.clamp(zero, scheme.low, scheme.high).to(scheme.dtype)
 
 

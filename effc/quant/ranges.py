@@ -19,9 +19,9 @@ from effc.quant.scheme import Scheme
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SHARES = np.geomspace(1.0, 0.004, 64)
+SHARES = np.geomspace(1.0, 0.01, 40)
 """Clip candidates, as shares of the exact ends; the widest first, so that of two equals the wider wins."""
-_REFINED = np.linspace(SHARES[0] / SHARES[1], SHARES[1] / SHARES[0], 15)
+_REFINED = np.linspace(SHARES[0] / SHARES[1], SHARES[1] / SHARES[0], 7)
 """Between two neighbours of `SHARES`."""
 _NARROW = 1e-5
 """A bin below this share of a step is a point: its integral would be lost in rounding."""
@@ -50,9 +50,8 @@ def mse_range(starts: Array, stops: Array, counts: Array, scheme: Scheme) -> tup
     low, high = best(wide_low * SHARES, wide_high * SHARES)  # together: one end alone may not pay
     if not scheme.symmetric:
         ends = np.append(SHARES, 0.0)
-        for _ in range(2):
-            low, high = best(np.full(ends.shape, low), wide_high * ends)
-            low, high = best(wide_low * ends, np.full(ends.shape, high))
+        low, high = best(np.full(ends.shape, low), wide_high * ends)
+        low, high = best(wide_low * ends, np.full(ends.shape, high))
     lows, highs = (np.clip(end * _REFINED, wide_low, wide_high) for end in (low, high))
     if scheme.symmetric:
         return best(lows, highs)
