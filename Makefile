@@ -16,10 +16,10 @@ demo: .venv/.stamp  ## compile, verify and time a real sentence encoder
 	bash tools/demo.sh
 
 test: .venv/.stamp  ## every test
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist worksteal
 
 test-fast: .venv/.stamp  ## the tests that take seconds
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 check: .venv/.stamp  ## lint, format, types, import direction, published schemas
 	$(PY) -m ruff check .

@@ -21,6 +21,8 @@ ORT = Dialect(
         "quantized_ops": "only layers with constant weights: quantising additions and norms as well is slower",
         "conv_output": "a convolution without a grid behind it runs in float",
         "conv_bias_int32": "the fused convolution wants its bias on the grid s_x·s_w",
+        "overflow_fix": "x86 kernels without VNNI add two products in 16 bit and saturate; wider scales keep every pair "
+        "below that, so an engine gives the same sums on every processor",
     },
 )
 
@@ -36,6 +38,7 @@ ONNX = Dialect(
         "quantized_ops": "layers with constant weights",
         "conv_output": "so that runtimes which fuse on both sides can",
         "conv_bias_int32": "so that runtimes which fuse on both sides can",
+        "overflow_fix": "where it will run is not known, and x86 kernels without VNNI saturate",
     },
 )
 

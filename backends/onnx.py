@@ -6,10 +6,11 @@ form everywhere, names of inputs, outputs and free dimensions, and a file that i
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -68,24 +69,54 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-def unsupported(graph: Graph) -> list[Unsupported]:
-    """Every node that cannot be written as ONNX."""
+@functools.cache
+def _registry(opset: int, *, ours: bool) -> Any:
+    """torch's translations for an opset, with `TRANSLATIONS` on top where they are ours to choose.
+
+    `torch.onnx.export` reads a thousand of them from source at every call, which takes longer than a small model.
+    """
     from torch.onnx._internal.exporter import _registration
 
     with _quiet():
-        registry = _registration.ONNXRegistry.from_torchlib()
-    found = []
-    for node in graph.nodes:
-        target: Any = node.target
-        if not isinstance(target, torch._ops.OpOverload) or target in TRANSLATIONS:
-            continue
-        if isinstance(node.meta.get("val"), type(None)):
-            continue  # an assertion: it computes nothing
-        decomposable = target in torch._decomp.decomposition_table or _is_composite(target)
-        if not registry.is_registered(target) and not decomposable:
-            reason = f"no ONNX translation is known for {target}"
-            found.append(Unsupported(node=_where(node), op=op_name(node), reason=reason))
-    return found
+        registry = _registration.ONNXRegistry.from_torchlib(opset)
+        for target, translation in TRANSLATIONS.items() if ours else ():
+            registry.register_op(target, translation)
+    return registry
+
+
+def unsupported(graph: Graph, opset: int) -> list[Unsupported]:
+    """Every node that cannot be written as ONNX of that opset."""
+    from torch.onnx._internal.exporter import _decomp
+
+    registry = _registry(opset, ours=True)
+
+    def unknown(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [
+            n
+            for n in nodes
+            if isinstance(n.target, torch._ops.OpOverload)
+            and n.meta.get("val") is not None  # an assertion computes nothing
+            and not registry.is_registered(n.target)
+        ]
+
+    found = unknown(graph.nodes)
+    if any(map(_is_decomposable, found)):
+        table = _decomp.create_onnx_friendly_decomposition_table(
+            set(_decomp.get_onnx_implemented_overloads(registry))
+        )
+        with _quiet():
+            found = unknown(graph.clone().exported.run_decompositions(table).graph.nodes)
+    return [
+        Unsupported(
+            node=_where(n), op=op_name(n), reason=f"no ONNX translation is known for {n.target}"
+        )
+        for n in found
+    ]
+
+
+def _is_decomposable(node: fx.Node) -> bool:
+    target: Any = node.target
+    return target in torch._decomp.decomposition_table or _is_composite(target)
 
 
 def _is_composite(target: torch._ops.OpOverload) -> bool:
@@ -103,22 +134,23 @@ def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
 
     Raises LoweringError where the exporter gives up, with its first reason.
     """
+    from torch.onnx._internal.exporter import _core
+
     exported = graph.clone().exported
     try:
         with _quiet():
-            program = torch.onnx.export(
+            program = _core.export(
                 exported,
-                dynamo=True,
+                registry=_registry(opset, ours=translate),
                 opset_version=opset,
+                optimize=True,
                 verbose=False,
-                custom_translation_table=TRANSLATIONS if translate else None,
             )
     except Exception as error:
         raise LoweringError(
             f"graph {graph.role!r} cannot be written as ONNX opset {opset}: {_reason(error)}",
             hint="run with --debug for the exporter's whole explanation",
         ) from error
-    assert program is not None
     model = program.model
     _rename_ports(graph, model)
     strip(model)
@@ -292,7 +324,7 @@ class Onnx:
     dialect: ClassVar[Dialect] = ONNX
 
     def supports(self, graph: Graph) -> list[Unsupported]:
-        return unsupported(graph)
+        return unsupported(graph, self.dialect.opset)
 
     def lower(self, graph: Graph, directory: Path) -> Lowered:
         files = save(to_onnx(graph, self.dialect.opset), directory)

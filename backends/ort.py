@@ -125,7 +125,7 @@ class Ort:
     dialect: ClassVar[Dialect] = ORT
 
     def supports(self, graph: Graph) -> list[Unsupported]:
-        return unsupported(graph)
+        return unsupported(graph, self.dialect.opset)
 
     def lower(self, graph: Graph, directory: Path) -> Lowered:
         """Write `model.onnx`, open it once, and read from the optimised graph which sites really run in int8."""

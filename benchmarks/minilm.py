@@ -1,6 +1,6 @@
 """MiniLM-L6-v2 to int8 on ONNX Runtime: accuracy, size, speed, compile time, invariance, reproducibility.
 
-    python benchmarks/minilm.py            # a few minutes; writes benchmarks/results/minilm.json
+python benchmarks/minilm.py            # a few minutes; writes benchmarks/results/minilm.json
 """
 
 from __future__ import annotations
@@ -62,7 +62,16 @@ def main() -> int:
         seconds, rss = common.run_cli(*words, "-o", root / "a")
         common.run_cli(*words, "-o", root / "b")
         identical = same_bytes(root / "a", root / "b")
-        words = ["bench", root / "a", "--model", model, "--calib", common.SENTENCES, "--threads", "2"]
+        words = [
+            "bench",
+            root / "a",
+            "--model",
+            model,
+            "--calib",
+            common.SENTENCES,
+            "--threads",
+            "2",
+        ]
         words += ["--json", root / "bench.json", "--budget", "20"]
         if sts and sts.exists():
             words += ["--metric", f"sts:{sts}"]

@@ -1,6 +1,6 @@
 """What each rule of the ort dialect is worth: opset, and every rewrite left out in turn, on MiniLM-L6-v2.
 
-    python benchmarks/opset.py             # writes benchmarks/results/opset.json
+python benchmarks/opset.py             # writes benchmarks/results/opset.json
 """
 
 from __future__ import annotations
@@ -78,7 +78,13 @@ def main() -> int:
             openers[name] = partial(OrtEngine, folder / files[0], threads=2)
         inputs, outputs = ports(quantized)
         lowered = Lowered(
-            role="main", target="ort", directory=Path(place), files=(), opset=23, inputs=inputs, outputs=outputs
+            role="main",
+            target="ort",
+            directory=Path(place),
+            files=(),
+            opset=23,
+            inputs=inputs,
+            outputs=outputs,
         )
         cases = bench_cases(samples, BenchSpec(), lowered)
         found = compare(openers, cases, threads=2, budget_s=40).to_json()
@@ -86,7 +92,9 @@ def main() -> int:
     for shape in found["shapes"]:
         print(f"{shape['batch']}x{shape['length']}: engine {shape['engine_ms']:.2f} ms")
         for name, other in shape["against"].items():
-            print(f"    {name:40} {other['ms']:8.2f} ms  {other['ratio']:.2f} [{other['low']:.2f}, {other['high']:.2f}]")
+            print(
+                f"    {name:40} {other['ms']:8.2f} ms  {other['ratio']:.2f} [{other['low']:.2f}, {other['high']:.2f}]"
+            )
     return 0
 
 

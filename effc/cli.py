@@ -77,7 +77,7 @@ def terminal() -> Iterator[Terminal]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         yield Terminal(bar)
 
 

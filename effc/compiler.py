@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from effc.passes.base import PassRecord
 from effc.passes.pipeline import apply
 from effc.progress import Progress
 from effc.recipe import QUANTIZE_WORDS, BenchSpec, Recipe, build
-from effc.samples import Samples
+from effc.samples import LENGTHS, Samples
 from effc.source import Source, guess, load
 from effc.verify import OutputDrift, Tolerance, parity
 
@@ -276,7 +277,7 @@ def verify_engine(
     found: dict[str, Json] = {}
     worst: dict[str, OutputDrift] = {}
     with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
-        for label, batches in _cases(source, samples, engine):
+        for label, batches in _cases(source, samples, engine, longest(source, graph)):
             drifts = parity(reference, engine, batches)
             if not lossy:
                 Tolerance().check(drifts, where=f"{lowered.target}, {label}")
@@ -286,7 +287,16 @@ def verify_engine(
     return found
 
 
-def _cases(source: Source, samples: Samples, engine: Engine) -> list[tuple[str, list[Any]]]:
+def longest(source: Source, graph: Graph) -> int:
+    """The longest input that a model takes, as its settings and its graph say."""
+    limits = [source.processor.max_length if source.processor is not None else None]
+    limits += [graph.largest(word) for word in LENGTHS]
+    return min((n for n in limits if n is not None), default=sys.maxsize)
+
+
+def _cases(
+    source: Source, samples: Samples, engine: Engine, most: int
+) -> list[tuple[str, list[Any]]]:
     cases: list[tuple[str, list[Any]]] = []
     (role,) = source.inputs
     first = []
@@ -298,26 +308,26 @@ def _cases(source: Source, samples: Samples, engine: Engine) -> list[tuple[str, 
         cases.append(("calibration", first))
     if fresh := samples.held_out():
         cases.append(("held out", [dict(b.inputs) for b in fresh]))
-    lengths = (4, 32, 128) if samples.has_length() else (1,)
+    lengths = sorted({min(n, most) for n in (4, 32, 128)}) if samples.has_length() else (1,)
     for rows in (1, 8):
         for length in lengths:
             feeds = samples.shaped(rows, length)
             if fits(engine, feeds):
                 label = f"{rows}x{length}" if samples.has_length() else f"batch {rows}"
                 cases.append((label, [feeds]))
-    padded = _padded(samples) if samples.has_length() else None
+    padded = _padded(samples, min(32, most)) if samples.has_length() else None
     if padded is not None and fits(engine, padded):
         cases.append(("padded", [padded]))
     return cases
 
 
-def _padded(samples: Samples) -> Json | None:
+def _padded(samples: Samples, length: int) -> Json | None:
     """One short and one long row in a batch, the short one padded."""
-    feeds = samples.shaped(2, 32)
+    feeds = samples.shaped(2, length)
     if "attention_mask" not in feeds:
         return None
-    feeds["attention_mask"][0, 5:] = 0
-    feeds["input_ids"][0, 5:] = 0
+    for name in ("attention_mask", "input_ids"):
+        feeds[name][0, length // 4 + 1 :] = 0
     return feeds
 
 
@@ -375,18 +385,21 @@ def time_engine(
             "torch": lambda: ModuleEngine(source.module, graph),
             **(against or {}),
         }
-        cases = bench_cases(samples, spec, lowered)
+        cases = bench_cases(samples, spec, lowered, longest(source, graph))
         return benchmark.compare(
             openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed, progress=step
         )
 
 
-def bench_cases(samples: Samples, spec: BenchSpec, lowered: Lowered) -> list[benchmark.Case]:
-    """The shapes of a spec that the engine can take, each once."""
+def bench_cases(
+    samples: Samples, spec: BenchSpec, lowered: Lowered, most: int = sys.maxsize
+) -> list[benchmark.Case]:
+    """The shapes of a spec that the engine can take, each once; lengths above `most` are cut to it."""
     cases: list[benchmark.Case] = []
     seen = set()
     has_length = samples.has_length()
-    for batch, length in spec.shapes:
+    for batch, wanted in spec.shapes:
+        length = min(wanted, most)
         key = (batch, length if has_length else None)
         feeds = samples.shaped(batch, length)
         if key in seen or not fits(_Ports(lowered), feeds):  # type: ignore[arg-type]

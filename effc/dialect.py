@@ -23,4 +23,5 @@ class Dialect:
     quantized_ops: tuple[str, ...] = ("linear", "conv1d", "conv2d", "embedding")
     conv_output: bool = True
     conv_bias_int32: bool = True
+    overflow_fix: bool = True
     reasons: Mapping[str, str] = field(default_factory=dict)

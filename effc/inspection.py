@@ -142,8 +142,8 @@ def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
     for part in text.split(","):
         batch, _, length = part.strip().partition("x")
         if (
-            not batch.isdigit()
-            or not (length or "1").isdigit()
+            not batch.isdecimal()
+            or not (length or "1").isdecimal()
             or int(batch) < 1
             or int(length or 1) < 1
         ):

@@ -279,8 +279,12 @@ class _Reader:
             return adapter(kind).validate_python(value)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = (*place, *[p for p in first["loc"] if not _is_type_word(p)])
-            raise self._error(where, _plain(first), suffix=suffix) from error
+            inner = [p for p in first["loc"] if not _is_type_word(p)]
+            if first["type"] == "unexpected_keyword_argument":
+                what = unknown("key", str(inner[-1]), _fields_of(kind, inner[:-1]))
+            else:
+                what = _plain(first)
+            raise self._error((*place, *inner), what, suffix=suffix) from error
 
     def _known(
         self, value: Mapping[Any, Any], known: Sequence[str], place: tuple[Any, ...]
@@ -322,11 +326,13 @@ class _Reader:
         return data
 
     def _path(self, text: str) -> str:
-        assert self.base is not None or Path(text).is_absolute() or True
         path = Path(text)
-        if self.base is None or path.is_absolute() or not (self.base / path.parts[0]).exists():
+        if self.base is None or not path.parts or path.is_absolute():
             return text
-        return str(self.base / path)
+        first = path.parts[0]
+        names = (first, first.rpartition("#")[0], first.rpartition(":")[0])
+        beside = any(name and (self.base / name).exists() for name in names)
+        return str(self.base / path) if beside else text
 
     def _error(
         self,
@@ -442,6 +448,13 @@ def _is_type_word(part: Any) -> bool:
     return isinstance(part, str) and (
         part in ("str", "int", "float", "bool", "none") or "[" in part or "(" in part
     )
+
+
+def _fields_of(kind: Any, path: Sequence[Any]) -> list[str]:
+    """Names of the fields of the dataclass that lies at `path` inside `kind`."""
+    for part in path:
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
 def _plain(error: Any) -> str:

@@ -32,6 +32,7 @@ from effc.quant.scheme import Scheme
 aten = torch.ops.aten
 
 ACTIVATIONS_BEHIND_CONV = ("relu", "relu_", "relu6", "hardtanh", "clamp")
+INT16_MAX = 2**15 - 1
 SMALL_EMBEDDING = 0.01
 """An embedding table under this share of the model's bytes stays in float: nothing to gain, something to lose."""
 
@@ -61,6 +62,8 @@ class Quantize(Pass):
     """Operators to quantise; the target's own list where empty."""
     conv_output: bool | None = None
     conv_bias_int32: bool | None = None
+    overflow_fix: bool | None = None
+    """Widen weight scales so that two neighbouring products always fit in 16 bit (`pair_scale`)."""
 
     def resolve(self, dialect: Dialect) -> Self:
         def given(value: Any, otherwise: Any) -> Any:
@@ -73,6 +76,7 @@ class Quantize(Pass):
             ops=self.ops or dialect.quantized_ops,
             conv_output=given(self.conv_output, dialect.conv_output),
             conv_bias_int32=given(self.conv_bias_int32, dialect.conv_bias_int32),
+            overflow_fix=given(self.overflow_fix, dialect.overflow_fix),
         )
 
     @property
@@ -86,6 +90,13 @@ class Quantize(Pass):
     @property
     def _static(self) -> bool:
         return self.activation_bits != 16
+
+    @property
+    def _pair_limit(self) -> int | None:
+        """What two neighbouring weight codes may add up to beside activations of this type; None is no limit."""
+        if not self.overflow_fix or not self._static:
+            return None
+        return INT16_MAX // max(self._activation.high, -self._activation.low)
 
     def requires(self, program: Program) -> None:
         for graph in program:
@@ -225,7 +236,13 @@ class _Work:
             return self.weights[node]
         name = tensor_name(self.graph, node) or ""
         tensor = tensor_of(self.graph, node)
-        scale, zero = weight_qparams(tensor, scheme, method=self.options.weight_range)
+        multiplied = scheme.group is None and any(op_name(u) != "embedding" for u in node.users)
+        scale, zero = weight_qparams(
+            tensor,
+            scheme,
+            method=self.options.weight_range,
+            pair_limit=self.options._pair_limit if multiplied else None,
+        )
         codes = quantize(tensor, scale, zero, scheme)
         origin = self.graph.origins[name]
         word = f"quantize bits={scheme.bits} axis={scheme.axis} group={scheme.group or 0}"

@@ -189,12 +189,7 @@ def test_a_metric_needs_the_model(out):
         "1x0",
         "",
         "1x-2",
-        pytest.param(
-            "²x8",
-            marks=pytest.mark.xfail(
-                reason="² is a digit to str.isdigit but no number to int", strict=True
-            ),
-        ),
+        "²x8",
     ],
 )
 def test_shapes_that_are_none(out, word):
@@ -262,9 +257,6 @@ def test_a_recipe_with_a_changed_setting(tmp_path):
     assert quantize["options"]["bits"] == 4
 
 
-@pytest.mark.xfail(
-    reason="`python: file.py:function` is not looked for beside the recipe", strict=True
-)
 def test_a_factory_in_a_recipe_is_relative_to_it(tmp_path):
     shutil.copy(made().factories, tmp_path / "models.py")
     ran = cli("compile", write_recipe(tmp_path, "models.py"), "-o", tmp_path / "out")

@@ -88,6 +88,15 @@ class Graph:
             values = self.exported.graph_module(*self.arguments(feeds))
         return dict(zip(self.outputs, values, strict=True))
 
+    def largest(self, word: str) -> int | None:
+        """The largest size that the free dimension `word` may have, as export found it; None where it found none."""
+        tops = [
+            int(bounds.upper)
+            for symbol, bounds in self.exported.range_constraints.items()
+            if self.dims.get(str(symbol)) == word and str(bounds.upper).isdecimal()
+        ]
+        return min(tops, default=None)
+
     def weight_bytes(self) -> int:
         """Bytes of all lifted tensors, each storage counted once."""
         seen = {id(t): t for t in self._unique()}

@@ -10,7 +10,8 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,10 @@ def _quiet() -> Iterator[None]:
     """Without torch's remarks on its own internals, which tell a user nothing."""
     names = ("torch.export", "torch.fx", "torch._export")
     levels = {name: logging.getLogger(name).level for name in names}
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        redirect_stderr(StringIO()),
+    ):  # torch prints graphs it gave up on
         warnings.simplefilter("ignore")
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)

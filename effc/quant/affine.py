@@ -43,18 +43,42 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def weight_qparams(
-    weight: Tensor, scheme: Scheme, *, method: Literal["minmax", "mse"] = "minmax"
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    method: Literal["minmax", "mse"] = "minmax",
+    pair_limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a weight: one per index of `axis`, or `[out, in / group]`.
 
-    `mse` tries narrower clips and keeps, per scale, the one with the least squared error. Raises ValueError where
-    the last axis is not a whole number of groups, or the weight is empty.
+    `mse` tries narrower clips and keeps, per scale, the one with the least squared error. `pair_limit` is for
+    symmetric schemes along axis 0 and widens scales as `pair_scale` says. Raises ValueError where the last axis is
+    not a whole number of groups, or the weight is empty.
     """
     rows = _rows(weight.detach(), scheme)
     low, high = rows.amin(-1), rows.amax(-1)
     if method == "mse":
         low, high = _least_squares(rows, low, high, scheme)
-    return qparams(low, high, scheme)
+    scale, zero = qparams(low, high, scheme)
+    if pair_limit is not None:
+        scale = torch.maximum(scale, pair_scale(weight.detach(), pair_limit))
+    return scale, zero
+
+
+def pair_scale(weight: Tensor, limit: int) -> Tensor:
+    """Least scale [out] at which two neighbouring codes of a row never add up to more than ±`limit`.
+
+    Neighbours are weights 2i and 2i + 1 of `weight` [out, in], or of [out, in, height, width] read with the channels
+    last, as convolution kernels do. Processors with AVX2 or AVX-512 but without VNNI add the products of two
+    neighbours in 16 bit and saturate; at 255 · `limit` < 2¹⁵ that cannot happen, and every processor gives the same
+    sums. It costs about a third of a bit on trained weights, where the usual remedy (7-bit weights) costs one.
+    """
+    rows = (weight.movedim(1, -1) if weight.dim() > 2 else weight).flatten(1).to(torch.float64)
+    pairs = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
+    sums = torch.maximum(pairs.clamp(min=0).sum(-1), -pairs.clamp(max=0).sum(-1))
+    return (sums.amax(-1) / (limit - 1)).to(
+        torch.float32
+    )  # − 1: rounding may add half a step to each
 
 
 def _rows(weight: Tensor, scheme: Scheme) -> Tensor:

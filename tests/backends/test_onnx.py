@@ -185,7 +185,7 @@ def test_all_that_cannot_be_written_is_named_at_once():
 
     module = nn.Sequential(nn.Linear(4, 4), Call(lambda self, x: stranger(strange(x))), nn.ReLU())
     graph = effc.trace(module, normal(2, 4)).only()
-    found = unsupported(graph)
+    found = unsupported(graph, 23)
     assert [(u.node, u.op) for u in found] == [("1", "strange"), ("1", "stranger")]
     assert "no ONNX translation is known for graphs.strange" in found[0].reason
     assert Onnx().supports(graph) == found
@@ -198,7 +198,7 @@ def test_what_can_be_written_is_not_refused():
         nn.Conv2d(3, 4, 3), nn.SiLU(), LlamaNorm(6), nn.Flatten(), nn.Linear(144, 4)
     )
     program = quantized(module, 2, 3, 8, 8)
-    assert unsupported(program.only()) == []
+    assert unsupported(program.only(), 23) == []
 
 
 def test_a_lowered_file_does_not_depend_on_the_folder(tmp_path):
