@@ -6,23 +6,20 @@ from effc.quant.scheme import Scheme
 from effc.table import Table
 
 _UINT8 = Scheme(bits=8, signed=False, symmetric=False)
-_INT8 = Scheme(bits=8, signed=True, symmetric=True, axis=0)
 
 ORT = Dialect(
     name="ort",
     opset=23,
     activation=_UINT8,
-    weight=_INT8,
     reasons={
         "opset": "23 keeps attention one operator; benchmarks/opset.py measures it against 21",
         "activation": "uint8 with a zero point: the x86 kernels multiply unsigned by signed, int8 activations fall "
         "to slower ones",
-        "weight": "int8 per output channel, symmetric: no correction term for the weight's zero point",
         "quantized_ops": "only layers with constant weights: quantising additions and norms as well is slower",
         "conv_output": "a convolution without a grid behind it runs in float",
         "conv_bias_int32": "the fused convolution wants its bias on the grid s_x·s_w",
-        "overflow_fix": "x86 kernels without VNNI add two products in 16 bit and saturate; wider scales keep every pair "
-        "below that, so an engine gives the same sums on every processor",
+        "overflow_fix": "x86 kernels without VNNI add two products in 16 bit and saturate; wider weight scales keep "
+        "every pair below that, so an engine gives the same sums on every processor (benchmarks/overflow.py)",
     },
 )
 
@@ -30,11 +27,9 @@ ONNX = Dialect(
     name="onnx",
     opset=21,
     activation=_UINT8,
-    weight=_INT8,
     reasons={
         "opset": "21 is the first with 4-bit and block-wise DequantizeLinear, and what most runtimes read today",
         "activation": "as onnxruntime likes it; other runtimes re-read the grid from the graph",
-        "weight": "integers with one DequantizeLinear each, per output channel",
         "quantized_ops": "layers with constant weights",
         "conv_output": "so that runtimes which fuse on both sides can",
         "conv_bias_int32": "so that runtimes which fuse on both sides can",
@@ -46,7 +41,6 @@ EAGER = Dialect(
     name="eager",
     opset=0,
     activation=_UINT8,
-    weight=_INT8,
     reasons={"activation": "the same grid as onnxruntime's, to compare with it number by number"},
 )
 

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the graph written the way its kernels are fastest, opened without spinning threads.
 
-Three rewrites, each measured (benchmarks/opset.py):
+The rewrites that matter most, each measured (benchmarks/opset.py):
 
 * a quantised linear layer becomes one `MatMulIntegerToFloat` with its bias inside, at every optimisation level;
 * attention takes `[batch, sequence, hidden]` as it is, so four transposes per layer go;
@@ -14,6 +14,8 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -210,5 +212,27 @@ def _site(name: str, word: str, weight: str, consumers: Mapping[str, list[ir.Nod
     return Site(name=name, op=word, kernel="float", int8=False, reason=reason)
 
 
-def numpy_feeds(feeds: Mapping[str, Any]) -> dict[str, Array]:
-    return {name: np.asarray(value) for name, value in feeds.items()}
+_ALONE = """
+import resource, sys
+import numpy as np, onnxruntime
+path, feeds, threads = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(threads)
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+with np.load(feeds) as arrays:
+    for _ in range(3):
+        session.run(None, {name: arrays[name] for name in arrays.files})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_rss_mb(path: Path, feeds: Mapping[str, Array], threads: int) -> float:
+    """Peak resident memory, in MB, of a process of plain onnxruntime that loads a file and runs `feeds` through it."""
+    with tempfile.TemporaryDirectory(prefix="effc-") as place:
+        np.savez(Path(place) / "feeds.npz", **feeds)  # type: ignore[arg-type]
+        command = [sys.executable, "-c", _ALONE, path, Path(place) / "feeds.npz", threads]
+        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if ran.returncode:
+        reason = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise LoweringError(f"{path.name} does not run in a process of its own: {reason}")
+    return round(int(ran.stdout) / (1e6 if sys.platform == "darwin" else 1e3), 1)

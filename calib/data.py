@@ -65,11 +65,16 @@ def parse(spec: str | Path) -> tuple[Path, str | int | None]:
 
 
 def read(
-    path: Path, *, column: str | int | None = None, samples: int | None = None, seed: int = 0
+    path: Path,
+    *,
+    column: str | int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    labelled: bool = False,
 ) -> Iterator[Record]:
     """The samples of a file or folder in their order; with `samples`, that many of them drawn by `seed`.
 
-    Raises CalibrationError where nothing is there, or where it is not what its name says. Files are read as
+    With `labelled` every sample has its label: a table without a header is then text, label. Raises CalibrationError where nothing is there, or where it is not what its name says. Files are read as
     streams: what is at fault far down is met, and said, when it is reached.
     """
     path = Path(path)
@@ -79,7 +84,12 @@ def read(
         raise CalibrationError(f"there is no calibration file {path}", hint="check the path")
     found = 0
     try:
-        for record in _draw(_records(path, column), samples, seed):
+        for record in _draw(_records(path, column, labelled), samples, seed):
+            if labelled and record.label is None:
+                raise CalibrationError(
+                    f"{path} has samples without a label",
+                    hint="a table has a column `label`, an .npz an array `label`, a folder a folder for each class",
+                )
             found += 1
             yield record
     except OSError as error:
@@ -104,18 +114,23 @@ def _draw(records: Iterator[Record], samples: int | None, seed: int) -> Iterator
         yield record
 
 
-def _records(path: Path, column: str | int | None) -> Iterator[Record]:
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        yield from _table(path, column)
-        return
+def _kind(path: Path) -> str:
+    """What the name says that a file is; `.gz` at its end says only how it is stored."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _records(path: Path, column: str | int | None, labelled: bool) -> Iterator[Record]:
+    kind = _kind(path)
     if path.is_dir():
-        yield from _folder(path, column)
+        yield from _folder(path, column, labelled)
+        return
+    if kind in (".csv", ".tsv"):
+        yield from _table(path, column, labelled)
         return
     _refuse_column(path, column)
     if kind == ".txt":
-        lines = (line.rstrip("\r\n") for line in _lines(path))
-        yield from (Record(text=line) for line in lines if line.strip())
+        texts = (line.rstrip("\r\n") for line in lines(path))
+        yield from (Record(text=text) for text in texts if text.strip())
     elif kind == ".npz":
         yield from _arrays(path)
     elif IMAGES in path.name:
@@ -123,7 +138,7 @@ def _records(path: Path, column: str | int | None) -> Iterator[Record]:
     else:
         raise CalibrationError(
             f"{path} is of no kind that effc reads",
-            hint=f"known: {', '.join(TEXTS)}, a folder of pictures, a folder of idx files",
+            hint=f"known: {', '.join(TEXTS)}, text and tables as .gz too, a folder of pictures, a folder of idx files",
         )
 
 
@@ -132,24 +147,31 @@ def _refuse_column(path: Path, column: str | int | None) -> None:
         raise CalibrationError(f"{path} has no columns, so none is called {column!r}")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends. Decoded one by one, so that a line that is not UTF-8 can be named."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise CalibrationError(f"{path} line {number} is not UTF-8 text") from error
+def lines(path: Path) -> Iterator[str]:
+    """Lines of a text file, zipped or not, with their ends.
+
+    Decoded one by one, so that a line that is not UTF-8 can be named.
+    """
+    try:
+        with _unzipped(path) as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise CalibrationError(f"{path} line {number} is not UTF-8 text") from error
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CalibrationError(f"{path} cannot be read: {why}") from error
 
 
-def _table(path: Path, column: str | int | None) -> Iterator[Record]:
+def _table(path: Path, column: str | int | None, labelled: bool) -> Iterator[Record]:
     """Rows of a CSV or TSV.
 
     The first row is a header where a column is asked for by name, or where none is asked for and it names a `label`
     or a `text`; the text is then that column, or the first that is not the label.
     """
-    rows = _rows(path)
-    _, first = next(rows, (0, []))
+    table = rows(path)
+    _, first = next(table, (0, []))
     if not first:
         return
     names = [name.strip().lower() for name in first]
@@ -166,9 +188,9 @@ def _table(path: Path, column: str | int | None) -> Iterator[Record]:
     elif column is None and label is not None and len(names) > 1:
         place = 1 if label == 0 else 0
     else:
-        place, label = column or 0, None
-        rows = itertools.chain([(1, first)], rows)
-    for number, row in rows:
+        place, label = column or 0, 1 if labelled else None
+        table = itertools.chain([(1, first)], table)
+    for number, row in table:
         if max(place, label or 0) >= len(row):
             want = max(place, label or 0) + 1
             raise CalibrationError(f"{path} line {number} has {len(row)} columns, not {want}")
@@ -180,12 +202,12 @@ def _table(path: Path, column: str | int | None) -> Iterator[Record]:
             ) from error
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not empty, with the line that each ends on. Quotes mean something in a CSV only."""
-    if path.suffix.lower() == ".tsv":
-        reader = csv.reader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a table that are not empty, with the line that each ends on. Quotes mean something in a CSV only."""
+    if _kind(path) == ".tsv":
+        reader = csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(_lines(path), strict=True)
+        reader = csv.reader(lines(path), strict=True)
     try:
         for row in reader:
             if row:
@@ -257,7 +279,7 @@ class _Stored:
         return np.frombuffer(bytearray(content), self.dtype)
 
 
-def _folder(path: Path, column: str | int | None) -> Iterator[Record]:
+def _folder(path: Path, column: str | int | None, labelled: bool) -> Iterator[Record]:
     images = sorted(p for p in path.iterdir() if IMAGES in p.name)
     pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
     if images or pictures:
@@ -272,10 +294,10 @@ def _folder(path: Path, column: str | int | None) -> Iterator[Record]:
     files = sorted(
         p
         for p in path.iterdir()
-        if p.suffix.lower() in TEXTS and not p.name.upper().startswith(("README", "LICENSE"))
+        if _kind(p) in TEXTS and not p.name.upper().startswith(("README", "LICENSE"))
     )
     _only(path, files)
-    yield from _records(files[0], column)
+    yield from _records(files[0], column, labelled)
 
 
 def _only(path: Path, files: Sequence[Path]) -> None:

@@ -11,7 +11,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -68,11 +69,12 @@ class ShapeResult:
     case: Case
     timings: Mapping[str, Timing]
     ratios: Mapping[str, Ratio]
+    references: tuple[str, ...]
 
     @property
     def reference(self) -> str | None:
         """The fastest of the references."""
-        return min(self.ratios, key=lambda n: self.timings[n].median_ms, default=None)
+        return min(self.references, key=lambda n: self.timings[n].median_ms, default=None)
 
     def to_json(self) -> dict[str, Any]:
         mine = self.timings["engine"]
@@ -120,15 +122,19 @@ class BenchResult:
     load_ms: Mapping[str, float]
     first_run_ms: Mapping[str, float]
     threads: int
+    streams: int = 1
+    peak_rss_mb: Mapping[str, float] = field(default_factory=dict)
+    """Peak resident memory of a process that loads one engine and runs the largest shape, by engine."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "shapes": [shape.to_json() for shape in self.shapes],
             "load_ms": {n: round(v, 3) for n, v in self.load_ms.items()},
             "first_run_ms": {n: round(v, 3) for n, v in self.first_run_ms.items()},
-            "peak_rss_mb": peak_rss_mb(),
+            "peak_rss_mb": dict(self.peak_rss_mb),
             "reference": sorted({s.reference for s in self.shapes if s.reference}),
             "threads": self.threads,
+            "streams": self.streams,
             "cpu": cpu_name(),
         }
 
@@ -140,12 +146,18 @@ def compare(
     threads: int,
     budget_s: float = 10.0,
     seed: int = 0,
+    streams: int = 1,
+    references: Sequence[str] | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> BenchResult:
     """Time `engine` against every other name in `openers`, shape by shape.
 
-    Openers give engines whose threads do not spin. `budget_s` bounds a shape, give or take one block.
+    Openers give engines whose threads do not spin. `budget_s` bounds a shape, give or take one block. `streams`
+    callers use an engine at once; times are then what each of them waits. `references` are the names that the
+    published ratio is against, the fastest of them counting; all where not given.
     """
+    if references is None:
+        references = [name for name in openers if name != "engine"]
     engines: dict[str, Any] = {}
     load_ms: dict[str, float] = {}
     first_ms: dict[str, float] = {}
@@ -160,14 +172,18 @@ def compare(
         rng = np.random.default_rng(seed)
         shapes = []
         for number, case in enumerate(cases):
-            shapes.append(_shape(engines, case, budget_s, rng))
+            shapes.append(_shape(engines, case, budget_s, rng, streams, tuple(references)))
             if progress is not None:
                 progress(number + 1, len(cases))
     finally:
         for engine in engines.values():
             engine.close()
     return BenchResult(
-        shapes=tuple(shapes), load_ms=load_ms, first_run_ms=first_ms, threads=threads
+        shapes=tuple(shapes),
+        load_ms=load_ms,
+        first_run_ms=first_ms,
+        threads=threads,
+        streams=streams,
     )
 
 
@@ -177,8 +193,25 @@ def _once(engine: Any, case: Case) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
+def _block(engine: Any, case: Case, count: int, streams: int) -> list[float]:
+    """`count` counted runs of every stream, those before them dropped."""
+
+    def runs(_: int) -> list[float]:
+        return [_once(engine, case) for _ in range(DROPPED + count)][DROPPED:]
+
+    if streams == 1:
+        return runs(0)
+    with ThreadPoolExecutor(streams) as pool:
+        return [ms for stream in pool.map(runs, range(streams)) for ms in stream]
+
+
 def _shape(
-    engines: Mapping[str, Any], case: Case, budget_s: float, rng: np.random.Generator
+    engines: Mapping[str, Any],
+    case: Case,
+    budget_s: float,
+    rng: np.random.Generator,
+    streams: int,
+    references: tuple[str, ...],
 ) -> ShapeResult:
     deadline = time.perf_counter() + budget_s
     speeds = {n: warm_up(partial(_once, e, case), budget_s / 20) for n, e in engines.items()}
@@ -188,15 +221,14 @@ def _shape(
     while rounds < 3 or (time.perf_counter() < deadline and rounds < 60):
         for name in rng.permutation(list(engines)):
             time.sleep(PAUSE_S)
-            runs = [_once(engines[name], case) for _ in range(DROPPED + counts[name])]
-            blocks[name].append(tuple(runs[DROPPED:]))
+            blocks[name].append(tuple(_block(engines[name], case, counts[name], streams)))
         rounds += 1
         if rounds >= 3 and time.perf_counter() > deadline:
             break
     timings = {name: Timing(blocks=tuple(b)) for name, b in blocks.items()}
     mine = timings["engine"]
     ratios = {n: ratio_of(t, mine, seed=len(t.blocks)) for n, t in timings.items() if n != "engine"}
-    return ShapeResult(case=case, timings=timings, ratios=ratios)
+    return ShapeResult(case=case, timings=timings, ratios=ratios, references=references)
 
 
 def warm_up(once: Callable[[], float], budget_s: float, window: int = 3) -> float:
@@ -236,14 +268,6 @@ def verdict(low: float, high: float) -> str:
 
 def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(math.log(r) for r in ratios) / len(ratios))
-
-
-def peak_rss_mb() -> float:
-    """Largest resident size of this process so far, in MB."""
-    import resource
-
-    scale = 1e6 if platform.system() == "Darwin" else 1e3
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)
 
 
 def cpu_name() -> str:

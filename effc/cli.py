@@ -148,8 +148,9 @@ def compile(
     ] = "none",
     calib: Calib = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="How many samples to calibrate on.")
-    ] = 128,
+        int | None,
+        typer.Option("--samples", min=1, help="How many samples to calibrate on [default: 128]."),
+    ] = None,
     metric: Metric = None,
     decisions: Annotated[
         Path | None, typer.Option("--decisions", help="Replay the ranges of an earlier compile.")
@@ -175,7 +176,7 @@ def compile(
     from effc import compiler, recipe
 
     if model.endswith((".yaml", ".yml")):
-        if quantize != "none" or calib or metric or target or threads or samples != 128:
+        if quantize != "none" or calib or metric or target or samples is not None:
             raise UsageError(
                 "a recipe says itself what to do; flags like --quantize do not go with it",
                 hint="change the recipe with --set, e.g. --set targets.0=onnx",
@@ -184,14 +185,14 @@ def compile(
     else:
         data = compiler.from_flags(
             model, target=target or "ort", quantize=quantize, calib=calib, metric=metric,
-            samples=samples, bench=bench, threads=threads,
+            samples=samples or 128, bench=bench,
         )  # fmt: skip
-        made = recipe.parse(recipe.canonical(data), name="the command line", overrides=set_ or ())
+        made = recipe.build(data, overrides=set_ or ())
     if not bench:
         made = recipe.without_bench(made)
     recorded = _read_json(decisions) if decisions else None
     with terminal() as progress:
-        result = compiler.run(made, out, decisions=recorded, progress=progress)
+        result = compiler.run(made, out, threads=threads, decisions=recorded, progress=progress)
     _say(result.text(), json_)
     _say(f"{out} is ready", json_)
     _write_json(json_, result.report)
@@ -238,6 +239,9 @@ def bench(
         float, typer.Option("--budget", min=0.1, help="Seconds a shape may take.")
     ] = 10.0,
     threads: Threads = None,
+    streams: Annotated[
+        int, typer.Option("--streams", min=1, help="Callers that use an engine at once.")
+    ] = 1,
     json_: Json = None,
 ) -> None:
     """Time an engine against the model it was made from, with an interval for every ratio.
@@ -249,7 +253,8 @@ def bench(
     with terminal() as progress:
         found = inspection.bench(
             out, model=model, against=against or (), calib=calib, metric=metric,
-            shapes=inspection.parse_shapes(shapes), budget_s=budget, threads=threads, progress=progress,
+            shapes=inspection.parse_shapes(shapes), budget_s=budget, threads=threads,
+            streams=streams, progress=progress,
         )  # fmt: skip
     for line in report.bench_lines(found):
         _say(line, json_)

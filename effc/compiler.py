@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ from effc.backends.base import Engine, Lowered
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import ModuleEngine
 from effc.calib.calibrator import tensors_for
-from effc.errors import LoweringError, VerifyError
+from effc.errors import CalibrationError, LoweringError, SourceError, VerifyError
 from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
 from effc.ir.show import show
@@ -34,7 +36,7 @@ from effc.progress import Progress
 from effc.recipe import QUANTIZE_WORDS, BenchSpec, Recipe, build
 from effc.samples import LENGTHS, Samples
 from effc.source import Source, guess, load
-from effc.verify import OutputDrift, Tolerance, parity
+from effc.verify import Tolerance, parity
 
 Json = dict[str, Any]
 
@@ -77,10 +79,10 @@ def compile(
     recipe = model if isinstance(model, Recipe) else build(
         from_flags(
             str(model), target=target, quantize=quantize, calib=calib, metric=metric, samples=samples,
-            bench=bench, threads=threads,
+            bench=bench,
         )
     )  # fmt: skip
-    return run(recipe, Path(out), decisions=decisions, progress=progress)
+    return run(recipe, Path(out), threads=threads, decisions=decisions, progress=progress)
 
 
 def from_flags(
@@ -92,7 +94,6 @@ def from_flags(
     metric: str | None = None,
     samples: int = 128,
     bench: bool = True,
-    threads: int | None = None,
 ) -> Json:
     """The plain values of the recipe that command line flags stand for."""
     from effc.errors import UsageError
@@ -113,46 +114,66 @@ def from_flags(
         data["metric"] = metric
     if not bench:
         data["bench"] = False
-    elif threads is not None:
-        data["bench"] = {"threads": threads}
     return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What the passes made of a program for one target, and the files that came of it."""
+
+    target: str
+    program: Program
+    records: tuple[PassRecord, ...]
+    lowered: tuple[Lowered, ...]
+
+    @property
+    def lossy(self) -> bool:
+        return any(r.effect == "lossy" and r.sites for r in self.records)
 
 
 def run(
     recipe: Recipe,
     out: Path,
     *,
+    threads: int | None = None,
     decisions: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Compile a recipe into `out`; see `compile`."""
+    """Compile a recipe into `out`; see `compile`. `threads` goes before what the recipe's bench says."""
     progress = progress or Progress()
+    threads = threads or (recipe.bench.threads if recipe.bench else None) or default_threads()
     package.check_output(out)
     metric = metrics.parse(recipe.metric) if recipe.metric else None
     with progress.stage("load"):
         source = load(recipe.source.as_mapping())
+    if len(source.modules) != 1:
+        raise SourceError(
+            f"the source has {len(source.modules)} graphs ({', '.join(source.modules)}), and compile takes one",
+            hint="compile each from a factory of its own",
+        )
+    metric = metric or source.metric
     samples = Samples(source, recipe.calib)
     with progress.stage("trace"):
         original = trace_source(source)
         _refuse_unsupported(original, recipe.targets)
-    program = original
-    records: list[PassRecord] = []
-    lowered: list[Lowered] = []
     with package.staged(out) as stage:
+        built = []
         for target in recipe.targets:
             program, records = rewrite(
                 recipe, original, source, samples, target, decisions, progress
             )
-            lowered += _lower(program, target, recipe, stage, progress)
-        first = lowered[0]
-        threads = (
-            recipe.bench.threads if recipe.bench and recipe.bench.threads else default_threads()
-        )
+            lowered = tuple(_lower(program, target, recipe, stage, progress))
+            built.append(
+                Built(target=target, program=program, records=tuple(records), lowered=lowered)
+            )
+        first = built[0].lowered[0]
         with progress.stage("verify"):
-            lossy = any(r.effect == "lossy" and r.sites for r in records)
             drifts = {
-                low.target: verify_engine(source, original.only(), low, samples, lossy, threads)
-                for low in lowered
+                made.target: verify_engine(
+                    source, original.only(), low, samples, made.lossy, threads
+                )
+                for made in built
+                for low in made.lowered
             }
         measured = None
         if metric is not None:
@@ -162,11 +183,11 @@ def run(
         if recipe.bench is not None:
             with progress.stage("bench") as step:
                 timed = time_engine(source, original, first, samples, recipe.bench, threads, step)
-        content = _write(stage, recipe, source, samples, program, records, lowered, progress)
+        content = _write(stage, recipe, source, samples, built)
         content |= {
             "verify": drifts,
             "metric": measured,
-            "bench": _bench_json(timed, drifts[first.target], measured, stage),
+            "bench": _bench_json(timed, drifts[first.target], measured, content["model_bytes"]),
             "timings": {name: round(s, 3) for name, s in progress.seconds.items()},
         }
         report.write(stage, content)
@@ -176,8 +197,6 @@ def run(
 
 
 def default_threads() -> int:
-    import os
-
     return max(
         1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -223,10 +242,10 @@ def rewrite(
     probes = {role: [dict(inputs)] for role, inputs in source.inputs.items()}
     steps = [PASSES[word]() for word in CANONICAL] if recipe.canonicalize else []
     records = []
-    total = recipe.calib.samples // recipe.calib.batch + 1 if recipe.calib else None
+    total = math.ceil(recipe.calib.samples / recipe.calib.batch) if recipe.calib else None
     for index, pass_ in enumerate([*steps, *recipe.passes]):
         key = f"{index - len(steps)}:{pass_.name}"
-        recorded = decisions.get(key) if decisions is not None and index >= len(steps) else None
+        recorded = _recorded(decisions, target, key) if index >= len(steps) else None
         with progress.stage(pass_.name) as step:
             records.append(
                 apply(
@@ -242,6 +261,19 @@ def rewrite(
                 )
             )
     return program, records
+
+
+def _recorded(decisions: Mapping[str, Any] | None, target: str, key: str) -> Any:
+    """What an earlier compile decided in a step; None where nothing is replayed. Raises CalibrationError."""
+    if decisions is None:
+        return None
+    for name in (f"{target}/{key}", key):
+        if name in decisions:
+            return decisions[name]
+    raise CalibrationError(
+        f"the recorded decisions know no step {key!r}",
+        hint=f"they know {', '.join(sorted(decisions)) or 'none'}; compile again without --decisions",
+    )
 
 
 def _probes(original: Program, samples: Samples) -> dict[str, list[Any]]:
@@ -275,15 +307,12 @@ def verify_engine(
     """
     reference = ModuleEngine(source.module, graph)
     found: dict[str, Json] = {}
-    worst: dict[str, OutputDrift] = {}
     with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
         for label, batches in _cases(source, samples, engine, longest(source, graph)):
             drifts = parity(reference, engine, batches)
             if not lossy:
                 Tolerance().check(drifts, where=f"{lowered.target}, {label}")
             found[label] = {name: dataclasses.asdict(d) for name, d in drifts.items()}
-            if label in ("calibration", "held out") or not worst:
-                worst = drifts
     return found
 
 
@@ -318,6 +347,8 @@ def _cases(
     padded = _padded(samples, min(32, most)) if samples.has_length() else None
     if padded is not None and fits(engine, padded):
         cases.append(("padded", [padded]))
+    if not cases:  # a batch that is fixed to something else
+        cases.append(("example", [{n: t.numpy() for n, t in source.inputs[role].items()}]))
     return cases
 
 
@@ -368,12 +399,13 @@ def time_engine(
     threads: int,
     step: Any = None,
     against: Mapping[str, Any] | None = None,
+    streams: int = 1,
 ) -> benchmark.BenchResult:
     """Engine against the user's module in torch and against the plain float export, in one interleaved run."""
     import torch
 
     from effc.backends.onnx import save, to_onnx
-    from effc.backends.ort import OrtEngine
+    from effc.backends.ort import OrtEngine, peak_rss_mb
 
     torch.set_num_threads(threads)
     graph = original.only()
@@ -386,9 +418,16 @@ def time_engine(
             **(against or {}),
         }
         cases = bench_cases(samples, spec, lowered, longest(source, graph))
-        return benchmark.compare(
-            openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed, progress=step
-        )
+        timed = benchmark.compare(
+            openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed,
+            streams=streams, references=("float", "torch"), progress=step,
+        )  # fmt: skip
+        largest = max(cases, key=lambda c: c.batch * (c.length or 1), default=None)
+        if largest is None or not lowered.files:
+            return timed
+        places = {"engine": lowered.directory / lowered.files[0], "float": Path(place) / files[0]}
+        memory = {n: peak_rss_mb(p, largest.feeds, threads) for n, p in places.items()}
+        return dataclasses.replace(timed, peak_rss_mb=memory)
 
 
 def bench_cases(
@@ -418,32 +457,37 @@ def _bench_json(
     timed: benchmark.BenchResult | None,
     drifts: Mapping[str, Json],
     metric: Json | None,
-    stage: Path,
+    model_bytes: int,
 ) -> Json | None:
     """bench.json as it is published: shapes, outputs, metric, model_bytes and the circumstances."""
     if timed is None:
         return None
-    label = "held out" if "held out" in drifts else next(iter(drifts))
-    size = sum(p.stat().st_size for p in stage.rglob("model.onnx*"))
-    return {**timed.to_json(), "outputs": drifts[label], "metric": metric, "model_bytes": size}
+    return {
+        **timed.to_json(),
+        "outputs": worst_known(drifts),
+        "metric": metric,
+        "model_bytes": model_bytes,
+        "versions": versions(),
+    }
 
 
-def graph_digest(program: Program) -> str:
+def worst_known(cases: Mapping[str, Json]) -> Json:
+    """Per output, the drift over held-out data where there is any, else over calibration data or the first case."""
+    label = next((n for n in ("held out", "calibration") if n in cases), next(iter(cases)))
+    return dict(cases[label])
+
+
+def graph_digest(programs: Sequence[Program]) -> str:
     """sha256 over the text of the graphs and every tensor in them."""
+    import torch
+
     total = hashlib.sha256()
-    for graph in program:
+    for graph in (graph for program in programs for graph in program):
         total.update(show(graph).encode())
         for name, tensor in sorted(graph.tensors().items()):
             total.update(name.encode())
-            flat = tensor.contiguous().reshape(-1)
-            total.update(flat.view(_bytes_of(flat)).numpy().tobytes())
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def _bytes_of(tensor: Any) -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def versions() -> dict[str, str]:
@@ -460,40 +504,34 @@ def versions() -> dict[str, str]:
 
 
 def _write(
-    stage: Path,
-    recipe: Recipe,
-    source: Source,
-    samples: Samples,
-    program: Program,
-    records: Sequence[PassRecord],
-    lowered: Sequence[Lowered],
-    progress: Progress,
+    stage: Path, recipe: Recipe, source: Source, samples: Samples, built: Sequence[Built]
 ) -> Json:
     """Everything of the package but the manifest file; gives what the report and the manifest say."""
     if source.directory is not None:
         package.copy_files(source.directory, source.files, stage)
-    decisions = (
-        {f"{i}:{r.name}": r.decisions for i, r in enumerate(records[-len(recipe.passes) :])}
-        if recipe.passes
-        else {}
-    )
-    origins = {
-        graph.role: {n: dataclasses.asdict(o) for n, o in graph.origins.items()}
-        for graph in program
-    }
+    decisions: Json = {}
+    origins: Json = {}
+    for made in built:
+        prefix = f"{made.target}/" if len(built) > 1 else ""
+        steps = made.records[len(made.records) - len(recipe.passes) :]
+        decisions |= {f"{prefix}{i}:{r.name}": r.decisions for i, r in enumerate(steps)}
+        origins |= {
+            prefix + graph.role: {n: dataclasses.asdict(o) for n, o in graph.origins.items()}
+            for graph in made.program
+        }
     (stage / "decisions.json").write_text(package.dump(decisions), encoding="utf-8")
     (stage / "origins.json").write_text(package.dump(origins), encoding="utf-8")
     (stage / "recipe.yaml").write_text(recipe.portable(), encoding="utf-8")
     (stage / "local.json").write_text(
-        package.dump({"source": recipe.source.as_mapping()}), encoding="utf-8"
+        package.dump({"source": _absolute(recipe.source.as_mapping())}), encoding="utf-8"
     )
-    engines = [_entry(low, stage) for low in lowered]
+    engines = [_entry(low, stage) for made in built for low in made.lowered]
     passes = [
         {
-            "name": r.name, "options": r.options, "effect": r.effect, "sites": r.sites,
-            "nodes": list(r.nodes), "bytes": list(r.bytes),
+            "name": r.name, "target": made.target, "options": r.options, "effect": r.effect,
+            "sites": r.sites, "nodes": list(r.nodes), "bytes": list(r.bytes),
         }
-        for r in records if r.sites
+        for made in built for r in made.records if r.sites
     ]  # fmt: skip
     manifest = {
         "schema": package.SCHEMA,
@@ -502,22 +540,41 @@ def _write(
         "links": [],
         "source": {"name": source.name, "digest": source.digest},
         "data": samples.description(),
-        "graph_digest": graph_digest(program),
+        "graph_digest": graph_digest([made.program for made in built]),
         "passes": passes,
         "decisions": "decisions.json",
         "origins": "origins.json",
         "versions": versions(),
     }
-    drift = {r.name: dataclasses.asdict(r.drift) for r in records if r.drift is not None}
+    first = built[0].lowered[0]
     return {
         "manifest": manifest,
-        "passes": [{**dataclasses.asdict(r), "decisions": len(r.decisions)} for r in records],
-        "drift": drift,
-        "sites": [dataclasses.asdict(s) for low in lowered for s in low.sites],
-        "model_bytes": sum(p.stat().st_size for p in stage.rglob("model.onnx*")),
+        "passes": [
+            {**dataclasses.asdict(r), "target": made.target, "decisions": len(r.decisions)}
+            for made in built
+            for r in made.records
+        ],
+        "sites": [
+            {**dataclasses.asdict(s), "target": low.target}
+            for made in built
+            for low in made.lowered
+            for s in low.sites
+        ],
+        "model_bytes": sum((first.directory / name).stat().st_size for name in first.files),
         "source_bytes": sum(_weight_bytes(m) for m in source.modules.values()),
         "data": samples.description(),
     }
+
+
+def _absolute(source: Mapping[str, Any]) -> Json:
+    """A source whose files are named from the root, so that it is found from any folder."""
+    found = dict(source)
+    if os.path.isdir(place := found.get("transformers", "")):
+        found["transformers"] = os.path.abspath(place)
+    file, _, function = found.get("python", "").rpartition(":")
+    if os.path.isfile(file):
+        found["python"] = f"{os.path.abspath(file)}:{function}"
+    return found
 
 
 def _weight_bytes(module: Any) -> int:

@@ -19,7 +19,6 @@ class Dialect:
     name: str
     opset: int
     activation: Scheme = field(default_factory=lambda: Scheme(signed=False, symmetric=False))
-    weight: Scheme = field(default_factory=lambda: Scheme(axis=0))
     quantized_ops: tuple[str, ...] = ("linear", "conv1d", "conv2d", "embedding")
     conv_output: bool = True
     conv_bias_int32: bool = True

@@ -65,9 +65,9 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
 
     def model_bytes(self, root: Path) -> int:
-        """Bytes of all engine files, data files included."""
-        suffixes = (".onnx", ".data", ".engine", ".bin", ".xml")
-        return sum((root / n).stat().st_size for n in self.files if n.endswith(suffixes))
+        """Bytes of the first engine and the data beside it."""
+        path = self.engines[0].path
+        return sum((root / n).stat().st_size for n in self.files if n in (path, f"{path}.data"))
 
 
 def dump(value: Any) -> str:
@@ -150,7 +150,8 @@ def staged(out: Path) -> Iterator[Path]:
                 f"no room for {out}: {error.strerror}",
                 hint="free some disk space, the old output is untouched",
             ) from error
-        raise PackageError(f"{out} cannot be written: {error.strerror or error}") from error
+        place = error.filename or out
+        raise PackageError(f"{place}: {error.strerror or error}", where=f"writing {out}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -6,15 +6,18 @@ A section that decides quality has no silent default: passes that measure must b
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from effc.backends import TARGETS
 from effc.errors import RecipeError, UsageError
@@ -34,6 +37,8 @@ QUANTIZE_WORDS: dict[str, dict[str, Any] | None] = {
     "w4a16": {"bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse"},
 }
 """What `--quantize` may say, and the options of the quantize pass that it stands for."""
+
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +61,20 @@ class CalibSpec:
     file: str | None = None
     callable: str | None = None
     column: str | int | None = None
-    samples: int = 128
+    samples: Count = 128
     seed: int = 0
-    batch: int = 16
-    max_length: int | None = None
+    batch: Count = 16
+    max_length: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
     """Shapes to time as [batch, length] (length is ignored by models without one), on how many threads."""
 
-    shapes: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 128))
-    threads: int | None = None
-    budget_s: float = 8.0
-    seed: int = 0
+    shapes: tuple[tuple[Count, Count], ...] = ((1, 16), (1, 128), (8, 128))
+    threads: Count | None = None
+    budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +95,15 @@ class Recipe:
 
     def portable(self) -> str:
         """The recipe as it travels in a package: folders of this machine left out of its paths."""
-        data = yaml.safe_load(self.text)
-        for section, keys in (("source", ("transformers", "python")), ("calib", ("file",))):
-            for key in keys:
-                value = (
-                    data.get(section, {}).get(key) if isinstance(data.get(section), dict) else None
-                )
-                if isinstance(value, str):
-                    data[section][key] = Path(value).name
-        metric = self.metric
-        if metric is not None:
-            name, _, file = metric.partition(":")
-            data["metric"] = {name: Path(file).name}
-        data["plugins"] = [Path(p).name for p in self.plugins]
-        return canonical({k: v for k, v in data.items() if v not in ([], None)})
+        data = _without_folders(yaml.safe_load(self.text))
+        for section, *keys in (("source", "transformers", "python"), ("calib", "file", "callable")):
+            part = data.get(section) or {}
+            part.update({key: Path(part[key]).name for key in keys if part.get(key)})
+        if self.metric is not None:
+            data["metric"] = {Path(n).name: Path(file).name for n, file in data["metric"].items()}
+        if self.plugins:
+            data["plugins"] = [Path(p).name for p in self.plugins]
+        return canonical(data)
 
 
 _SECTIONS = (
@@ -119,59 +119,104 @@ _SECTIONS = (
 )
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read(path: Path, overrides: Sequence[str] = (), *, replayed: bool = False) -> Recipe:
     """A recipe file. Relative paths in it are relative to it. Raises RecipeError with path and line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
-    return parse(text, name=str(path), base=path.parent, overrides=overrides)
+    return parse(text, name=str(path), base=path.parent, overrides=overrides, replayed=replayed)
 
 
 def parse(
-    text: str, *, name: str = "recipe", base: Path | None = None, overrides: Sequence[str] = ()
+    text: str,
+    *,
+    name: str = "recipe",
+    base: Path | None = None,
+    overrides: Sequence[str] = (),
+    replayed: bool = False,
 ) -> Recipe:
-    """A recipe from YAML text; `overrides` are `passes.0.bits=6`."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{name}{line} is not YAML: {getattr(error, 'problem', error)}"
-        ) from error
+    """A recipe from YAML text; `overrides` are `passes.0.bits=6`.
+
+    Where decisions are `replayed` nothing is measured, and passes that measure need no calibration data.
+    """
+    node, data = _load(text, name)
     if not isinstance(data, dict):
         raise RecipeError(f"{name} is not a mapping of sections", hint="see docs/recipes.md")
     for override in overrides:
         _override(data, override)
-    return _Reader(name, node, base).recipe(data)
+    return _Reader(name, node, base).recipe(data, replayed)
 
 
-def build(data: dict[str, Any]) -> Recipe:
+def build(data: dict[str, Any], *, overrides: Sequence[str] = (), replayed: bool = False) -> Recipe:
     """A recipe from plain values: what the flags of the command line make."""
-    return _Reader("the command line", None, None).recipe(data)
+    data = copy.deepcopy(data)
+    for override in overrides:
+        _override(data, override)
+    return _Reader("the command line", None, None).recipe(data, replayed)
 
 
 def without_bench(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, bench=None)
 
 
+def _load(text: str, name: str) -> tuple[yaml.Node | None, Any]:
+    """YAML as nodes, which know their lines, and as values."""
+    try:
+        node, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{name}{line} is not YAML: {getattr(error, 'problem', error)}"
+        ) from error
+    _refuse_twins(node, name)
+    return node, data
+
+
+def _refuse_twins(root: yaml.Node | None, name: str) -> None:
+    """Of two keys that are the same, PyYAML would take the last without a word."""
+    todo: list[tuple[tuple[Any, ...], yaml.Node | None]] = [((), root)]
+    seen = set()
+    while todo:
+        place, node = todo.pop()
+        if id(node) in seen:  # an alias, perhaps to what it stands in
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += [((*place, i), item) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, value in node.value:
+                if (key.tag, key.value) in keys:
+                    raise RecipeError(
+                        f"{_dotted((*place, key.value))}: stands here for the second time",
+                        where=f"line {key.start_mark.line + 1} of {name}",
+                        hint="keep one of the two",
+                    )
+                keys.add((key.tag, key.value))
+                todo.append(((*place, key.value), value))
+
+
 def _override(data: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise UsageError(f"--set {text!r} is not PATH=VALUE", hint="--set passes.0.bits=6")
     *parents, last = path.split(".")
+    if not equals or not all((*parents, last)):
+        raise UsageError(f"--set {text!r} is not PATH=VALUE", hint="--set passes.0.bits=6")
+    _, new = _load(value, f"--set {path}")
     place: Any = data
     try:
         for part in parents:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        if isinstance(place, list):
-            place[int(last)] = yaml.safe_load(value)
-        else:
-            place[last] = yaml.safe_load(value)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            place = place[_index(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[_index(last) if isinstance(place, list) else last] = new
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecipeError(f"--set {path}: the recipe has no such place") from error
+
+
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is no place in a list")
+    return int(text)
 
 
 class _Reader:
@@ -180,7 +225,7 @@ class _Reader:
     def __init__(self, name: str, node: yaml.Node | None, base: Path | None) -> None:
         self.name, self.node, self.base = name, node, base
 
-    def recipe(self, data: dict[str, Any]) -> Recipe:
+    def recipe(self, data: dict[str, Any], replayed: bool) -> Recipe:
         self._known(data, _SECTIONS, ())
         if data.get("effc", VERSION) != VERSION:
             raise self._error(
@@ -191,32 +236,26 @@ class _Reader:
         plugins = self._strings(data.get("plugins", []), "plugins")
         for plugin in plugins:
             import_code(self._path(plugin) if plugin.endswith(".py") else plugin)
-        data = self._resolve_paths(data)
         metric = self._metric(data.get("metric"))
+        data = self._resolve_paths({**data, "metric": metric} if metric else data)
         recipe = Recipe(
-            source=self._section(SourceSpec, data["source"], ("source",)),
-            calib=self._section(CalibSpec, data["calib"], ("calib",))
-            if data.get("calib")
-            else None,
+            source=self._source(data["source"]),
+            calib=self._calib(data.get("calib")),
             passes=tuple(
                 self._pass(p, i) for i, p in enumerate(self._list(data.get("passes"), "passes"))
             ),
             targets=self._targets(data.get("targets", ["ort"])),
-            metric=metric,
+            metric=":".join(*data["metric"].items()) if metric else None,
             bench=self._bench(data),
-            canonicalize=bool(data.get("canonicalize", True)),
+            canonicalize=self._flag(data.get("canonicalize", True), "canonicalize"),
             plugins=tuple(plugins),
             text=canonical(data),
         )
-        self._check(recipe)
+        if not replayed:
+            self._check_measured(recipe)
         return recipe
 
-    def _check(self, recipe: Recipe) -> None:
-        source = recipe.source
-        if (source.transformers is None) == (source.python is None):
-            raise self._error(("source",), "a source is one of transformers, python")
-        if recipe.calib and (recipe.calib.file is None) == (recipe.calib.callable is None):
-            raise self._error(("calib",), "calibration data is one of file, callable")
+    def _check_measured(self, recipe: Recipe) -> None:
         for i, pass_ in enumerate(recipe.passes):
             bits = getattr(pass_, "activation_bits", 16)
             if bits != 16 and recipe.calib is None:
@@ -225,6 +264,46 @@ class _Reader:
                     f"{pass_.name} measures activations but the recipe names no calibration data",
                     hint="add `calib: {file: FILE}`, or --calib FILE",
                 )
+
+    def _source(self, value: Any) -> SourceSpec:
+        made = self._section(SourceSpec, value, ("source",))
+        assert isinstance(made, SourceSpec)
+        if (made.transformers is None) == (made.python is None):
+            raise self._error(("source",), "a source is one of transformers, python")
+        if made.options and made.python is None:
+            raise self._error(
+                ("source", "options"),
+                "options are what a factory is called with; a model directory takes none",
+                hint="leave them out, or name a factory: source: {python: module:function}",
+            )
+        for word in ("transformers", "python"):
+            if word in made.options:
+                raise self._error(
+                    ("source", "options", word),
+                    f"{word!r} says where a model comes from, and cannot be an option",
+                    hint="give the factory's argument another name",
+                )
+        try:
+            json.dumps(made.options)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._error(
+                ("source", "options"), f"options are text, numbers, lists and mappings: {error}"
+            ) from error
+        return made
+
+    def _calib(self, value: Any) -> CalibSpec | None:
+        if value is None:
+            return None
+        made = self._section(CalibSpec, value, ("calib",))
+        assert isinstance(made, CalibSpec)
+        if (made.file is None) == (made.callable is None):
+            raise self._error(("calib",), "calibration data is one of file, callable")
+        return made
+
+    def _flag(self, value: Any, name: str) -> bool:
+        if not isinstance(value, bool):
+            raise self._error((name,), f"{value!r} is not true or false")
+        return value
 
     def _bench(self, data: Mapping[str, Any]) -> BenchSpec | None:
         value = data.get("bench", {})
@@ -239,18 +318,18 @@ class _Reader:
         if not isinstance(words, list) or not words:
             raise self._error(("targets",), "targets is a list of words", hint="targets: [ort]")
         for i, word in enumerate(words):
-            if word not in TARGETS:
+            if not isinstance(word, str) or word not in TARGETS:
                 raise self._error(("targets", i), unknown("target", str(word), TARGETS))
         return tuple(dict.fromkeys(words))
 
-    def _metric(self, value: Any) -> str | None:
+    def _metric(self, value: Any) -> dict[str, str] | None:
         if value is None:
             return None
-        if isinstance(value, dict) and len(value) == 1:
-            ((name, file),) = value.items()
-            return f"{name}:{file}"
-        if isinstance(value, str) and ":" in value:
-            return value
+        named = dict([split_metric(value)]) if isinstance(value, str) else value
+        if isinstance(named, dict) and len(named) == 1:
+            ((name, file),) = named.items()
+            if isinstance(name, str) and isinstance(file, str) and name and file:
+                return {name: file}
         raise self._error(
             ("metric",), "a metric is one NAME: FILE", hint="metric: {accuracy: FILE}"
         )
@@ -262,7 +341,7 @@ class _Reader:
         if not isinstance(value, dict) or "pass" not in value:
             raise self._error(place, "a pass is {pass: NAME, options …}")
         word = value["pass"]
-        if word not in PASSES:
+        if not isinstance(word, str) or word not in PASSES:
             raise self._error((*place, "pass"), unknown("pass", str(word), PASSES))
         options = {k: v for k, v in value.items() if k != "pass"}
         made = self._section(PASSES[word], options, place, suffix=f"in {word}")
@@ -281,6 +360,8 @@ class _Reader:
             first = error.errors(include_url=False)[0]
             inner = [p for p in first["loc"] if not _is_type_word(p)]
             if first["type"] == "unexpected_keyword_argument":
+                if _is_type_word(key := first["loc"][-1]):
+                    inner.append(key)
                 what = unknown("key", str(inner[-1]), _fields_of(kind, inner[:-1]))
             else:
                 what = _plain(first)
@@ -309,21 +390,23 @@ class _Reader:
 
     def _resolve_paths(self, data: dict[str, Any]) -> dict[str, Any]:
         """Relative paths of a recipe file become relative to where the command runs."""
-        if self.base is None:
-            return data
         data = dict(data)
-        for section, key in (("source", "transformers"), ("calib", "file")):
+        for section, key, find in (
+            ("source", "transformers", self._path),
+            ("source", "python", self._code),
+            ("calib", "file", self._path),
+            ("calib", "callable", self._code),
+        ):
             value = data.get(section)
             if isinstance(value, dict) and isinstance(value.get(key), str):
-                data[section] = {**value, key: self._path(value[key])}
-        source = data.get("source")
-        if isinstance(source, dict) and ".py:" in str(source.get("python", "")):
-            data["source"] = {**source, "python": self._path(source["python"])}
-        metric = data.get("metric")
-        if isinstance(metric, dict) and len(metric) == 1:
-            ((name, file),) = metric.items()
-            data["metric"] = {name: self._path(file) if ":" not in name else file}
+                data[section] = {**value, key: find(value[key])}
+        if data.get("metric"):
+            data["metric"] = {self._code(n): self._path(file) for n, file in data["metric"].items()}
         return data
+
+    def _code(self, text: str) -> str:
+        """`file.py:function` is a path, `module:function` is none."""
+        return self._path(text) if ".py:" in text else text
 
     def _path(self, text: str) -> str:
         path = Path(text)
@@ -331,7 +414,7 @@ class _Reader:
             return text
         first = path.parts[0]
         names = (first, first.rpartition("#")[0], first.rpartition(":")[0])
-        beside = any(name and (self.base / name).exists() for name in names)
+        beside = any(name and os.path.exists(self.base / name) for name in names)
         return str(self.base / path) if beside else text
 
     def _error(
@@ -373,6 +456,24 @@ class _Reader:
         return line
 
 
+def split_metric(text: str) -> tuple[str, str]:
+    """Name and file of `NAME:FILE`. A metric of your own has a colon in its name: `module:function:FILE`."""
+    name, _, file = text.partition(":")
+    function, colon, rest = file.partition(":")
+    return (f"{name}:{function}", rest) if colon and function.isidentifier() else (name, file)
+
+
+def _without_folders(value: Any) -> Any:
+    """The value with every absolute path in it cut to its last name."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and os.path.isabs(value):
+        return Path(value).name or value
+    return value
+
+
 def adapter(kind: type[Any]) -> TypeAdapter[Any]:
     """pydantic's reader for a dataclass, unknown keys refused."""
     return TypeAdapter(kind)
@@ -397,7 +498,7 @@ def pass_schema() -> dict[str, Any]:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a whole recipe file."""
+    """JSON Schema of a whole recipe file. Passes that it does not know are accepted where there are plugins."""
     passes = pass_schema()
     definitions: dict[str, Any] = {}
     for word, part in passes.items():
@@ -408,6 +509,12 @@ def schema() -> dict[str, Any]:
         section = adapter(kind).json_schema()
         section["additionalProperties"] = False
         sections[name] = section
+    null, text = {"type": "null"}, {"type": "string", "minLength": 1}
+    known = [{"enum": sorted(passes)}, *({"$ref": f"#/$defs/{word}"} for word in sorted(passes))]
+    others = {"type": "string", "not": {"enum": sorted(passes)}}
+    own = [others, {"type": "object", "required": ["pass"], "properties": {"pass": others}}]
+    targets = {"enum": sorted(TARGETS)}
+    one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": text}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "effc recipe",
@@ -416,22 +523,21 @@ def schema() -> dict[str, Any]:
         "required": ["source"],
         "properties": {
             "effc": {"const": VERSION},
-            **sections,
-            "bench": {"anyOf": [sections["bench"], {"const": False}]},
-            "passes": {
-                "type": "array",
-                "items": {
-                    "anyOf": [
-                        {"enum": sorted(passes)},
-                        *({"$ref": f"#/$defs/{word}"} for word in sorted(passes)),
-                    ]
-                },
-            },
-            "targets": {"type": "array", "items": {"enum": sorted(TARGETS)}},
-            "metric": {"type": "object", "minProperties": 1, "maxProperties": 1},
+            "source": sections["source"],
+            "calib": {"anyOf": [sections["calib"], null]},
+            "bench": {"anyOf": [sections["bench"], {"const": False}, null]},
+            "passes": {"type": ["array", "null"]},
+            "targets": {"anyOf": [targets, {"type": "array", "minItems": 1, "items": targets}]},
+            "metric": {"anyOf": [one, {"type": "string", "pattern": "^[^:]+:."}, null]},
             "canonicalize": {"type": "boolean"},
-            "plugins": {"type": "array", "items": {"type": "string"}},
+            "plugins": {"type": ["array", "null"], "items": {"type": "string"}},
         },
+        "if": {
+            "required": ["plugins"],
+            "properties": {"plugins": {"type": "array", "minItems": 1}},
+        },
+        "then": {"properties": {"passes": {"items": {"anyOf": [*known, *own]}}}},
+        "else": {"properties": {"passes": {"items": {"anyOf": known}}}},
         "$defs": definitions,
     }
 

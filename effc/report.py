@@ -7,10 +7,11 @@ the reason. Times are in files that the manifest lists as not reproducible.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from effc.bench import verdict
 from effc.package import dump
 
 Json = dict[str, Any]
@@ -45,23 +46,33 @@ def _size(content: Mapping[str, Any]) -> list[str]:
 def _sites(content: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     sites = content["sites"]
-    for op in sorted({s["op"] for s in sites}):
-        chosen = [s for s in sites if s["op"] == op]
-        fused = sum(s["int8"] for s in chosen)
-        lines.append(f"sites     {fused}/{len(chosen)} {op} in integer kernels")
+    for target, op in sorted({(s["target"], s["op"]) for s in sites}):
+        chosen = [s for s in sites if (s["target"], s["op"]) == (target, op)]
+        fused = [s for s in chosen if s["int8"]]
+        kernels = ", ".join(sorted({s["kernel"] for s in fused}))
+        within = f" ({kernels})" if kernels else ""
+        lines.append(
+            f"sites     {_of(content, target)}{len(fused)}/{len(chosen)} {op} fused{within}"
+        )
     for site in [s for s in sites if not s["int8"]][:20]:
         lines.append(f"          {site['name']} ({site['kernel']}): {site['reason']}")
     return lines
 
 
+def _of(content: Mapping[str, Any], target: str) -> str:
+    """The target in front of a line, where there is more than one."""
+    return f"{target}: " if len(content["verify"]) > 1 else ""
+
+
 def _drift(content: Mapping[str, Any]) -> list[str]:
     lines = []
-    for label, outputs in next(iter(content["verify"].values()), {}).items():
-        for name, d in outputs.items():
-            lines.append(
-                f"verify    {label}: {name} max abs {d['max_abs']:.3g}, relative L2 {d['rel_l2']:.3g}, "
-                f"cosine {d['cosine']:.5f}"
-            )
+    for target, cases in content["verify"].items():
+        for label, outputs in cases.items():
+            for name, d in outputs.items():
+                lines.append(
+                    f"verify    {_of(content, target)}{label}: {name} max abs {d['max_abs']:.3g}, "
+                    f"relative L2 {d['rel_l2']:.3g}, cosine {d['cosine']:.5f}"
+                )
     return lines
 
 
@@ -89,7 +100,11 @@ def bench_lines(bench: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"bench     {shape_word(s)}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}"
         )
-    lines.append(f"          {bench['threads']} threads, {bench['cpu']}")
+    load = ", ".join(f"{n} {ms:.0f}" for n, ms in bench["load_ms"].items() if n != "torch")
+    memory = ", ".join(f"{n} {mb:.0f}" for n, mb in bench["peak_rss_mb"].items())
+    lines.append(f"          load {load} ms; peak memory {memory} MB")
+    streams = f", {bench['streams']} streams" if bench["streams"] > 1 else ""
+    lines.append(f"          {bench['threads']} threads{streams}, {bench['cpu']}")
     return lines
 
 
@@ -102,13 +117,8 @@ def shape_word(shape: Mapping[str, Any]) -> str:
 def ratio_word(s: Mapping[str, Any]) -> str:
     if s.get("ratio") is None:
         return "no reference"
-    word = "faster" if s["low"] > 1 else "slower" if s["high"] < 1 else "not distinguishable"
-    return f"{s['ratio']:.2f}× [{s['low']:.2f}, {s['high']:.2f}] {word}"
+    return f"{s['ratio']:.2f}× [{s['low']:.2f}, {s['high']:.2f}] {verdict(s['low'], s['high'])}"
 
 
 def read(path: Path) -> Json:
     return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def names(items: Iterable[str]) -> str:
-    return ", ".join(sorted(items)) or "none"

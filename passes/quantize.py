@@ -99,7 +99,14 @@ class Quantize(Pass):
         return INT16_MAX // max(self._activation.high, -self._activation.low)
 
     def requires(self, program: Program) -> None:
+        if self.group and self._static:
+            raise PreconditionError(
+                "quantize: group is for weights beside float activations; no integer kernel takes it otherwise",
+                hint="set activation_bits to 16, or leave group out",
+            )
         for graph in program:
+            if self.graphs and graph.role not in self.graphs:
+                continue
             for node in graph.nodes:
                 if op_name(node) in ("batch_norm", "_native_batch_norm_legit_no_training"):
                     source = node.args[0]

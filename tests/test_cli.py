@@ -79,6 +79,7 @@ def test_it_starts_in_less_than_three_tenths_of_a_second(command):
 # What is printed where
 
 
+@pytest.mark.slow
 def test_a_quiet_compile_says_what_came_out_and_nothing_else(tmp_path):
     words = (f"{made().factories}:perceptron", "-o", tmp_path / "out", "--no-bench")
     ran = process("compile", *words)

@@ -244,3 +244,39 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(LoweringError, match=r"onnxruntime refuses model\.onnx"):
         OrtEngine(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(64, 48), (5, 64)),
+        (nn.Linear(37, 21), (1, 37)),
+        (nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten()), (2, 8, 10, 10)),
+        (nn.Sequential(nn.Conv1d(3, 6, 5), nn.ReLU(), nn.Flatten()), (2, 3, 20)),
+        (nn.Sequential(nn.Conv2d(8, 16, 3, groups=2), nn.ReLU(), nn.Flatten()), (2, 8, 9, 9)),
+    ],
+    ids=["linear", "one row", "conv2d", "conv1d", "groups"],
+)
+def test_sums_do_not_saturate_where_weights_and_inputs_are_largest(layer, shape, tmp_path):
+    """Kernels without VNNI add two products in 16 bit: 255 · (127 + 127) would be cut off at 32767."""
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data = torch.sign(parameter) * (0.9 + 0.1 * torch.rand_like(parameter))
+    program = effc.trace(layer, torch.sign(normal(2, *shape[1:])))
+    name = program.only().inputs[0]
+    x = torch.sign(normal(*shape)).numpy()
+    quantize(program, [Batch(inputs={name: x})])
+    wanted = program.run({name: torch.from_numpy(x)})["output"]
+    with engine(program, tmp_path) as opened:
+        assert distance(wanted, opened({name: x})["output"]) < 0.01
+
+
+def test_the_overflow_fix_can_be_left_out():
+    program = effc.trace(nn.Linear(64, 8), normal(2, 64))
+    scales = []
+    for fix in (True, False):
+        made = program.clone()
+        quantize(made, batches("input", 4, 64), overflow_fix=fix)
+        scales.append(made.only().tensors()["weight_scale"])
+    assert bool((scales[0] > scales[1]).any())
+    assert torch.equal(scales[1], program.only().tensors()["weight"].abs().amax(1) / 127)

@@ -266,3 +266,38 @@ def test_what_is_no_4_bit_code_is_not_packed(codes):
 def test_bytes_of_another_length_are_not_unpacked():
     with pytest.raises(ValueError, match="rows of 5"):
         unpack(torch.zeros(2, 2, dtype=torch.uint8), 5, signed=True)
+
+
+@given(
+    st.sampled_from([(3, 8), (3, 7), (2, 1), (2, 3, 5), (4, 3, 3, 3), (2, 4, 1, 2)]),
+    st.sampled_from(["normal", "uniform", "one sign", "spikes"]),
+    st.sampled_from(["minmax", "mse"]),
+    st.integers(0, 2**16),
+)
+def test_two_neighbouring_codes_never_pass_the_limit(shape, kind, method, seed):
+    weight = normal(*shape, seed=seed)
+    weight = {
+        "normal": weight,
+        "uniform": torch.special.ndtr(weight) * 2 - 1,
+        "one sign": weight.abs(),
+        "spikes": weight**5,
+    }[kind]
+    scale, zero = weight_qparams(weight, INT8, method=method, pair_limit=128)
+    codes = quantize(weight, scale, zero, INT8).to(torch.int64)
+    for row in codes:
+        flat = row if row.dim() == 1 else row.movedim(0, -1)  # channels last, as kernels read them
+        flat = flat.reshape(-1).tolist()
+        for first, second in zip(flat[::2], [*flat[1::2], 0], strict=False):
+            assert abs(max(first, 0) + max(second, 0)) <= 128
+            assert abs(min(first, 0) + min(second, 0)) <= 128
+
+
+def test_the_limit_costs_less_than_a_bit_of_a_trained_looking_weight():
+    weight = normal(64, 384)
+    errors = []
+    for bits, limit in ((8, None), (8, 128), (7, None)):
+        scheme = Scheme(bits=bits, axis=0)
+        grid = weight_qparams(weight, scheme, pair_limit=limit)
+        errors.append(float((fake_quantize(weight, *grid, scheme) - weight).norm()))
+    free, limited, seven = errors
+    assert free < limited < 0.75 * seven
