@@ -33,6 +33,13 @@ def minilm() -> Path:
     return Path(str(get_model_path()))
 
 
+def features() -> str:
+    """The instruction set that int8 speed hangs on: part of a file name, so that unlike processors lie side by side."""
+    found = cpu_features()
+    best = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp", "avx512f", "avx2")
+    return next((name for name in best if name in found), "plain")
+
+
 def write(name: str, content: dict[str, Any]) -> Path:
     """One result as small JSON, with the circumstances under which it was measured."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """MiniLM-L6-v2 to int8 on ONNX Runtime: accuracy, size, speed, compile time, invariance, reproducibility.
 
-python benchmarks/minilm.py            # a few minutes; writes benchmarks/results/minilm.json
+python benchmarks/minilm.py            # a few minutes; writes benchmarks/results/minilm-FEATURES.json
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> int:
         "geometric_mean_low": round(geometric_mean(lows), 3),
         "bench": bench,
     }
-    print(common.write("minilm", found))
+    print(common.write(f"minilm-{common.features()}", found))
     for shape in bench["shapes"]:
         print({k: shape[k] for k in ("batch", "length", "engine_ms")}, shape["against"])
     print({k: v for k, v in found.items() if k != "bench"}, bench["metric"])

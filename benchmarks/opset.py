@@ -1,6 +1,6 @@
 """What each rule of the ort dialect is worth: opset, and every rewrite left out in turn, on MiniLM-L6-v2.
 
-python benchmarks/opset.py             # writes benchmarks/results/opset.json
+python benchmarks/opset.py             # writes benchmarks/results/opset-FEATURES.json
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> int:
         )
         cases = bench_cases(samples, BenchSpec(), lowered)
         found = compare(openers, cases, threads=2, budget_s=40).to_json()
-    print(common.write("opset", {"name": "opset", "bench": found}))
+    print(common.write(f"opset-{common.features()}", {"name": "opset", "bench": found}))
     for shape in found["shapes"]:
         print(f"{shape['batch']}x{shape['length']}: engine {shape['engine_ms']:.2f} ms")
         for name, other in shape["against"].items():

@@ -74,8 +74,9 @@ def read(
 ) -> Iterator[Record]:
     """The samples of a file or folder in their order; with `samples`, that many of them drawn by `seed`.
 
-    With `labelled` every sample has its label: a table without a header is then text, label. Raises CalibrationError where nothing is there, or where it is not what its name says. Files are read as
-    streams: what is at fault far down is met, and said, when it is reached.
+    With `labelled` every sample has its label; a table without a header is text, label then. Raises CalibrationError
+    where nothing is there, or where it is not what its name says. Files are read as streams: what is at fault far down
+    is met, and said, when it is reached.
     """
     path = Path(path)
     if samples is not None and samples < 1:

@@ -5,44 +5,25 @@ The interval of the difference comes from resampling the samples, so that what b
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from effc.backends.base import Engine
 from effc.calib import data
-from effc.errors import CalibrationError, RecipeError
-from effc.table import Table
+from effc.errors import CalibrationError, EffcError, RecipeError
+from effc.source import Source, import_code
+from effc.table import Table, unknown
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 DRAWS = 2000
 LONGEST = 128
-
-
-class Processor(Protocol):
-    """What a metric needs of a model directory."""
-
-    input_names: tuple[str, ...]
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def max_length(self) -> int | None: ...
-
-    def encode(
-        self, texts: Sequence[str], *, max_length: int | None = None
-    ) -> dict[str, Array]: ...
-
-    def pool(self, hidden: Array, mask: Array) -> Array: ...
-
-    def images(self, pixels: Array) -> dict[str, Array]: ...
 
 
 @dataclass(frozen=True)
@@ -54,146 +35,305 @@ class Samples:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
+    @cached_property
+    def orders(self) -> dict[str, Array]:
+        """Place of every value among the different values of its column, found once: a draw then sorts nothing."""
+        return {n: np.unique(c, return_inverse=True)[1] for n, c in self.columns.items()}
+
 
 class Metric(Protocol):
     """One task metric over one file."""
 
-    name: ClassVar[str]
-    higher_is_better: ClassVar[bool]
-    file: Path
+    @property
+    def name(self) -> str: ...
 
-    def measure(self, run: Run, processor: Any) -> Samples: ...
+    @property
+    def higher_is_better(self) -> bool: ...
 
-    def value(self, samples: Samples, index: Array | None = None) -> float: ...
+    @property
+    def file(self) -> Path: ...
+
+    def check(self, source: Source) -> None:
+        """Raise where the source cannot feed the metric or the file is none, before anything long is done."""
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
+        """Per-sample results of an engine; `processor` is the source's, and may be None."""
+
+    def value(self, samples: Samples, index: Array | None = None) -> float:
+        """The metric over all samples, or over those drawn."""
+
+
+def _check_text(metric: Metric, source: Source) -> None:
+    (inputs,) = source.inputs.values()
+    if source.processor is None:
+        raise CalibrationError(
+            f"metric {metric.name} reads text, for which this model has no tokenizer",
+            hint="leave the metric out, give the Source a processor, or write a metric: file.py:function:FILE",
+        )
+    if "input_ids" not in inputs:
+        raise CalibrationError(
+            f"metric {metric.name} reads text, the model takes {', '.join(inputs)}"
+        )
+    _ = source.processor.tokenizer  # raises where it does not load
+
+
+def _check_vectors(metric: Metric, source: Source) -> None:
+    _check_text(metric, source)
+    if ("logits",) in source.outputs.values():
+        raise CalibrationError(f"metric {metric.name} pools token vectors, the model gives logits")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpearmanCosine:
-    """Rank correlation of cosine similarity with human scores, on `sentence1,sentence2,score` rows (STS)."""
+    """Rank correlation of the cosine of two sentences with a human score.
+
+    File: CSV, `.gz` or not, rows `sentence1,sentence2,score` without a header, as of the STS benchmark (Cer et al.
+    2017). Sentences are cut to 128 tokens.
+    """
 
     name: ClassVar[str] = "spearman_cosine"
     higher_is_better: ClassVar[bool] = True
     file: Path
 
-    def measure(self, run: Run, processor: Any) -> Samples:
-        rows = [r for r in _csv(self.file) if r]
-        try:
-            gold = np.array([float(r[2]) for r in rows])
-        except (IndexError, ValueError) as error:
-            raise CalibrationError(
-                f"{self.file} wants rows of sentence1,sentence2,score"
-            ) from error
-        left = embed(run, processor, [r[0] for r in rows])
-        right = embed(run, processor, [r[1] for r in rows])
-        lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-        return Samples({"cosine": (left * right).sum(axis=1) / lengths, "gold": gold})
+    def check(self, source: Source) -> None:
+        _check_vectors(self, source)
+        self.rows()
+
+    def rows(self) -> list[tuple[str, str, float]]:
+        found = []
+        for number, row in data.rows(self.file):
+            try:
+                found.append((row[0], row[1], float(row[2])))
+            except (IndexError, ValueError) as error:
+                raise CalibrationError(
+                    f"{self.file} line {number} is not sentence1,sentence2,score",
+                    hint="a CSV without a header, the score a number",
+                ) from error
+        if not found:
+            raise CalibrationError(f"{self.file} holds no samples")
+        return found
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
+        left, right, gold = zip(*self.rows(), strict=True)
+        cosine = (embed(run, processor, left) * embed(run, processor, right)).sum(axis=1)
+        return Samples({"cosine": cosine, "gold": np.array(gold)})
 
     def value(self, samples: Samples, index: Array | None = None) -> float:
-        from scipy.stats import spearmanr
-
         chosen = slice(None) if index is None else index
-        return float(
-            spearmanr(samples.columns["cosine"][chosen], samples.columns["gold"][chosen]).statistic
-        )
+        left, right = (_centred_ranks(samples.orders[n][chosen]) for n in ("cosine", "gold"))
+        spread = math.sqrt((left @ left) * (right @ right))
+        return float(left @ right / spread) if spread else math.nan
 
 
-def embed(run: Run, processor: Any, texts: Sequence[str], size: int = 32) -> Array:
-    """Sentence vectors [n, hidden], batched by length so that little is padded."""
-    order = np.argsort([len(t) for t in texts], kind="stable")
+def _centred_ranks(order: Array) -> Array:
+    """Ranks less their mean; equal values share the mean of their ranks (Spearman's convention)."""
+    counts = np.bincount(order)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts - 1) / 2)[order] - (len(order) + 1) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """Share of texts a whose text b is among the k nearest, by cosine, of all texts b (recall at k, one right answer).
+
+    File: CSV, `.gz` or not, rows `text_a,text_b` without a header; every b belongs to its a alone. What is as near as
+    the right answer counts before it. Texts are cut to 128 tokens.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    k: int
+    file: Path
+
+    @property
+    def name(self) -> str:
+        return f"recall@{self.k}"
+
+    def check(self, source: Source) -> None:
+        _check_vectors(self, source)
+        self.rows()
+
+    def rows(self) -> list[tuple[str, str]]:
+        found = []
+        for number, row in data.rows(self.file):
+            if len(row) != 2:
+                raise CalibrationError(
+                    f"{self.file} line {number} has {len(row)} columns, not text_a,text_b"
+                )
+            found.append((row[0], row[1]))
+        if not found:
+            raise CalibrationError(f"{self.file} holds no samples")
+        return found
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
+        asked, answers = (embed(run, processor, side) for side in zip(*self.rows(), strict=True))
+        hits = []
+        for start in range(0, len(asked), 256):
+            near = asked[start : start + 256] @ answers.T
+            right = near[np.arange(len(near)), np.arange(start, start + len(near))]
+            hits.append((near >= right[:, None]).sum(axis=1) <= self.k)
+        return Samples({"hit": np.concatenate(hits).astype(np.float64)})
+
+    def value(self, samples: Samples, index: Array | None = None) -> float:
+        return _mean(samples.columns["hit"], index)
+
+
+def embed(run: Engine, processor: Any, texts: Sequence[str], size: int = 32) -> Array:
+    """Sentence vectors of length one [n, hidden], batched by length so that little is padded."""
     vectors: list[Array] = [np.empty(0)] * len(texts)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        feeds = processor.encode([texts[i] for i in chosen], max_length=LONGEST)
-        outputs = run(feeds)
+    for chosen in _by_length([len(t) for t in texts], size):
+        rows = processor.token_ids([texts[i] for i in chosen], max_length=LONGEST)
+        lengths = np.array([len(row) for row in rows])
+        outputs = run(processor.pad(rows))
         hidden = outputs.get("last_hidden_state")
         if hidden is None:
-            hidden = next((v for v in outputs.values() if v.ndim == 3), None)
+            hidden = next((v for n, v in outputs.items() if v.ndim == 3 and n != "logits"), None)
         if hidden is None:
             raise CalibrationError("the engine has no output [batch, length, hidden] to pool")
-        for i, vector in zip(chosen, processor.pool(hidden, feeds["attention_mask"]), strict=True):
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        for i, vector in zip(chosen, processor.pool(hidden, mask), strict=True):
             vectors[i] = vector
-    return np.stack(vectors)
+    found = np.stack(vectors)
+    norms = np.linalg.norm(found, axis=1, keepdims=True)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise CalibrationError("the engine gives sentence vectors that are zero or not numbers")
+    return np.asarray(found / norms)
+
+
+def _by_length(lengths: Sequence[int], size: int) -> Iterator[Array]:
+    """Places in batches of `size`, short ones first."""
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _mean(column: Array, index: Array | None) -> float:
+    return float(column.mean() if index is None else column[index].mean())
+
+
+def _check_labelled(metric: Metric, source: Source) -> None:
+    (inputs,) = source.inputs.values()
+    first = next(data.read(metric.file, labelled=True))
+    if first.arrays is not None:
+        for name in inputs:
+            if name not in first.arrays:
+                raise _lacks(name, first.arrays)
+    elif source.processor is None:
+        raise CalibrationError(
+            f"metric {metric.name} reads text or pictures, for which this model has no processor",
+            hint="measure on an .npz: arrays named as the inputs, and `label`",
+        )
+    elif first.pixels is None:
+        _check_text(metric, source)
+    elif "pixel_values" not in inputs:
+        raise CalibrationError(f"{metric.file} holds pictures, the model takes {', '.join(inputs)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Share of samples whose largest logit is the label: `text<TAB>label` rows, `text,label` CSV, or a folder."""
+    """Share of samples whose largest logit is the label, a number from 0.
+
+    File: CSV or TSV with a column `label`, or without a header text, label; .npz with `label`; a folder of pictures in
+    folders of their classes; idx.
+    """
 
     name: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     file: Path
 
-    def measure(self, run: Run, processor: Any) -> Samples:
+    def check(self, source: Source) -> None:
+        _check_labelled(self, source)
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
         predicted, gold = classify(run, processor, self.file)
         return Samples({"correct": (predicted == gold).astype(np.float64)})
 
     def value(self, samples: Samples, index: Array | None = None) -> float:
-        correct = samples.columns["correct"]
-        return float(correct.mean() if index is None else correct[index].mean())
+        return _mean(samples.columns["correct"], index)
 
 
 @dataclass(frozen=True, kw_only=True)
 class F1:
-    """Mean over classes of the harmonic mean of precision and recall (macro F1)."""
+    """Mean over classes of the harmonic mean of precision and recall (macro F1). File: as of `accuracy`."""
 
     name: ClassVar[str] = "f1"
     higher_is_better: ClassVar[bool] = True
     file: Path
 
-    def measure(self, run: Run, processor: Any) -> Samples:
+    def check(self, source: Source) -> None:
+        _check_labelled(self, source)
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
         predicted, gold = classify(run, processor, self.file)
         return Samples({"predicted": predicted, "gold": gold})
 
     def value(self, samples: Samples, index: Array | None = None) -> float:
-        chosen = slice(None) if index is None else index
-        predicted, gold = samples.columns["predicted"][chosen], samples.columns["gold"][chosen]
-        scores = []
-        for label in np.unique(
-            np.concatenate([samples.columns["gold"], samples.columns["predicted"]])
-        ):
-            hits = float(((predicted == label) & (gold == label)).sum())
-            total = float((predicted == label).sum() + (gold == label).sum())
-            scores.append(2 * hits / total if total else 0.0)
-        return float(np.mean(scores))
+        predicted, gold = samples.columns["predicted"], samples.columns["gold"]
+        classes = int(max(predicted.max(), gold.max())) + 1
+        seen = np.bincount(predicted, minlength=classes) + np.bincount(gold, minlength=classes) > 0
+        if index is not None:
+            predicted, gold = predicted[index], gold[index]
+        hits = np.bincount(gold[predicted == gold], minlength=classes)
+        total = np.bincount(predicted, minlength=classes) + np.bincount(gold, minlength=classes)
+        return float((2 * hits / np.maximum(total, 1))[seen].mean())
 
 
-def classify(run: Run, processor: Any, file: Path, size: int = 64) -> tuple[Array, Array]:
+def classify(run: Engine, processor: Any, file: Path, size: int = 64) -> tuple[Array, Array]:
     """Predicted and true labels of every sample of a labelled file."""
     predicted: list[Array] = []
     gold: list[int] = []
-    for chunk in _chunks(_labelled(file), size):
+    classes = 0
+    for chunk in _chunks(data.read(file, labelled=True), size):
         if chunk[0].pixels is not None:
-            feeds = processor.images(np.stack([r.pixels for r in chunk if r.pixels is not None]))
+            feeds = processor.images([r.pixels for r in chunk])
         elif chunk[0].arrays is not None:
-            feeds = {
-                n: np.stack([(r.arrays or {})[n] for r in chunk]) for n in processor.input_names
-            }
+            feeds = _ready([r.arrays or {} for r in chunk], run)
         else:
-            feeds = processor.encode([r.text or "" for r in chunk])
+            feeds = processor.encode([r.text for r in chunk])
         outputs = run(feeds)
         logits = outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
-        predicted.append(logits.reshape(len(chunk), -1).argmax(axis=1))
+        if logits.ndim < 2 or logits.size != len(chunk) * logits.shape[1]:
+            raise CalibrationError(
+                f"a label needs logits [batch, classes], the engine gives {list(logits.shape)}"
+            )
+        classes = logits.shape[1]
+        predicted.append(logits.reshape(len(chunk), classes).argmax(axis=1))
         gold += [int(r.label) for r in chunk if r.label is not None]
-    if not gold:
-        raise CalibrationError(f"{file} holds no labelled samples")
-    return np.concatenate(predicted), np.array(gold)
+    labels = np.array(gold)
+    if labels.min() < 0 or labels.max() >= classes:
+        raise CalibrationError(
+            f"{file} has labels from {labels.min()} to {labels.max()}, the model knows 0 to {classes - 1}"
+        )
+    return np.concatenate(predicted), labels
 
 
-def _labelled(file: Path) -> Iterator[data.Record]:
-    if file.suffix == ".tsv":
-        for number, row in enumerate(_csv(file, "\t"), 1):
-            try:
-                yield data.Record(text=row[0], label=int(row[1]))
-            except (IndexError, ValueError) as error:
-                raise CalibrationError(f"{file} line {number} is not text<TAB>label") from error
-        return
-    for record in data.read(file):
-        if record.label is None:
-            raise CalibrationError(f"{file} has samples without a label")
-        yield record
+def _ready(arrays: Sequence[Mapping[str, Array]], run: Engine) -> dict[str, Array]:
+    """Samples of ready arrays as one batch, in the types that the engine takes."""
+    feeds = {}
+    for port in run.inputs:
+        if port.name not in arrays[0]:
+            raise _lacks(port.name, arrays[0])
+        given = np.stack([sample[port.name] for sample in arrays])
+        fits = len(given.shape) == len(port.shape) and all(
+            isinstance(want, str) or want == have
+            for want, have in zip(port.shape, given.shape, strict=True)
+        )
+        if not fits or not np.can_cast(given.dtype, port.dtype, "same_kind"):
+            raise CalibrationError(
+                f"array {port.name!r} of the metric is {given.dtype} {list(given.shape)}, "
+                f"the model takes {port.dtype} [{', '.join(map(str, port.shape))}]"
+            )
+        feeds[port.name] = given.astype(port.dtype, copy=False)
+    return feeds
 
 
-def _chunks(records: Iterator[data.Record], size: int) -> Iterator[list[data.Record]]:
+def _lacks(name: str, arrays: Mapping[str, Array]) -> CalibrationError:
+    return CalibrationError(
+        f"the metric's file has no array {name!r} that the model takes",
+        hint=f"it has {', '.join(sorted(arrays)) or 'none'}",
+    )
+
+
+def _chunks(records: Iterable[data.Record], size: int) -> Iterator[list[data.Record]]:
     chunk: list[data.Record] = []
     for record in records:
         chunk.append(record)
@@ -204,21 +344,132 @@ def _chunks(records: Iterator[data.Record], size: int) -> Iterator[list[data.Rec
         yield chunk
 
 
-def _csv(file: Path, delimiter: str = ",") -> Iterator[list[str]]:
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8", newline="") as stream:
-        if delimiter == "\t":
-            yield from csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            yield from csv.reader(stream)
+@dataclass(frozen=True, kw_only=True)
+class EntityF1:
+    """F1 over all entities of a token classifier (micro): right where type, first and last word are.
+
+    File: a token and its tag on a line, first and last of what tabs or else blanks separate; an empty line between
+    sentences (CoNLL 2003, Tjong Kim Sang and De Meulder). Tags are BIO or BIOES, read as by seqeval's default mode
+    (Nakayama 2018). The first token of a word speaks for it; words behind the model's length are predicted O.
+    """
+
+    name: ClassVar[str] = "entity_f1"
+    higher_is_better: ClassVar[bool] = True
+    file: Path
+
+    def check(self, source: Source) -> None:
+        _check_text(self, source)
+        assert source.processor is not None
+        self.sentences(_tags_of(source.processor.config))
+
+    def sentences(self, known: Mapping[int, str]) -> list[tuple[list[str], list[str]]]:
+        """Words and tags of every sentence. Raises CalibrationError for a tag of a type that nobody predicts."""
+        types = {"", *(_split(tag)[1] for tag in known.values())}
+        found: list[tuple[list[str], list[str]]] = [([], [])]
+        for number, line in enumerate(data.lines(self.file), 1):
+            fields = line.strip("\r\n").split("\t") if "\t" in line else line.split()
+            if not "".join(fields).strip():
+                found.append(([], []))
+                continue
+            if fields[0] == "-DOCSTART-":
+                continue
+            if len(fields) < 2 or not TAG.fullmatch(fields[-1].strip()):
+                raise CalibrationError(
+                    f"{self.file} line {number} is not a token and its tag",
+                    hint="tags are O, B-TYPE, I-TYPE, E-TYPE, S-TYPE",
+                )
+            tag = fields[-1].strip()
+            if _split(tag)[1] not in types:
+                raise CalibrationError(
+                    f"{self.file} line {number}: the model predicts no {tag}",
+                    hint=f"its id2label has {', '.join(sorted(set(known.values())))}",
+                )
+            found[-1][0].append(fields[0])
+            found[-1][1].append(tag)
+        sentences = [sentence for sentence in found if sentence[0]]
+        if not sentences:
+            raise CalibrationError(f"{self.file} holds no samples")
+        return sentences
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
+        known = _tags_of(processor.config)
+        sentences = self.sentences(known)
+        counts = np.zeros((len(sentences), 3))
+        for chosen in _by_length([len(words) for words, _ in sentences], 32):
+            feeds, places = processor.words([sentences[i][0] for i in chosen])
+            logits = _logits(run(feeds))
+            if logits.shape[2] != len(known):
+                raise CalibrationError(
+                    f"the engine has {logits.shape[2]} classes, id2label of config.json {len(known)}"
+                )
+            for i, best, place in zip(chosen, logits.argmax(axis=-1), places, strict=True):
+                tags = sentences[i][1]
+                said = [known[int(best[place[w]])] if w in place else "O" for w in range(len(tags))]
+                predicted, gold = entities(said), entities(tags)
+                counts[i] = len(predicted & gold), len(predicted), len(gold)
+        return Samples(dict(zip(("tp", "pred", "gold"), counts.T, strict=True)))
+
+    def value(self, samples: Samples, index: Array | None = None) -> float:
+        chosen = slice(None) if index is None else index
+        tp, predicted, gold = (samples.columns[n][chosen].sum() for n in ("tp", "pred", "gold"))
+        return float(2 * tp / (predicted + gold)) if predicted + gold else 0.0
+
+
+TAG = re.compile(r"O|[BIES](-.+)?")
+
+
+def _tags_of(config: Mapping[str, Any]) -> dict[int, str]:
+    """Tag of every class, from `id2label`. Raises CalibrationError where they are no tags."""
+    labels = {int(i): str(tag) for i, tag in (config.get("id2label") or {}).items()}
+    strange = [tag for tag in labels.values() if not TAG.fullmatch(tag)]
+    if strange or not labels:
+        raise CalibrationError(
+            f"id2label of config.json has {strange[0]!r}, which is no BIO or BIOES tag"
+            if strange
+            else "config.json has no id2label, so the model's classes are no tags",
+            hint="entity_f1 is for token classifiers with labels such as B-PER",
+        )
+    return labels
+
+
+def _split(tag: str) -> tuple[str, str]:
+    mark, _, kind = tag.partition("-")
+    return mark, kind
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Type, first and last place of every entity, as seqeval's default mode finds them.
+
+    An entity need not begin with B: I or E behind O, behind another type or behind an end begins one too.
+    """
+    found = set()
+    before, kind_before, first = "O", "", 0
+    for place, (mark, kind) in enumerate(map(_split, [*tags, "O"])):
+        breaks = before in "ESO" or kind != kind_before
+        if before != "O" and (breaks or mark in "BSO"):
+            found.add((kind_before, first, place - 1))
+        if mark in "BS" or (mark in "IE" and breaks):
+            first = place
+        before, kind_before = mark, kind
+    return found
+
+
+def _logits(outputs: Mapping[str, Array]) -> Array:
+    logits = outputs.get("logits")
+    if logits is None or logits.ndim != 3:
+        has = ", ".join(f"{n} {list(v.shape)}" for n, v in outputs.items())
+        raise CalibrationError(
+            f"the metric needs an output `logits` [batch, length, classes], the engine has {has}"
+        )
+    return logits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """exp of the mean negative log-likelihood per token, over windows that begin with the start token, no overlap.
 
-    The text is one stream; marks `<|endoftext|>` are taken out. Its interval resamples blocks of 32 tokens, because
-    neighbouring tokens are not independent.
+    File: UTF-8 text, one stream; marks `<|endoftext|>` are taken out. Its interval resamples blocks of 32 tokens,
+    because neighbouring tokens are not independent.
     """
 
     name: ClassVar[str] = "perplexity"
@@ -226,12 +477,23 @@ class Perplexity:
     block: ClassVar[int] = 32
     file: Path
 
-    def measure(self, run: Run, processor: Any) -> Samples:
+    def check(self, source: Source) -> None:
+        _check_text(self, source)
+        assert source.processor is not None
+        if source.processor.kind != "causal-lm":
+            raise CalibrationError(
+                "metric perplexity is for models that predict the next token, "
+                f"and config.json names a {source.processor.kind}"
+            )
+        self.text()
+
+    def text(self) -> str:
+        return "".join(data.lines(self.file)).replace("<|endoftext|>", "")
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
         losses: list[Array] = []
         for ids in self.windows(processor):
-            feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
-            logits = run({n: v for n, v in feeds.items() if n in processor.input_names})["logits"]
-            scores = logits[0, :-1].astype(np.float64)
+            scores = _logits(run(processor.pad([ids])))[0, :-1].astype(np.float64)
             top = scores.max(axis=-1)
             total = np.log(np.exp(scores - top[:, None]).sum(axis=-1)) + top
             losses.append(total - scores[np.arange(len(ids) - 1), ids[1:]])
@@ -242,26 +504,71 @@ class Perplexity:
         counts = np.diff(np.append(starts, len(flat))).astype(np.float64)
         return Samples({"loss": np.add.reduceat(flat, starts), "tokens": counts})
 
-    def windows(self, processor: Any) -> Iterator[Array]:
+    def windows(self, processor: Any) -> Iterator[list[int]]:
         """Token windows of the length that the model takes."""
-        try:
-            text = self.file.read_text(encoding="utf-8").replace("<|endoftext|>", "")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"{self.file} cannot be read as text: {error}") from error
         begin = processor.bos_id
         room = (processor.max_length or 512) - (begin is not None)
-        ids = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = processor.tokenizer(self.text(), add_special_tokens=False, verbose=False)
+        ids = encoded["input_ids"]
         for start in range(0, len(ids), room):
             window = ids[start : start + room]
             if begin is not None:
                 window = [begin, *window]
             if len(window) > 1:
-                yield np.array(window, np.int64)
+                yield list(window)
 
     def value(self, samples: Samples, index: Array | None = None) -> float:
         chosen = slice(None) if index is None else index
         loss, tokens = samples.columns["loss"][chosen], samples.columns["tokens"][chosen]
-        return float(math.exp(loss.sum() / tokens.sum()))
+        with np.errstate(over="ignore"):
+            return float(np.exp(loss.sum() / tokens.sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """The user's own metric: `function(run, processor, file)` gives a mapping of arrays with one number a sample.
+
+    `run(feeds)` is the model or the engine, arrays by name in and out; `processor` is None for a model without one. The
+    metric is the mean of the array `score`, higher is better.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    name: str
+    function: Callable[[Engine, Any, Path], Mapping[str, Any]]
+    file: Path
+
+    def check(self, source: Source) -> None:
+        """Only its own code knows what it takes."""
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
+        try:
+            made = self.function(run, processor, self.file)
+            is_mapping = isinstance(made, Mapping)
+            columns = {n: np.asarray(c) for n, c in made.items()} if is_mapping else {}
+        except EffcError:
+            raise
+        except Exception as error:
+            raise CalibrationError(
+                f"metric {self.name} failed: {type(error).__name__}: {error}"
+            ) from error
+        if "score" not in columns:
+            has = f"a mapping of {list(columns)}" if is_mapping else f"a {type(made).__name__}"
+            raise CalibrationError(
+                f"metric {self.name} returned {has}, not a mapping with an array `score`",
+                hint="return {'score': array}, one number a sample",
+            )
+        shapes = {name: column.shape for name, column in columns.items()}
+        if len(set(shapes.values())) > 1 or len(shapes["score"]) != 1 or not len(columns["score"]):
+            raise CalibrationError(
+                f"metric {self.name} returned arrays of shapes {shapes}, not one number a sample"
+            )
+        score = columns["score"]
+        if score.dtype.kind not in "biuf" or not np.isfinite(score).all():
+            raise CalibrationError(f"metric {self.name} returned scores that are not numbers")
+        return Samples({**columns, "score": score.astype(np.float64)})
+
+    def value(self, samples: Samples, index: Array | None = None) -> float:
+        return _mean(samples.columns["score"], index)
 
 
 METRICS = Table(
@@ -271,22 +578,46 @@ METRICS = Table(
         "sts": "effc.metrics:SpearmanCosine",
         "accuracy": "effc.metrics:Accuracy",
         "f1": "effc.metrics:F1",
+        "entity_f1": "effc.metrics:EntityF1",
+        "recall@1": "effc.metrics:Recall",
         "perplexity": "effc.metrics:Perplexity",
     },
     error=RecipeError,
 )
 
 
-def parse(word: str) -> Any:
-    """The metric that `NAME:FILE` names. Raises RecipeError for the name, CalibrationError for the file."""
+RECALL = re.compile(r"recall@([1-9]\d*)")
+
+
+def parse(word: str) -> Metric:
+    """The metric that `NAME:FILE`, `module:function:FILE` or `file.py:function:FILE` names.
+
+    Imports the user's code, and nothing else. Raises RecipeError for the name, CalibrationError for the file.
+    """
     name, _, file = word.partition(":")
-    kind = METRICS[name]
-    path = Path(file)
-    if not file or not path.exists():
+    if name not in METRICS and not RECALL.fullmatch(name) and word.count(":") > 1:
+        name, _, file = word.rpartition(":")
+    make = _maker(name)
+    if not file or not Path(file).exists():
         raise CalibrationError(
             f"metric {name}: there is no file {file or '(none given)'}", hint="NAME:FILE"
         )
-    return kind(file=path)
+    return make(file=Path(file))
+
+
+def _maker(name: str) -> Callable[..., Metric]:
+    if found := RECALL.fullmatch(name):
+        return partial(Recall, k=int(found[1]))
+    place, _, attribute = name.rpartition(":")
+    if not place:
+        kind: Callable[..., Metric] = METRICS[name]
+        return kind
+    module = import_code(place)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise RecipeError(unknown(f"function in {place}", attribute, known))
+    return partial(Own, name=f"{Path(place).name}:{attribute}", function=function)
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -307,9 +638,19 @@ class MetricResult:
     higher_is_better: bool
 
 
-def compare(metric: Any, reference: Samples, engine: Samples, seed: int = 0) -> MetricResult:
+def compare(metric: Metric, reference: Samples, engine: Samples, seed: int = 0) -> MetricResult:
     """The metric of both, with the interval of the difference."""
     n = len(reference)
+    if len(engine) != n:
+        raise CalibrationError(
+            f"metric {metric.name} gave {n} samples of the model and {len(engine)} of the engine"
+        )
+    values = metric.value(reference), metric.value(engine)
+    if not np.isfinite(values).all():
+        raise CalibrationError(
+            f"metric {metric.name} over {n} samples is {values[0]} of the model, {values[1]} of the engine",
+            hint=f"{metric.file} may hold too few samples, or ones that are all alike",
+        )
     rng = np.random.default_rng(seed)
     gaps = np.empty(DRAWS)
     for draw in range(DRAWS):
@@ -318,20 +659,10 @@ def compare(metric: Any, reference: Samples, engine: Samples, seed: int = 0) -> 
     low, high = np.nanpercentile(gaps, [2.5, 97.5])
     return MetricResult(
         name=metric.name,
-        reference=metric.value(reference),
-        engine=metric.value(engine),
+        reference=values[0],
+        engine=values[1],
         n=int(reference.columns["tokens"].sum()) if "tokens" in reference.columns else n,
         low=float(low),
         high=float(high),
         higher_is_better=metric.higher_is_better,
     )
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)

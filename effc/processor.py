@@ -113,9 +113,7 @@ class Processor:
         limits = [self.config.get("max_position_embeddings")]
         if self.config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
             limits = [n - 2 for n in limits if n]
-        settings = self.directory / "sentence_bert_config.json"
-        if settings.exists():
-            limits.append(json.loads(settings.read_text(encoding="utf-8")).get("max_seq_length"))
+        limits.append(_read(self.directory / "sentence_bert_config.json", {}).get("max_seq_length"))
         if self._tokenizer is not None:
             limits.append(self._tokenizer.model_max_length)
         found = [int(n) for n in limits if n and 0 < n < 10**9]
@@ -123,13 +121,54 @@ class Processor:
 
     def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> dict[str, Array]:
         """Token ids [batch, length] and their mask, padded at the right to the longest text."""
+        return self.pad(self.token_ids(texts, max_length=max_length))
+
+    def token_ids(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
+        """The tokens of each text with the model's marks around them, cut to the model's length."""
         begin = self.bos_id if self.kind == "causal-lm" else None
-        limit = min(n for n in (max_length, self.max_length, LONGEST) if n)
+        limit = self._limit(max_length)
         encoded = self.tokenizer(list(texts), truncation=True, max_length=limit)
         rows = [list(ids) for ids in encoded["input_ids"]]
         if begin is not None:
             rows = [ids if ids[:1] == [begin] else [begin, *ids][:limit] for ids in rows]
-        rows = [ids or [begin or 0] for ids in rows]
+        return [ids or [begin or 0] for ids in rows]
+
+    def words(
+        self, sentences: Sequence[Sequence[str]]
+    ) -> tuple[dict[str, Array], list[dict[int, int]]]:
+        """Inputs of sentences that are words already, and for each the place of every word's first token.
+
+        A word that was cut off, or that the tokenizer makes nothing of, has no place.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise SourceError(
+                f"the tokenizer in {self.directory} does not say which word a token is of",
+                hint="save it as tokenizer.json",
+            )
+        try:
+            encoded = self.tokenizer(
+                [list(words) for words in sentences],
+                is_split_into_words=True,
+                truncation=True,
+                max_length=self._limit(None),
+            )
+        except AssertionError as error:
+            raise SourceError(
+                f"the tokenizer in {self.directory} takes no words: {error}"
+            ) from error
+        places: list[dict[int, int]] = []
+        for i in range(len(sentences)):
+            places.append({})
+            for place, word in enumerate(encoded.word_ids(i)):
+                if word is not None:
+                    places[-1].setdefault(word, place)
+        return self.pad([list(ids) for ids in encoded["input_ids"]]), places
+
+    def _limit(self, max_length: int | None) -> int:
+        return min(n for n in (max_length, self.max_length, LONGEST) if n)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Array]:
+        """Rows of token ids as the model's inputs [batch, length], padded at the right."""
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = np.full((len(rows), max(map(len, rows))), pad, np.int64)
         mask = np.zeros_like(ids)
@@ -143,27 +182,17 @@ class Processor:
     def pool(self, hidden: Array, mask: Array) -> Array:
         return self.pooling(hidden, mask)
 
-    def images(self, pixels: Array) -> dict[str, Array]:
-        """uint8 [n, height, width] or [n, height, width, channels] → float32 `pixel_values`."""
+    def images(self, pictures: Iterable[Array]) -> dict[str, Array]:
+        """Pictures of any sizes, uint8 [h, w] or [h, w, c] → float32 `pixel_values` [n, c, height, width].
+
+        Resized, cropped and scaled as preprocessor_config.json says; what is not of the model's size then is resized.
+        """
         import torch
 
         settings = self._image_settings()
-        array = np.asarray(pixels)
-        if array.ndim == 3:
-            array = array[..., None]
-        channels = int(self.config.get("num_channels", 3))
-        if array.shape[-1] == 1 and channels > 1:
-            array = np.repeat(array, channels, axis=-1)
-        if array.shape[-1] != channels:
-            raise CalibrationError(
-                f"pictures have {array.shape[-1]} channels, the model takes {channels}"
-            )
-        values = torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2)
-        size = self.image_size()
-        if tuple(values.shape[2:]) != size:
-            values = torch.nn.functional.interpolate(
-                values, size=size, mode="bilinear", antialias=True, align_corners=False
-            )
+        arrays = [np.asarray(p) for p in pictures]
+        alike = [arrays] if len({a.shape for a in arrays}) == 1 else [[a] for a in arrays]
+        values = torch.cat([self._sized(np.stack(group), settings) for group in alike])
         if settings.get("do_rescale", True):
             values = values * float(settings.get("rescale_factor", 1 / 255))
         if settings.get("do_normalize", True):
@@ -172,22 +201,32 @@ class Processor:
             values = (values - mean) / std
         return {"pixel_values": values.contiguous().numpy()}
 
+    def _sized(self, pictures: Array, settings: Mapping[str, Any]) -> Any:
+        """Pictures of one size, [n, h, w] or [n, h, w, c], as a tensor [n, c, height, width] that the model takes."""
+        import torch
+
+        values = torch.from_numpy(pictures.astype(np.float32))
+        values = values[:, None] if values.ndim == 3 else values.permute(0, 3, 1, 2)
+        values = _with_channels(values, int(self.config.get("num_channels", 3)))
+        resample = settings.get("resample", 2)
+        size, crop = _steps(settings, *values.shape[2:])
+        if size is not None:
+            values = _resized(values, size, resample)
+        if crop is not None:
+            values = _cropped(values, crop)
+        return _resized(values, self.image_size(), resample)
+
     def _image_settings(self) -> dict[str, Any]:
-        path = self.directory / "preprocessor_config.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        nested = _read(self.directory / "processor_config.json", {}).get("image_processor")
+        return dict(nested or _read(self.directory / "preprocessor_config.json", {}))
 
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model takes."""
-        size: Any = self.config.get("image_size")
+        size = self.config.get("image_size")
         if size is None:
             settings = self._image_settings()
             size = settings.get("crop_size") or settings.get("size") or 224
-        if isinstance(size, Mapping):
-            edge: Any = size.get("shortest_edge")
-            return int(size.get("height") or edge), int(size.get("width") or edge)
-        return (
-            (int(size[0]), int(size[1])) if isinstance(size, Sequence) else (int(size), int(size))
-        )
+        return _pair(size)
 
     def batches(
         self, records: Iterable[Record], *, size: int = 16, max_length: int | None = None
@@ -207,9 +246,7 @@ class Processor:
         if first.arrays is not None:
             return stack(records)
         if first.pixels is not None:
-            return Batch(
-                inputs=self.images(np.stack([r.pixels for r in records if r.pixels is not None]))
-            )
+            return Batch(inputs=self.images([r.pixels for r in records if r.pixels is not None]))
         if "input_ids" not in self.input_names:
             raise CalibrationError(
                 "the samples are text but the model takes " + ", ".join(self.input_names),
@@ -224,15 +261,116 @@ def stack(records: Sequence[Record]) -> Batch:
     return Batch(inputs={n: np.stack([(r.arrays or {})[n] for r in records]) for n in names})
 
 
+def _read(file: Path, absent: Any) -> Any:
+    """The settings in a JSON file. Raises SourceError where it is none."""
+    if not file.exists():
+        return absent
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, type(absent)):
+        raise SourceError(f"{file} holds a {type(found).__name__}, not a {type(absent).__name__}")
+    return found
+
+
 def _pooling(path: Path) -> Pooling:
-    modules = path / "modules.json"
-    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else []
+    listed = _read(path / "modules.json", [])
     normalize = any(str(m.get("type", "")).endswith("Normalize") for m in listed)
     files = sorted(path.glob("*_Pooling/config.json"))
-    settings = json.loads(files[0].read_text(encoding="utf-8")) if files else {}
+    settings = _read(files[0], {}) if files else {}
     mode = "mean"
     if settings.get("pooling_mode_cls_token"):
         mode = "cls"
     elif settings.get("pooling_mode_max_tokens"):
         mode = "max"
     return Pooling(mode, normalize)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """Height and width, as settings write them: a number, two, or by name."""
+    if isinstance(size, Mapping):
+        edge = size.get("shortest_edge")
+        size = size.get("height") or edge, size.get("width") or edge
+    try:
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{size} is no size of a picture that effc reads") from error
+
+
+Size = tuple[int, int]
+RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which are those of preprocessor_config.json, in torch's words."""
+
+
+def _steps(settings: Mapping[str, Any], height: int, width: int) -> tuple[Size | None, Size | None]:
+    """What a picture is resized to and then cropped to, as the image processors of transformers do it."""
+    wanted, percent = settings.get("size"), settings.get("crop_pct")
+    crop = None
+    if settings.get("do_center_crop") and settings.get("crop_size"):
+        crop = _pair(settings["crop_size"])
+    if wanted is None or not settings.get("do_resize", True):
+        return None, crop
+    if isinstance(wanted, Mapping):
+        edge = wanted.get("shortest_edge")
+    else:
+        edge = wanted if isinstance(wanted, int) and (crop or percent) else None
+    if edge is None:
+        return _pair(wanted), crop
+    if percent and crop is None:  # ConvNeXT and ResNet
+        crop = (edge, edge)
+        if edge >= 384:
+            return crop, None
+    if percent:
+        edge = int(edge / percent)
+    short = min(height, width)
+    return (int(edge * height / short), int(edge * width / short)), crop
+
+
+def _with_channels(values: Any, wanted: int) -> Any:
+    """[n, c, h, w] → [n, wanted, h, w]: alpha is dropped, grey repeated, colour becomes its luma (ITU-R BT.601)."""
+    if values.shape[1] == wanted:
+        return values
+    if values.shape[1] in (2, 4):
+        values = values[:, :-1]
+    if values.shape[1] == 3 and wanted == 1:
+        red, green, blue = values.split(1, dim=1)
+        values = (0.299 * red + 0.587 * green + 0.114 * blue).round()
+    if values.shape[1] == 1:
+        values = values.expand(-1, wanted, -1, -1)
+    if values.shape[1] != wanted:
+        raise CalibrationError(
+            f"pictures have {values.shape[1]} channels, the model takes {wanted}"
+        )
+    return values
+
+
+def _resized(values: Any, size: Size, resample: int) -> Any:
+    """[n, c, h, w] of bytes at another size: across, then down, bytes between, as Pillow does it."""
+    from torch.nn.functional import interpolate
+
+    height, width = values.shape[2:]
+    if (height, width) == size:
+        return values
+    if resample not in RESAMPLE:
+        raise SourceError(
+            f"preprocessor_config.json: resample {resample} is not one of {', '.join(map(str, RESAMPLE))}",
+            hint="feed the model with an .npz of ready inputs",
+        )
+    mode = RESAMPLE[resample]
+    if resample == 0:
+        return interpolate(values, size=size, mode=mode)
+    for step in ((height, size[1]), size):
+        values = interpolate(values, size=step, mode=mode, antialias=True, align_corners=False)
+        values = (values + 0.5).floor().clamp(0, 255)
+    return values
+
+
+def _cropped(values: Any, size: Size) -> Any:
+    """The middle of [n, c, h, w]; what lies outside is black."""
+    from torch.nn.functional import pad
+
+    height, width = values.shape[2:]
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return pad(values, (-left, size[1] - width + left, -top, size[0] - height + top))

@@ -266,8 +266,7 @@ class _Reader:
                 )
 
     def _source(self, value: Any) -> SourceSpec:
-        made = self._section(SourceSpec, value, ("source",))
-        assert isinstance(made, SourceSpec)
+        made: SourceSpec = self._section(SourceSpec, value, ("source",))
         if (made.transformers is None) == (made.python is None):
             raise self._error(("source",), "a source is one of transformers, python")
         if made.options and made.python is None:
@@ -294,8 +293,7 @@ class _Reader:
     def _calib(self, value: Any) -> CalibSpec | None:
         if value is None:
             return None
-        made = self._section(CalibSpec, value, ("calib",))
-        assert isinstance(made, CalibSpec)
+        made: CalibSpec = self._section(CalibSpec, value, ("calib",))
         if (made.file is None) == (made.callable is None):
             raise self._error(("calib",), "calibration data is one of file, callable")
         return made
@@ -309,8 +307,7 @@ class _Reader:
         value = data.get("bench", {})
         if value is False or value is None:
             return None
-        made = self._section(BenchSpec, value, ("bench",))
-        assert isinstance(made, BenchSpec)
+        made: BenchSpec = self._section(BenchSpec, value, ("bench",))
         return made
 
     def _targets(self, value: Any) -> tuple[str, ...]:
@@ -325,7 +322,7 @@ class _Reader:
     def _metric(self, value: Any) -> dict[str, str] | None:
         if value is None:
             return None
-        named = dict([split_metric(value)]) if isinstance(value, str) else value
+        named = dict([_split_metric(value)]) if isinstance(value, str) else value
         if isinstance(named, dict) and len(named) == 1:
             ((name, file),) = named.items()
             if isinstance(name, str) and isinstance(file, str) and name and file:
@@ -456,11 +453,14 @@ class _Reader:
         return line
 
 
-def split_metric(text: str) -> tuple[str, str]:
+def _split_metric(text: str) -> tuple[str, str]:
     """Name and file of `NAME:FILE`. A metric of your own has a colon in its name: `module:function:FILE`."""
+    own, _, last = text.rpartition(":")
+    place, _, function = own.rpartition(":")
+    if place and function.isidentifier():
+        return own, last
     name, _, file = text.partition(":")
-    function, colon, rest = file.partition(":")
-    return (f"{name}:{function}", rest) if colon and function.isidentifier() else (name, file)
+    return name, file
 
 
 def _without_folders(value: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,8 +195,3 @@ def _key(record: Record) -> int:
 
 LENGTHS = ("sequence", "length", "time")
 """Names of the dimension that a bench's `length` sets."""
-
-
-def data_path(text: str) -> Path:
-    """The file part of `FILE#column`."""
-    return data.parse(text)[0]

@@ -1,5 +1,7 @@
 """A recipe is read strictly, and an error says where and what was meant."""
 
+import contextlib
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -7,11 +9,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from effc import recipe
-from effc.errors import RecipeError, UsageError
+from effc.errors import CalibrationError, RecipeError, SourceError, UsageError
 from effc.ir.select import Select
 from effc.passes import PASSES
+from effc.passes.base import Pass
 from effc.passes.quantize import Quantize
 from effc.recipe import QUANTIZE_WORDS, build, canonical, parse, read
 
@@ -65,6 +70,16 @@ def test_a_recipe_becomes_frozen_values():
         (("samples: 64", "samples: many"), "calib.samples", 2, "should be a valid integer"),
         (("[[1, 16]]", "[[1]]"), "bench.shapes", 8, ""),
         (("{sts: pairs.csv}", "sts"), "metric", 7, "one NAME: FILE"),
+        (("{sts: pairs.csv}", "{sts: }"), "metric", 7, "one NAME: FILE"),
+        (("select: {op: linear", "select: {int: linear"), "passes[1].select.int", 5, "known: "),
+        (("samples: 64", "samples: 0"), "calib.samples: should be", 2, "equal to 1, not 0"),
+        (("samples: 64", "batch: 0"), "calib.batch: should be", 2, "equal to 1, not 0"),
+        (("samples: 64", "max_length: 0"), "calib.max_length", 2, "equal to 1, not 0"),
+        (("threads: 2", "threads: 0"), "bench.threads", 8, "equal to 1, not 0"),
+        (("threads: 2", "budget_s: 0"), "bench.budget_s", 8, "greater than 0, not 0"),
+        (("threads: 2", "budget_s: .inf"), "bench.budget_s", 8, "a finite number, not inf"),
+        (("threads: 2", "seed: -1"), "bench.seed", 8, "equal to 0, not -1"),
+        (("[[1, 16]]", "[[1, 16], [1, 0]]"), "bench.shapes[1][1]", 8, "equal to 1, not 0"),
     ],
 )
 def test_a_wrong_word_is_answered_with_its_place_and_the_nearest(change, place, line, words):
@@ -99,6 +114,15 @@ def test_the_error_of_an_option_names_its_pass():
         ("source: {transformers: D}\npasses: [{bits: 8}]", "a pass is {pass: NAME"),
         ("source: {transformers: D}\ncalib: {samples: 8}", "one of file, callable"),
         ("source: {transformers: D}\nplugins: [1]", "a plugin is module or file.py"),
+        ("source: {transformers: D}\ncalib: {}", "one of file, callable"),
+        ("source: {transformers: D}\ncanonicalize: no way", "'no way' is not true or false"),
+        ("source: {transformers: D}\ntargets: [[ort]]", "unknown target"),
+        ("source: {transformers: D}\npasses: [{pass: [quantize]}]", "unknown pass"),
+        ("source: {transformers: D, options: {n: 1}}", "a model directory takes none"),
+        ("source: {python: m:f, options: {python: n:g}}", "cannot be an option"),
+        ("source: {python: m:f, options: {since: 2020-01-01}}", "options are text, numbers"),
+        ("source: {python: m:f, options: &o {o: *o}}", "Circular reference"),
+        ("effc: 2020-99-99", "is not YAML: month must be"),
     ],
 )
 def test_what_is_no_recipe_is_refused(text, words):
@@ -114,6 +138,47 @@ def test_a_pass_that_measures_must_be_told_with_what():
     assert parse(weight_only).passes[0].activation_bits == 16
 
 
+def test_a_replay_needs_no_data(tmp_path):
+    text = "source: {transformers: D}\npasses: [quantize]\n"
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    assert read(tmp_path / "recipe.yaml", replayed=True).passes == (Quantize(),)
+    assert parse(text, replayed=True).calib is None
+    assert build(yaml.safe_load(text), replayed=True).calib is None
+    with pytest.raises(RecipeError, match="measures activations"):
+        build(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "line"),
+    [
+        (("samples: 64", "samples: 64, file: other.txt"), "calib.file", 2),
+        (("bits: 6", "bits: 6, bits: 8"), "passes[1].bits", 5),
+        (("targets:", "calib: {file: other.txt}\ntargets:"), "calib", 6),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_at_the_second(change, place, line):
+    error = refused(TEXT.replace(*change))
+    assert error.what == f"{place}: stands here for the second time"
+    assert error.where == f"line {line} of recipe.yaml"
+
+
+def test_a_key_may_stand_over_one_that_was_merged_in():
+    text = TEXT.replace("bench: {", "bench: {<<: {threads: 7, seed: 3}, ")
+    bench = parse(text).bench
+    assert bench is not None
+    assert (bench.threads, bench.seed) == (2, 3)
+
+
+def test_what_the_flags_made_has_no_lines():
+    data = yaml.safe_load(TEXT)
+    made = build(data, overrides=["passes.1.bits=8"])
+    assert made.passes[1].bits == 8
+    assert data == yaml.safe_load(TEXT)
+    with pytest.raises(RecipeError) as caught:
+        build(data, overrides=["calib.batch=0"])
+    assert caught.value.where == "the command line"
+
+
 def test_values_can_be_set_from_outside():
     overrides = ["passes.1.bits=8", "calib.samples=7", "bench=false", "source.transformers=OTHER"]
     made = parse(TEXT, overrides=overrides)
@@ -126,10 +191,16 @@ def test_values_can_be_set_from_outside():
 
 
 def test_a_setting_that_fits_nowhere_is_refused():
-    with pytest.raises(UsageError, match="PATH=VALUE"):
-        parse(TEXT, overrides=["bits"])
-    for override in ("passes.7.bits=8", "passes.x.bits=8", "targets.0.x=1"):
+    for override in ("bits", "=1", ".=1", "a..b=1", "passes.=1"):
+        with pytest.raises(UsageError, match="PATH=VALUE"):
+            parse(TEXT, overrides=[override])
+    for override in ("passes.7.bits=8", "passes.x.bits=8", "passes.-1.bits=8", "targets.0.x=1"):
         assert "no such place" in refused(TEXT, overrides=[override]).what
+    assert "calib.samples, line 1 is not YAML" in refused(TEXT, overrides=["calib.samples=["]).what
+    assert "passes is a list" in refused(TEXT, overrides=["passes=x"]).what
+    error = refused(TEXT, overrides=["bench.shapes=[[1,0]]"])
+    assert error.what.startswith("bench.shapes[0][1]")
+    assert "second time" in refused(TEXT, overrides=["calib={file: a, file: b}"]).what
     assert refused(TEXT, overrides=["passes.1.bits=5"]).what.startswith("passes[1].bits")
 
 
@@ -159,6 +230,31 @@ def test_a_factory_or_a_column_beside_the_recipe_is_found(tmp_path):
     assert made.source.python == f"{tmp_path / 'model.py'}:build"
     assert made.calib is not None
     assert made.calib.file == f"{tmp_path / 'pairs.csv'}#left"
+
+
+def test_code_for_data_and_metric_is_found_beside_the_recipe(tmp_path):
+    for name in ("gen.py", "mine.py", "pairs.csv"):
+        (tmp_path / name).touch()
+    for metric, name in (
+        ("sts:pairs.csv", "sts"),
+        ("{sts: pairs.csv}", "sts"),
+        ("mine.py:score:pairs.csv", f"{tmp_path / 'mine.py'}:score"),
+        ("package.mine:score:pairs.csv", "package.mine:score"),
+        ("{'mine.py:score': pairs.csv}", f"{tmp_path / 'mine.py'}:score"),
+        ("{'package.mine:score': pairs.csv}", "package.mine:score"),
+    ):
+        text = f"source: {{transformers: D}}\ncalib: {{callable: 'gen.py:f'}}\nmetric: {metric}\n"
+        made = parse(text, base=tmp_path)
+        assert made.calib is not None
+        assert made.calib.callable == f"{tmp_path / 'gen.py'}:f"
+        assert made.metric == f"{name}:{tmp_path / 'pairs.csv'}"
+
+
+def test_a_module_of_batches_is_no_path(tmp_path):
+    (tmp_path / "gen").touch()
+    made = parse("source: {transformers: D}\ncalib: {callable: 'gen:f'}", base=tmp_path)
+    assert made.calib is not None
+    assert made.calib.callable == "gen:f"
 
 
 def test_a_recipe_that_is_not_there(tmp_path):
@@ -197,6 +293,7 @@ def test_one_recipe_has_one_text():
     turned = dict(reversed(data.items()))
     assert canonical(data) == canonical(turned)
     assert parse(TEXT).text == parse(yaml.safe_dump(turned)).text
+    assert parse(TEXT).text == parse(TEXT.replace("{sts: pairs.csv}", "sts:pairs.csv")).text
     assert yaml.safe_load(parse(TEXT).text)["effc"] == 1
 
 
@@ -215,6 +312,28 @@ def test_a_recipe_travels_without_the_folders_of_this_machine(tmp_path):
     assert yaml.safe_load(portable)["source"] == {"transformers": "minilm"}
     assert yaml.safe_load(portable)["metric"] == {"sts": "pairs.csv"}
     assert parse(portable).passes == parse(text).passes
+
+
+def test_code_and_options_travel_without_the_folders_of_this_machine():
+    text = """
+        source:
+          python: /home/someone/model.py:build
+          options: {weights: /home/someone/w.npz, more: [/home/someone/v.npz], size: small/2, n: 3}
+        calib: {callable: "/home/someone/gen.py:f"}
+        metric: {"/home/someone/my.py:score": /home/someone/pairs.csv}
+        bench: null
+    """
+    data = yaml.safe_load(parse(text).portable())
+    assert data == {
+        "effc": 1,
+        "source": {
+            "python": "model.py:build",
+            "options": {"weights": "w.npz", "more": ["v.npz"], "size": "small/2", "n": 3},
+        },
+        "calib": {"callable": "gen.py:f"},
+        "metric": {"my.py:score": "pairs.csv"},
+        "bench": None,
+    }
 
 
 def test_a_plugin_makes_a_pass_known(tmp_path):
@@ -251,8 +370,6 @@ def test_the_published_schema_is_what_the_code_says():
 def test_the_schema_accepts_the_examples_and_refuses_a_typing_error(file):
     schema = recipe.schema()
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    own = [p for p in data.get("passes", []) if isinstance(p, str) and p not in PASSES]
-    data["passes"] = [p for p in data["passes"] if p not in own]
     jsonschema.validate(data, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**data, "target": ["ort"]}, schema)
@@ -261,3 +378,117 @@ def test_the_schema_accepts_the_examples_and_refuses_a_typing_error(file):
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.parent.name)
 def test_the_examples_are_recipes(file):
     assert read(file).targets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "metric: sts:pairs.csv",
+        "metric: {sts: pairs.csv}",
+        "metric: {'my.py:score': pairs.csv}",
+        "metric: null",
+        "targets: onnx",
+        "targets: [ort, onnx]",
+        "bench: null",
+        "bench: false",
+        "bench: {threads: null}",
+        "calib: null",
+        "passes: null",
+        "passes: [drop-noops, {pass: fold-constants, max_growth_bytes: 0}]",
+        "plugins: null",
+        "plugins: [json]\npasses: [schema-test-mine, {pass: schema-test-mine, strength: 3}]",
+    ],
+)
+def test_the_schema_accepts_what_the_reader_accepts(text, monkeypatch):
+    known = recipe.schema()
+    monkeypatch.setitem(PASSES._words, "schema-test-mine", Mine)
+    text = f"source: {{transformers: D}}\n{text}\n"
+    parse(text)
+    jsonschema.validate(yaml.safe_load(text), known)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(Pass):
+    name = "schema-test-mine"
+    strength: int = 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "metric: sts",
+        "metric: {sts: null}",
+        "metric: {sts: a.csv, f1: b.csv}",
+        "targets: []",
+        "targets: onxx",
+        "bench: true",
+        "bench: {shapes: [[1, 0]]}",
+        "bench: {threads: 0}",
+        "bench: {budget_s: 0}",
+        "calib: {file: f, batch: 0}",
+        "canonicalize: null",
+        "passes: [schema-test-mine]",
+        "passes: [{pass: schema-test-mine}]",
+        "plugins: []\npasses: [schema-test-mine]",
+        "plugins: [json]\npasses: [{pass: quantize, activation_bits: 16, bit: 8}]",
+    ],
+)
+def test_the_schema_refuses_what_the_reader_refuses(text):
+    text = f"source: {{transformers: D}}\n{text}\n"
+    refused(text)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(text), recipe.schema())
+
+
+WORDS = st.sampled_from(
+    ["", ".", "sts:x", "int", "pass", "file", "python", "options", "1e-5", "\0"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def containers(value):
+    if isinstance(value, dict | list):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from containers(item)
+
+
+@st.composite
+def spoilt(draw):
+    """A recipe with up to three keys dropped, added or changed, wherever they stand."""
+    data = copy.deepcopy(WHOLE)
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.sampled_from(list(containers(data))))
+        there = sorted(place, key=str) if isinstance(place, dict) else list(range(len(place)))
+        if there and draw(st.booleans()):
+            del place[draw(st.sampled_from(there))]
+        elif there and draw(st.booleans()):
+            place[draw(st.sampled_from(there))] = draw(VALUES)
+        elif isinstance(place, dict):
+            place[draw(WORDS)] = draw(VALUES)
+        else:
+            place.append(draw(VALUES))
+    return data
+
+
+WHOLE = {
+    **yaml.safe_load(TEXT),
+    "effc": 1,
+    "source": {"python": "m:f", "options": {"size": 3}},
+    "canonicalize": True,
+    "plugins": ["json"],
+}
+
+
+@settings(max_examples=200)
+@given(spoilt())
+def test_a_spoilt_recipe_is_read_or_refused(data):
+    with contextlib.suppress(RecipeError, UsageError, SourceError, CalibrationError):
+        build(data).portable()
+    with contextlib.suppress(RecipeError, UsageError, SourceError, CalibrationError):
+        made = parse(canonical(data), base=ROOT)
+        assert parse(made.text, base=ROOT) == made
