@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,23 @@ def write(name: str, content: dict[str, Any]) -> Path:
     return file
 
 
+_BETWEEN = """
+import os, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+with open(sys.argv[1], "w") as stream:
+    stream.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+"""A small process between this one and the measured one: Linux counts a parent's memory to what it starts."""
+
+
 def run_cli(*words: str | Path) -> tuple[float, float]:
     """Run the command line in a process of its own: seconds and peak resident memory in MB."""
-    import resource
-
-    started = time.perf_counter()
-    pid = subprocess.Popen([sys.executable, "-m", "effc", *map(str, words)])
-    _, status, usage = os.wait4(pid.pid, 0)
-    pid.returncode = os.waitstatus_to_exitcode(status)
-    if pid.returncode:
-        raise SystemExit(f"effc {' '.join(map(str, words))} ended with {pid.returncode}")
-    assert isinstance(usage, resource.struct_rusage)
-    return time.perf_counter() - started, usage.ru_maxrss / 1e3
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as peak:
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "effc", *map(str, words)]
+        code = subprocess.call([sys.executable, "-S", "-c", _BETWEEN, peak.name, *command])
+        seconds = time.perf_counter() - started
+        if code:
+            raise SystemExit(f"effc {' '.join(map(str, words))} ended with {code}")
+        return seconds, int(peak.read()) / 1e3

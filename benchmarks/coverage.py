@@ -5,6 +5,8 @@ directory (or comes from a factory), compiled with the same command, and checked
 with its reason.
 
     python benchmarks/coverage.py [--only NAME] [--json FILE] [--smoke]
+
+Without --only and --smoke the table goes to benchmarks/results/coverage-FEATURES.json too.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from torch import nn
@@ -307,6 +310,10 @@ def main() -> int:
         options.json.write_text(
             json.dumps({"rows": rows, "versions": versions()}, indent=1, sort_keys=True) + "\n"
         )
+    if not (options.only or options.smoke):
+        for row in rows:
+            row.pop("seconds", None)
+        print(common.write(f"coverage-{common.features()}", {"name": "coverage", "rows": rows}))
     return 0 if passed == len(rows) else 1
 
 

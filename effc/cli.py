@@ -181,13 +181,13 @@ def compile(
                 "a recipe says itself what to do; flags like --quantize do not go with it",
                 hint="change the recipe with --set, e.g. --set targets.0=onnx",
             )
-        made = recipe.read(Path(model), set_ or ())
+        made = recipe.read(Path(model), set_ or (), replayed=decisions is not None)
     else:
         data = compiler.from_flags(
             model, target=target or "ort", quantize=quantize, calib=calib, metric=metric,
             samples=samples or 128, bench=bench,
         )  # fmt: skip
-        made = recipe.build(data, overrides=set_ or ())
+        made = recipe.build(data, overrides=set_ or (), replayed=decisions is not None)
     if not bench:
         made = recipe.without_bench(made)
     recorded = _read_json(decisions) if decisions else None

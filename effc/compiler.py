@@ -80,7 +80,8 @@ def compile(
         from_flags(
             str(model), target=target, quantize=quantize, calib=calib, metric=metric, samples=samples,
             bench=bench,
-        )
+        ),
+        replayed=decisions is not None,
     )  # fmt: skip
     return run(recipe, Path(out), threads=threads, decisions=decisions, progress=progress)
 

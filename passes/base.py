@@ -77,6 +77,11 @@ class Pass:
     graphs: tuple[str, ...] = ()
     """Roles to work on; all where empty."""
 
+    @property
+    def measures(self) -> bool:
+        """Whether the pass cannot do without calibration data."""
+        return False
+
     def resolve(self, dialect: Dialect) -> Self:
         """This pass with the options that it leaves to the target filled in."""
         return self

@@ -88,6 +88,10 @@ class Quantize(Pass):
         )
 
     @property
+    def measures(self) -> bool:
+        return self._static
+
+    @property
     def _static(self) -> bool:
         return self.activation_bits != 16
 

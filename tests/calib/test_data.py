@@ -362,3 +362,34 @@ def test_the_digest_of_a_folder_knows_names_and_content(write, tmp_path):
     renamed = digest(tmp_path / "d")
     write("d/b.txt", "two\n")
     assert len({first["sha256"], renamed["sha256"], digest(tmp_path / "d")["sha256"]}) == 3
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "one,1\ntwo,0\n"), ("a.tsv", "one\t1\ntwo\t0\n"), ("a.tsv", "text\tlabel\none\t1\ntwo\t0\n")],
+)  # fmt: skip
+def test_a_labelled_table_without_a_header_is_text_and_label(write, zipped, name, content):
+    path = write(name + ".gz", gzip.compress(content.encode())) if zipped else write(name, content)
+    assert [(r.text, r.label) for r in read(path, labelled=True)] == [("one", 1), ("two", 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.csv", "one\n", "line 1 has 1 columns, not 2"),
+        ("a.csv", "one,good\n", "line 1: the label is not a whole number"),
+        ("a.csv", "text,score\none,1\n", "has samples without a label"),
+        ("a.txt", "one\n", "has samples without a label"),
+    ],
+)
+def test_a_sample_that_lacks_its_label_is_refused(write, name, content, match):
+    refused(write(name, content), match, labelled=True)
+
+
+def test_a_zipped_text_is_a_text(write, tmp_path):
+    packed = gzip.compress(b"one\ntwo\n")
+    assert texts(write("a.txt.gz", packed)) == ["one", "two"]
+    assert texts(tmp_path) == ["one", "two"]
+    refused(write("a.txt.gz", packed[:-9]), r"a\.txt\.gz cannot be read")
+    refused(write("a.txt.gz", b"plain"), r"a\.txt\.gz cannot be read")

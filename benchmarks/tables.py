@@ -1,0 +1,222 @@
+"""Writes docs/results.md, and the table of the README, from benchmarks/results/*.json: no number is typed.
+
+python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- from benchmarks/tables.py -->", "<!-- end -->"
+
+Json = dict[str, Any]
+
+HEAD = """# What was measured
+
+Every table here is made by `benchmarks/tables.py` from the files in `benchmarks/results`, which the script named above
+each table wrote. Ratios are plain float ÷ engine, so above 1 the engine is faster; in brackets a 99 % interval from
+drawing timing blocks again, with n counted runs of the engine. Engines take turns in one process, with threads that do
+not spin. Differences of a metric have a 95 % interval from a paired bootstrap over samples. Results of unlike
+processors stand side by side and are never compared with each other.
+"""
+
+
+def results(name: str) -> Iterator[Json]:
+    """Every result of one benchmark, a processor each."""
+    for file in sorted(RESULTS.glob(f"{name}-*.json")):
+        yield json.loads(file.read_text(encoding="utf-8"))
+
+
+def circumstances(found: Json) -> str:
+    features = ", ".join(found["features"]) or "no feature that matters"
+    versions = ", ".join(f"{n} {v}" for n, v in found["versions"].items())
+    return f"{found['cpu']} ({features}); Python {found['python']}, {versions}."
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def size(shape: Json) -> str:
+    return f"{shape['batch']}×{shape['length']}" if shape["length"] else f"batch {shape['batch']}"
+
+
+def ratio(found: Json, n: int) -> str:
+    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}], n = {n}"
+
+
+def metric_row(m: Json) -> str:
+    gap = m["engine"] - m["reference"]
+    return (
+        f"{m['reference']:.4f} → {m['engine']:.4f} ({gap:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}], "
+        f"n = {m['n']:,})"
+    )
+
+
+def minilm() -> list[str]:
+    lines = ["## MiniLM-L6-v2 to int8 (benchmarks/minilm.py)", ""]
+    for found in results("minilm"):
+        bench = found["bench"]
+        lines += [circumstances(found) + f" {bench['threads']} threads.", ""]
+        rows = [
+            [
+                size(s),
+                f"{s['against']['float']['ms']:.1f}",
+                f"{s['against']['torch']['ms']:.1f}",
+                f"{s['engine_ms']:.1f}",
+                ratio(s["against"]["float"], s["n"]),
+            ]
+            for s in bench["shapes"]
+        ]
+        lines += table(
+            ["batch × length", "float ms", "torch ms", "engine ms", "float ÷ engine"], rows
+        )
+        before, after = found["source_bytes"] / 1e6, found["model_bytes"] / 1e6
+        lines += [
+            f"Geometric mean {found['geometric_mean']:.2f}. Size {before:.1f} → {after:.1f} MB; "
+            f"{found['int8_sites']}/{found['total_sites']} sites in integer kernels. "
+            f"Compiled in {found['compile_s']:.0f} s with a peak of {found['compile_peak_mb'] / 1e3:.1f} GB, on "
+            f"{found['calibration']['n']} sentences. "
+            f"Two compiles give {'the same' if found['identical'] else 'different'} bytes. "
+            f"An embedding alone and in a padded batch differs by {found['neighbours_max_abs']:.1g} at most "
+            f"(n = {found['neighbours_n']} sentences).",
+            "",
+        ]
+        if bench["metric"]:
+            lines += [f"STS-B (English test), Spearman: {metric_row(bench['metric'])}.", ""]
+    return lines
+
+
+def models() -> list[str]:
+    lines = ["## Other models with their task (benchmarks/models.py)", ""]
+    for found in results("models"):
+        lines += [circumstances(found), ""]
+        rows = [
+            [
+                r["name"],
+                f"{r['metric']['name']} {metric_row(r['metric'])}",
+                f"{r['bytes'][0] / 1e6:.1f} → {r['bytes'][1] / 1e6:.1f} MB",
+                "; ".join(f"{size(s)}: {ratio(s, s['n'])}" for s in r["shapes"]),
+            ]
+            for r in found["rows"]
+        ]
+        lines += table(["model", "metric", "size", "faster reference ÷ engine"], rows)
+    return lines
+
+
+def coverage() -> list[str]:
+    lines = ["## Architectures with random weights (benchmarks/coverage.py)", ""]
+    for found in results("coverage"):
+        lines += [circumstances(found), ""]
+        rows = [
+            [r["name"], f"{r['int8_sites']}/{r['total_sites']}", f"{r['rel_l2']:.3f}", ""]
+            if r["ok"]
+            else [r["name"], "", "", r["reason"]]
+            for r in found["rows"]
+        ]
+        lines += table(
+            ["architecture", "sites fused", "drift (relative L2)", "refused because"], rows
+        )
+    return lines
+
+
+def rules() -> list[str]:
+    lines = ["## What each rule of the ort dialect is worth (benchmarks/opset.py)", ""]
+    for found in results("opset"):
+        lines += [circumstances(found), ""]
+        shapes = found["bench"]["shapes"]
+        names = sorted(shapes[0]["against"])
+        rows = [[n, *(ratio(s["against"][n], s["against"][n]["n"]) for s in shapes)] for n in names]
+        lines += table(["form ÷ engine", *map(size, shapes)], rows)
+    return lines
+
+
+def kernels() -> list[str]:
+    lines = [
+        "## Forms of a matrix product (benchmarks/kernels.py)",
+        "",
+        "The best form bounds what an int8 engine of mostly matrix products can gain over float on a processor.",
+        "",
+    ]
+    for found in results("kernels"):
+        lines += [circumstances(found), ""]
+        names = sorted(found["ratios"], key=lambda n: -found["ratios"][n])
+        rows = [
+            [
+                n,
+                *(f"{s['ms']['float'] / s['ms'][n]:.2f}" for s in found["shapes"]),
+                f"{found['ratios'][n]:.2f}",
+            ]
+            for n in names
+        ]
+        heads = [f"{s['rows']}×{s['inner']}×{s['columns']}" for s in found["shapes"]]
+        lines += table(["float ÷ form", *heads, "geometric mean"], rows)
+    return lines
+
+
+def overflow() -> list[str]:
+    lines = ["## Overflow of 16-bit sums (benchmarks/overflow.py)", ""]
+    for found in results("overflow"):
+        lines += [circumstances(found), ""]
+        rows = [
+            [f"{r['inputs']}×{r['outputs']}", f"{max(r['fixed']):.1e}", f"{max(r['free']):.1e}"]
+            for r in found["engine"]
+        ]
+        lines += table(["layer", "engine off, with the fix", "without"], rows)
+        cost = found["bits_lost"]
+        lines += [
+            f"On the {found['layers']} layers of MiniLM the fix costs {cost['8 bit, fixed']:.2f} bit of a weight; "
+            f"7-bit weights cost {cost['7 bit']:.2f}.",
+            "",
+        ]
+    return lines
+
+
+def summary() -> str:
+    """The README's table: one line a processor."""
+    rows = []
+    for found in results("minilm"):
+        shapes = found["bench"]["shapes"]
+        best = next((f for f in found["features"][::-1] if "vnni" in f or "amx_int8" in f), "avx2")
+        rows.append(
+            [
+                f"{found['cpu']}, {best}",
+                *(ratio(s["against"]["float"], s["n"]) for s in shapes),
+                metric_row(found["bench"]["metric"]),
+            ]
+        )
+    heads = [f"{size(s)}" for s in next(results("minilm"))["bench"]["shapes"]]
+    return "\n".join(table(["processor", *heads, "STS-B Spearman"], rows)).strip()
+
+
+def main(check: bool) -> int:
+    parts = (minilm, models, coverage, rules, kernels, overflow)
+    page = "\n".join([HEAD, *(line for part in parts for line in part())]).rstrip() + "\n"
+    readme = README.read_text(encoding="utf-8")
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    wanted = {PAGE: page, README: f"{before}{BEGIN}\n{summary()}\n{END}{after}" if rest else readme}
+    stale = [
+        f for f, text in wanted.items() if not f.is_file() or f.read_text(encoding="utf-8") != text
+    ]
+    for file in stale:
+        print(f"{file.name} is not what the results say" if check else f"wrote {file}")
+        if not check:
+            file.write_text(wanted[file], encoding="utf-8")
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(check="--check" in sys.argv[1:]))

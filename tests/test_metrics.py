@@ -1,0 +1,610 @@
+"""Task metrics: what each file may be, what each value is, and what is said where one cannot be had."""
+
+import csv
+import gzip
+import math
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from effc import metrics
+from effc.backends.base import Port
+from effc.calib import data
+from effc.errors import CalibrationError, RecipeError, SourceError
+from effc.metrics import Samples, compare, entities, parse
+from effc.processor import Processor
+from kit import save_tokenizer
+
+DATA = Path(os.environ.get("EFFC_DATA", Path(__file__).parents[2] / "shared" / "data"))
+TEXT_INPUTS = ("input_ids", "attention_mask")
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+class Stub:
+    """An engine that answers with what `answer` makes of its feeds, and remembers them."""
+
+    def __init__(self, answer, inputs=()):
+        self.answer, self.inputs, self.fed = answer, inputs, []
+
+    def __call__(self, feeds):
+        self.fed.append(feeds)
+        return self.answer(feeds)
+
+
+def source(processor=None, inputs=TEXT_INPUTS, outputs=None):
+    return SimpleNamespace(
+        processor=processor,
+        inputs={"main": dict.fromkeys(inputs)},
+        outputs={"main": outputs} if outputs else {},
+    )
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """A processor with a tokenizer, by the settings and inputs of a model."""
+    place = tmp_path / "model"
+    place.mkdir()
+    save_tokenizer(place)
+
+    def make(inputs=TEXT_INPUTS, **config):
+        return Processor(place, config, inputs)
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def of(name: str, file: Path) -> metrics.Metric:
+    return parse(f"{name}:{file}")
+
+
+def bag(feeds):
+    """Token vectors that are the one-hot of their id: a sentence is its bag of words."""
+    return {"last_hidden_state": np.eye(64, dtype=np.float32)[feeds["input_ids"]]}
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sts", metrics.SpearmanCosine),
+        ("accuracy", metrics.Accuracy),
+        ("f1", metrics.F1),
+        ("entity_f1", metrics.EntityF1),
+        ("perplexity", metrics.Perplexity),
+        ("recall@1", metrics.Recall),
+        ("recall@25", metrics.Recall),
+    ],
+)
+def test_a_metric_is_named_before_its_file(write, name, kind):
+    file = write("a:b.csv", "x")
+    made = of(name, file)
+    assert isinstance(made, kind)
+    assert made.file == file
+    assert made.name == {"sts": "spearman_cosine"}.get(name, name)
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "match"),
+    [
+        ("acuracy:a.csv", RecipeError, "did you mean 'accuracy'"),
+        ("recall@k:a.csv", RecipeError, "did you mean 'recall@1'"),
+        ("recall@0:a.csv", RecipeError, "unknown metric 'recall@0'"),
+        ("accuracy:no.csv", CalibrationError, r"accuracy: there is no file no\.csv"),
+        ("accuracy", CalibrationError, "none given"),
+        ("no_such.py:score:a.csv", SourceError, r"no file no_such\.py"),
+    ],
+)
+def test_a_name_or_file_that_is_not_there_is_refused(word, error, match):
+    with pytest.raises(error, match=match):
+        parse(word)
+
+
+# The user's own
+
+
+OWN = """
+import numpy as np
+def score(run, processor, file):
+    return {"score": run({"x": np.arange(4.0)})["y"] * float(file.read_text()), "other": np.zeros(4)}
+def nothing(run, processor, file): return None
+def misnamed(run, processor, file): return {"scores": [1.0]}
+def uneven(run, processor, file): return {"score": [1.0, 2.0], "other": [1.0]}
+def ragged(run, processor, file): return {"score": [[1.0], [1.0, 2.0]]}
+def flat(run, processor, file): return {"score": 1.0}
+def empty(run, processor, file): return {"score": []}
+def unknown(run, processor, file): return {"score": [1.0, float("nan")]}
+def words(run, processor, file): return {"score": ["a"]}
+def broken(run, processor, file): raise KeyError("gone")
+"""
+
+
+def test_a_users_function_is_a_metric(write):
+    code, file = write("my.py", OWN), write("factor.txt", "2")
+    metric = parse(f"{code}:score:{file}")
+    assert metric.name == "my.py:score"
+    metric.check(source())
+    model = metric.measure(Stub(lambda feeds: {"y": feeds["x"]}), None)
+    engine = metric.measure(Stub(lambda feeds: {"y": feeds["x"] - 1}), None)
+    found = compare(metric, model, engine)
+    assert (found.reference, found.engine, found.low, found.high) == (3, 1, -2, -2)
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        ("nothing", "returned a NoneType"),
+        ("misnamed", r"a mapping of \['scores'\], not a mapping with an array `score`"),
+        ("uneven", "not one number a sample"),
+        ("ragged", "failed: ValueError"),
+        ("flat", "not one number a sample"),
+        ("empty", "not one number a sample"),
+        ("unknown", "scores that are not numbers"),
+        ("words", "scores that are not numbers"),
+        ("broken", "failed: KeyError"),
+    ],
+)
+def test_what_is_no_score_a_sample_is_refused(write, function, match):
+    code, file = write("my_bad.py", OWN), write("factor.txt", "2")
+    with pytest.raises(CalibrationError, match=match):
+        parse(f"{code}:{function}:{file}").measure(Stub(dict), None)
+
+
+def test_an_unknown_function_is_answered_with_the_nearest(write):
+    code, file = write("mine.py", OWN), write("factor.txt", "2")
+    with pytest.raises(RecipeError, match="did you mean 'score'"):
+        parse(f"{code}:scor:{file}")
+
+
+# Sentences
+
+
+PAIRS = "the cat,the cat,5\nthe cat sat,a dog,1\nthe cat sat,the cat ran,3\na dog,a dog ran under the tree,2\n"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_sts_ranks_cosines(tokens, write, name):
+    content = PAIRS.encode()
+    file = write(name, gzip.compress(content) if name.endswith(".gz") else content)
+    metric, processor = of("sts", file), tokens()
+    metric.check(source(processor))
+    samples = metric.measure(Stub(bag), processor)
+    cosine, gold = samples.columns["cosine"], samples.columns["gold"]
+    assert cosine[0] == pytest.approx(1)
+    assert metric.value(samples) == pytest.approx(spearmanr(cosine, gold).statistic)
+
+
+def test_padding_is_left_out_where_the_model_takes_no_mask(tokens):
+    texts = ["the cat", "the cat sat on the mat and sang"]
+    with_mask = metrics.embed(Stub(bag), tokens(), texts)
+    without = Stub(bag)
+    np.testing.assert_array_equal(metrics.embed(without, tokens(["input_ids"]), texts), with_mask)
+    assert list(without.fed[0]) == ["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("a,b\n", "line 1 is not sentence1,sentence2,score"),
+        ("sentence1,sentence2,score\na,b,1\n", "line 1 is not sentence1,sentence2,score"),
+        ("a,b,1\n\nc,d,good\n", "line 3 is not sentence1,sentence2,score"),
+        (b"caf\xe9,b,1\n", "line 1 is not UTF-8"),
+        ('"a" x,b,1\n', "line 1 is no table row"),
+        ("", "holds no samples"),
+    ],
+)
+def test_an_sts_file_at_fault_is_named_before_the_work(tokens, write, content, match):
+    with pytest.raises(CalibrationError, match=match):
+        of("sts", write("a.csv", content)).check(source(tokens()))
+
+
+@pytest.mark.parametrize("name", ["sts", "recall@1", "accuracy", "entity_f1", "perplexity"])
+@pytest.mark.parametrize(
+    "content", [b"not zipped", gzip.compress(b"a,b,1\n" * 99)[:-9], gzip.compress(b"\xff")]
+)
+def test_a_damaged_file_is_named(tokens, write, name, content):
+    file = write("a.csv.gz", content)
+    kind = "LlamaForCausalLM" if name == "perplexity" else "BertModel"
+    processor = tokens(architectures=[kind], id2label=dict(enumerate(TAGS)))
+    with pytest.raises(CalibrationError, match=r"a\.csv\.gz"):
+        of(name, file).check(source(processor))
+
+
+@pytest.mark.parametrize("name", ["sts", "recall@1", "entity_f1"])
+def test_a_folder_is_no_file(tokens, tmp_path, name):
+    with pytest.raises(CalibrationError, match="Is a directory"):
+        parse(f"{name}:{tmp_path}").check(source(tokens(id2label=dict(enumerate(TAGS)))))
+
+
+def test_an_engine_without_token_vectors_is_refused(tokens, write):
+    metric, processor = of("sts", write("a.csv", PAIRS)), tokens()
+    with pytest.raises(CalibrationError, match="pools token vectors, the model gives logits"):
+        metric.check(source(processor, outputs=("logits",)))
+    with pytest.raises(CalibrationError, match=r"no output .batch, length, hidden. to pool"):
+        metric.measure(Stub(lambda f: {"logits": np.zeros((*f["input_ids"].shape, 9))}), processor)
+
+
+def test_vectors_that_say_nothing_are_refused(tokens, write):
+    metric = of("sts", write("a.csv", PAIRS))
+    zeros = Stub(lambda feeds: {"last_hidden_state": np.zeros((*feeds["input_ids"].shape, 4))})
+    with pytest.raises(CalibrationError, match="zero or not numbers"):
+        metric.measure(zeros, tokens())
+
+
+def test_recall_counts_the_k_nearest(tokens, write):
+    rows = ["the cat,the cat sat", "a dog,a dog ran", "the bird,old house", "old mat,the old bird"]
+    file, processor = write("a.csv", "\n".join(rows)), tokens()
+    hits = []
+    for k in (1, 2, 4):
+        metric = of(f"recall@{k}", file)
+        metric.check(source(processor))
+        samples = metric.measure(Stub(bag), processor)
+        hits.append(metric.value(samples))
+    assert hits == [0.5, 0.75, 1.0]
+
+
+def test_an_engine_that_answers_all_alike_recalls_nothing(tokens, write):
+    metric = of("recall@1", write("a.csv", "the cat,a dog\n" * 3))
+    alike = Stub(lambda feeds: {"last_hidden_state": np.ones((*feeds["input_ids"].shape, 4))})
+    assert metric.value(metric.measure(alike, tokens())) == 0
+
+
+def test_a_row_of_recall_is_a_pair(tokens, write):
+    with pytest.raises(CalibrationError, match="line 2 has 3 columns, not text_a,text_b"):
+        of("recall@1", write("a.csv", "a,b\nc,d,e\n")).check(source(tokens()))
+
+
+# Labels
+
+
+def by_first_word(feeds):
+    """Class 1 where the first word is `the` (id 5)."""
+    says = (feeds["input_ids"][:, 1] == 5).astype(float)
+    return {"logits": np.stack([1 - says, says], axis=1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "the cat\t1\na dog\t1\n"),
+        ("a.tsv", "sentence\tlabel\nthe cat\t1\na dog\t1\n"),
+        ("a.tsv", "label\tsentence\n1\tthe cat\n1\ta dog\n"),
+        ("a.csv", "the cat,1\na dog,1\n"),
+        ("a.csv", "text,label\nthe cat,1\na dog,1\n"),
+        ("a.csv", 'label,text\n1,"the cat, sat"\n1,a dog\n'),
+    ],
+)
+def test_a_table_of_labels_may_have_a_header(tokens, write, name, content):
+    metric, processor = of("accuracy", write(name, content)), tokens()
+    metric.check(source(processor))
+    samples = metric.measure(Stub(by_first_word), processor)
+    assert samples.columns["correct"].tolist() == [1, 0]
+    assert metric.value(samples) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.tsv", "the cat\n", "line 1 has 1 columns, not 2"),
+        ("a.tsv", "sentence\tgold\nthe cat\t1\n", "line 1: the label is not a whole number"),
+        ("a.csv", "text,gold\nthe cat,1\n", "samples without a label"),
+        ("a.txt", "the cat\n", "samples without a label"),
+    ],
+)
+def test_a_file_without_labels_is_refused(tokens, write, name, content, match):
+    with pytest.raises(CalibrationError, match=match):
+        of("accuracy", write(name, content)).check(source(tokens()))
+
+
+def test_labels_that_the_model_does_not_know_are_refused(tokens, write):
+    metric = of("accuracy", write("a.tsv", "the cat\t1\na dog\t2\n"))
+    with pytest.raises(CalibrationError, match="labels from 1 to 2, the model knows 0 to 1"):
+        metric.measure(Stub(by_first_word), tokens())
+
+
+def test_logits_for_every_token_are_no_label(tokens, write):
+    metric = of("f1", write("a.tsv", "the cat\t1\n"))
+    with pytest.raises(CalibrationError, match=r"needs logits .batch, classes., .* \[1, 4, 64\]"):
+        metric.measure(Stub(bag), tokens())
+
+
+X = Port(name="x", dtype="float32", shape=("batch", 2))
+
+
+def ready(place: Path, **arrays) -> Path:
+    np.savez(place / "a.npz", **arrays)
+    return place / "a.npz"
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1"])
+def test_a_model_without_a_processor_is_measured_on_ready_arrays(tmp_path, name):
+    x = np.array([[1, 0], [0, 1], [2, 1]], np.float64)
+    metric = of(name, ready(tmp_path, x=x, label=[0, 1, 0], unused=x))
+    metric.check(source(inputs=["x"]))
+    run = Stub(lambda feeds: {"y": feeds["x"]}, [X])
+    assert metric.value(metric.measure(run, None)) == 1
+    assert run.fed[0]["x"].dtype == np.float32 and list(run.fed[0]) == ["x"]
+
+
+def test_arrays_that_do_not_fit_are_refused(tmp_path):
+    x = np.zeros((3, 2))
+    metric = of("accuracy", ready(tmp_path, z=x, label=[0, 1, 0]))
+    with pytest.raises(CalibrationError, match="no array 'x' that the model takes") as caught:
+        metric.check(source(inputs=["x"]))
+    assert "it has z" in str(caught.value)
+    for wrong in (np.zeros((3, 5)), x.astype(complex)):
+        metric = of("accuracy", ready(tmp_path, x=wrong, label=[0, 1, 0]))
+        with pytest.raises(CalibrationError, match=r"the model takes float32 \[batch, 2\]"):
+            metric.measure(Stub(dict, [X]), None)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "sts", "entity_f1", "perplexity", "recall@1"])
+def test_text_is_refused_early_where_nothing_reads_it(write, name):
+    metric = of(name, write("a.tsv", "the cat\t1\n"))
+    with pytest.raises(CalibrationError, match=f"metric {name.replace('sts', 'spearman_cosine')}"):
+        metric.check(source(inputs=["x"]))
+
+
+def test_text_is_refused_early_by_a_model_of_pictures(tokens, write):
+    metric = of("accuracy", write("a.tsv", "the cat\t1\n"))
+    with pytest.raises(CalibrationError, match="reads text, the model takes pixel_values"):
+        metric.check(source(tokens(), inputs=["pixel_values"]))
+
+
+def test_pictures_of_several_sizes_are_classified(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for name, mode, shape in (("0", "L", (9, 7)), ("1", "RGB", (5, 8, 3))):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        bright = np.full(shape, 255 * int(name), np.uint8)
+        image.fromarray(bright).save(tmp_path / "p" / name / f"{mode}.png")
+    metric = parse(f"accuracy:{tmp_path / 'p'}")
+    processor = Processor(tmp_path, {"image_size": 4}, ["pixel_values"])
+    metric.check(source(processor, inputs=["pixel_values"]))
+
+    def bright(feeds):
+        mean = feeds["pixel_values"].mean(axis=(1, 2, 3))
+        return {"logits": np.stack([-mean, mean], axis=1)}
+
+    assert metric.value(metric.measure(Stub(bright), processor)) == 1
+
+
+# Entities
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("B-PER I-PER O B-LOC", {("PER", 0, 1), ("LOC", 3, 3)}),
+        ("B-PER B-PER", {("PER", 0, 0), ("PER", 1, 1)}),
+        ("I-PER I-PER", {("PER", 0, 1)}),
+        ("B-PER I-LOC", {("PER", 0, 0), ("LOC", 1, 1)}),
+        ("B-PER E-PER S-PER", {("PER", 0, 1), ("PER", 2, 2)}),
+        ("E-PER E-PER", {("PER", 0, 0), ("PER", 1, 1)}),
+        ("S-PER I-PER", {("PER", 0, 0), ("PER", 1, 1)}),
+        ("B-a-b I-a-b", {("a-b", 0, 1)}),
+        ("O O", set()),
+    ],
+)
+def test_entities_are_found_as_seqeval_finds_them(tags, expected):
+    assert entities(tags.split()) == expected
+
+
+def conlleval(tags):
+    """Entities by the rules of the CoNLL script, which seqeval's default mode follows, one condition at a time."""
+    found, first, before, kind_before = set(), 0, "O", ""
+    for place, tag in enumerate([*tags, "O"]):
+        mark, kind = tag[0], tag[2:]
+        ends = (
+            before in ("E", "S")
+            or (before == "B" and mark in ("B", "S", "O"))
+            or (before == "I" and mark in ("B", "S", "O"))
+            or (before != "O" and kind_before != kind)
+        )
+        starts = (
+            mark in ("B", "S")
+            or (before == "E" and mark in ("E", "I"))
+            or (before == "S" and mark in ("E", "I"))
+            or (before == "O" and mark in ("E", "I"))
+            or (mark != "O" and kind_before != kind)
+        )
+        if ends:
+            found.add((kind_before, first, place - 1))
+        if starts:
+            first = place
+        before, kind_before = mark, kind
+    return found
+
+
+def test_entities_of_random_tags_are_those_of_the_conll_script():
+    rng = np.random.default_rng(0)
+    marks = ["O", *(f"{m}-{t}" for m in "BIES" for t in ("PER", "LOC", "A-B"))]
+    for _ in range(500):
+        tags = [marks[i] for i in rng.integers(0, len(marks), rng.integers(1, 12))]
+        assert entities(tags) == conlleval(tags), tags
+
+
+CONLL = """-DOCSTART- -X- -X- O
+
+the\tB-PER
+cat\tI-PER
+sat\tO
+
+dog NN B-LOC
+ran VB O
+"""
+
+
+def says(**tags):
+    """A token classifier that gives every word of a dictionary its tag, and O to the rest."""
+    from kit import WORDS
+
+    ids = {WORDS.index(word) + 5: TAGS.index(tag) for word, tag in tags.items()}
+    table = np.array([ids.get(i, 0) for i in range(64)])
+    return Stub(lambda feeds: {"logits": np.eye(len(TAGS))[table[feeds["input_ids"]]]})
+
+
+def test_entities_count_over_all_sentences(tokens, write):
+    metric = of("entity_f1", write("a.conll", CONLL))
+    processor = tokens(id2label={str(i): tag for i, tag in enumerate(TAGS)})
+    metric.check(source(processor))
+    right = metric.measure(says(the="B-PER", cat="I-PER", dog="B-LOC"), processor)
+    assert metric.value(right) == 1
+    partly = metric.measure(says(the="B-PER", dog="B-LOC", ran="I-LOC"), processor)
+    assert {n: c.tolist() for n, c in partly.columns.items()} == {
+        "tp": [0, 0], "pred": [1, 1], "gold": [1, 1],
+    }  # fmt: skip
+    missed = metric.measure(says(the="B-PER", cat="I-PER"), processor)
+    assert metric.value(missed) == pytest.approx(2 / 3)
+    assert metric.value(metric.measure(says(), processor)) == 0
+
+
+def test_words_behind_the_models_length_are_outside(tokens, write):
+    metric = of("entity_f1", write("a.conll", "the O\ncat O\nsat O\ndog B-LOC\n"))
+    processor = tokens(id2label=dict(enumerate(TAGS)), max_position_embeddings=5)
+    samples = metric.measure(says(dog="B-LOC"), processor)
+    assert [samples.columns[n].tolist() for n in ("pred", "gold")] == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "labels", "match"),
+    [
+        ("the\n", TAGS, "line 1 is not a token and its tag"),
+        ("the O\ncat X-PER\n", TAGS, "line 2 is not a token and its tag"),
+        ("the B-ORG\n", TAGS, "line 1: the model predicts no B-ORG"),
+        ("the O\n", ["LABEL_0"], "id2label of config.json has 'LABEL_0'"),
+        ("the O\n", [], "config.json has no id2label"),
+        ("\n\n", TAGS, "holds no samples"),
+    ],
+)
+def test_tags_that_do_not_fit_are_refused_early(tokens, write, content, labels, match):
+    metric = of("entity_f1", write("a.conll", content))
+    with pytest.raises(CalibrationError, match=match):
+        metric.check(source(tokens(id2label=dict(enumerate(labels)))))
+
+
+# Perplexity
+
+
+def test_perplexity_of_an_engine_that_knows_nothing_is_its_vocabulary(tokens, write):
+    metric = of("perplexity", write("a.txt", "the cat sat on the mat\n" * 9))
+    processor = tokens(architectures=["LlamaForCausalLM"], max_position_embeddings=16)
+    metric.check(source(processor))
+    even = Stub(lambda feeds: {"logits": np.zeros((*feeds["input_ids"].shape, 40))})
+    assert metric.value(metric.measure(even, processor)) == pytest.approx(40)
+
+
+def test_perplexity_is_refused_where_no_next_token_is_predicted(tokens, write):
+    metric = of("perplexity", write("a.txt", "the cat sat"))
+    with pytest.raises(CalibrationError, match=r"config\.json names a classifier"):
+        metric.check(source(tokens(architectures=["BertForSequenceClassification"])))
+    with pytest.raises(CalibrationError, match=r"needs an output `logits`.* the engine has last"):
+        metric.measure(Stub(bag), tokens(architectures=["LlamaForCausalLM"]))
+
+
+# Intervals
+
+
+def slow_macro_f1(predicted, gold, classes):
+    scores = []
+    for label in classes:
+        total = (predicted == label).sum() + (gold == label).sum()
+        hits = ((predicted == label) & (gold == label)).sum()
+        scores.append(2 * hits / total if total else 0.0)
+    return float(np.mean(scores))
+
+
+def test_a_draw_is_valued_as_if_it_were_a_file(tmp_path):
+    rng = np.random.default_rng(0)
+    gold = rng.integers(0, 11, 300) / 2
+    pairs = Samples({"cosine": (gold + rng.normal(size=300)).round(1), "gold": gold})
+    labels = Samples({"predicted": rng.integers(0, 6, 300), "gold": 2 * rng.integers(0, 4, 300)})
+    classes = [0, 1, 2, 3, 4, 5, 6]
+    for _ in range(20):
+        index = rng.integers(0, 300, 300)
+        assert metrics.SpearmanCosine(file=tmp_path).value(pairs, index) == pytest.approx(
+            spearmanr(pairs.columns["cosine"][index], gold[index]).statistic, abs=1e-12
+        )
+        assert metrics.F1(file=tmp_path).value(labels, index) == pytest.approx(
+            slow_macro_f1(*(labels.columns[n][index] for n in ("predicted", "gold")), classes)
+        )
+
+
+def test_the_interval_is_a_paired_bootstrap(tmp_path):
+    rng = np.random.default_rng(2)
+    model = rng.integers(0, 2, 200).astype(float)
+    engine = np.where(rng.random(200) < 0.1, 1 - model, model)
+    found = compare(
+        metrics.Accuracy(file=tmp_path), Samples({"correct": model}), Samples({"correct": engine})
+    )
+    draws = np.random.default_rng(0)
+    gaps = [(engine - model)[draws.integers(0, 200, 200)].mean() for _ in range(metrics.DRAWS)]
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(gaps, [2.5, 97.5])))
+    assert found.n == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "columns"),
+    [
+        (metrics.SpearmanCosine, 1379, ("cosine", "gold")),
+        (metrics.F1, 10_000, ("predicted", "gold")),
+    ],
+)
+@pytest.mark.slow
+def test_an_interval_takes_seconds(tmp_path, kind, n, columns):
+    rng = np.random.default_rng(0)
+    both = [Samples({c: rng.integers(0, 10, n) for c in columns}) for _ in range(2)]
+    start = time.process_time()
+    compare(kind(file=tmp_path), *both)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "match"),
+    [
+        ([1.0, 0.0], [1.0], "2 samples of the model and 1 of the engine"),
+        ([1.0, math.nan], [1.0, 0.0], "over 2 samples is nan of the model, 0.5 of the engine"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused(tmp_path, model, engine, match):
+    samples = [Samples({"correct": np.array(column)}) for column in (model, engine)]
+    with pytest.raises(CalibrationError, match=match):
+        compare(metrics.Accuracy(file=tmp_path), *samples)
+
+
+# Real files
+
+
+def real(*names: str) -> Path:
+    path = DATA.joinpath(*names)
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    return path
+
+
+def test_real_sts_files_are_read_whole():
+    rows = of("sts", real("stsb", "stsb-en-test.csv")).rows()
+    with real("stsb", "stsb-en-test.csv").open(encoding="utf-8", newline="") as stream:
+        assert rows == [(a, b, float(score)) for a, b, score in csv.reader(stream)]
+    assert len(rows) == 1379
+
+
+def test_real_labels_are_read_whole():
+    texts = list(data.read(real("sst2", "test.tsv"), labelled=True))
+    assert len(texts) == 1821 and {r.label for r in texts} == {0, 1}
+    first = next(data.read(real("fashion-mnist"), labelled=True))
+    assert first.pixels.shape == (28, 28) and first.label == 9
