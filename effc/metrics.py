@@ -103,12 +103,15 @@ class SpearmanCosine:
         found = []
         for number, row in data.rows(self.file):
             try:
-                found.append((row[0], row[1], float(row[2])))
-            except (IndexError, ValueError) as error:
+                score = float(row[2])
+            except (IndexError, ValueError):
+                score = math.nan
+            if not math.isfinite(score):
                 raise CalibrationError(
                     f"{self.file} line {number} is not sentence1,sentence2,score",
                     hint="a CSV without a header, the score a number",
-                ) from error
+                )
+            found.append((row[0], row[1], score))
         if not found:
             raise CalibrationError(f"{self.file} holds no samples")
         return found

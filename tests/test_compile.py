@@ -50,6 +50,35 @@ MODEL = """
 
     def unsupported():
         return Sorter(), torch.randn(2, 4, 4)
+
+
+    def fixed():
+        import effc
+
+        return effc.Source(
+            modules={"main": nn.Linear(4, 2)}, inputs={"main": {"input": torch.randn(3, 4)}},
+            dims={"main": {"input": {}}},
+        )
+
+
+    def pair():
+        import effc
+
+        inputs = {"x": torch.randn(2, 4)}
+        return effc.Source(
+            modules={"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}, inputs={"a": inputs, "b": inputs},
+        )
+
+
+    def with_batches():
+        import numpy as np
+        import effc
+
+        model, inputs = build()
+        batch = effc.Batch(inputs={"input": np.random.default_rng(0).random((16, 32), np.float32)})
+        return effc.Source(
+            modules={"main": model}, inputs={"main": inputs}, batches=lambda: [batch],
+        )
 """
 
 
@@ -136,6 +165,39 @@ def test_decisions_of_another_model_are_refused(place, tmp_path):
     assert not (tmp_path / "OUT").exists()
 
 
+def test_decisions_that_lack_a_step_are_refused(place, tmp_path):
+    with pytest.raises(CalibrationError, match="know no step '0:quantize'"):
+        compiled(place, tmp_path / "OUT", decisions={})
+
+
+def test_a_replay_needs_no_data(place, result, tmp_path):
+    decisions = json.loads((result.out / "decisions.json").read_text(encoding="utf-8"))
+    again = compiled(place, tmp_path / "OUT", calib=None, decisions=decisions)
+    assert (again.out / "model.onnx").read_bytes() == (result.out / "model.onnx").read_bytes()
+
+
+def test_a_source_may_bring_its_own_batches(place, tmp_path):
+    made = effc.compile(
+        f"{place / 'model.py'}:with_batches", tmp_path / "OUT", quantize="int8", bench=False
+    )
+    assert made.report["verify"]["ort"]["calibration"]["output"]["n"] == 16
+
+
+def test_a_batch_that_is_fixed_is_verified_on_the_example(place, tmp_path):
+    made = effc.compile(f"{place / 'model.py'}:fixed", tmp_path / "OUT", threads=1)
+    assert list(made.report["verify"]["ort"]) == ["example"]
+    assert made.bench["outputs"]["output"]["n"] == 3
+    assert made.bench["shapes"] == []
+
+
+def test_a_package_remembers_where_its_model_lay(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    out = tmp_path / "OUT"
+    effc.compile("model.py:fixed", out, bench=False)
+    remembered = json.loads((out / "local.json").read_text(encoding="utf-8"))
+    assert remembered == {"source": {"python": f"{place / 'model.py'}:fixed"}}
+
+
 def test_a_recipe_gives_what_the_flags_give(place, result, tmp_path):
     text = """
         source: {python: "model.py:build"}
@@ -167,6 +229,14 @@ def test_two_targets_lie_in_two_folders(place, tmp_path):
     paths = [engine["path"] for engine in made.report["manifest"]["engines"]]
     assert paths == ["ort/model.onnx", "onnx/model.onnx"]
     assert set(made.report["verify"]) == {"ort", "onnx"}
+    decisions = json.loads((made.out / "decisions.json").read_text(encoding="utf-8"))
+    assert set(decisions) == {"ort/0:quantize", "onnx/0:quantize"}
+    assert made.report["model_bytes"] == (made.out / "ort" / "model.onnx").stat().st_size
+    again = compiled(
+        place, tmp_path / "again", target=["ort", "onnx"], calib=None, decisions=decisions
+    )
+    for path in paths:
+        assert (again.out / path).read_bytes() == (made.out / path).read_bytes()
 
 
 @pytest.mark.parametrize("words", ["w4a8", "w6a6", "w8a16", "w4a16"])
@@ -195,6 +265,7 @@ def test_an_engine_is_replaced_as_a_whole_or_not_at_all(place, result, tmp_path)
         ("not_a_number", SourceError, "not numbers: weight"),
         ("number", SourceError, "returned int"),
         ("unsupported", LoweringError, "cannot take 1 nodes of graph 'main'"),
+        ("pair", SourceError, "the source has 2 graphs .a, b."),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_and_leaves_nothing(word, error, words, place, tmp_path):

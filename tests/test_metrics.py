@@ -203,6 +203,7 @@ def test_padding_is_left_out_where_the_model_takes_no_mask(tokens):
         ("a,b\n", "line 1 is not sentence1,sentence2,score"),
         ("sentence1,sentence2,score\na,b,1\n", "line 1 is not sentence1,sentence2,score"),
         ("a,b,1\n\nc,d,good\n", "line 3 is not sentence1,sentence2,score"),
+        ("a,b,nan\n", "line 1 is not sentence1,sentence2,score"),
         (b"caf\xe9,b,1\n", "line 1 is not UTF-8"),
         ('"a" x,b,1\n', "line 1 is no table row"),
         ("", "holds no samples"),

@@ -71,6 +71,13 @@ def test_pictures_are_as_transformers_makes_them(tmp_path, name, settings):
     assert apart.max() < 2.1 and apart.mean() < 0.1  # Pillow rounds twice, in an order of its own
 
 
+def test_the_nearest_pixel_is_taken_where_the_settings_say_so(tmp_path):
+    mine = processor(tmp_path, {**PLAIN, "size": 4, "resample": 0}, image_size=4)
+    given = picture(12, 12, 3)
+    want = given[1::3, 1::3].transpose(2, 0, 1)
+    np.testing.assert_array_equal(mine.images([given])["pixel_values"][0], want)
+
+
 def test_pictures_of_one_size_are_treated_as_each_alone(tmp_path):
     mine = processor(tmp_path, image_size=24)
     pictures = [picture(30, 40, 3) for _ in range(3)]
