@@ -15,12 +15,11 @@ import common
 import onnx_ir as ir
 
 from effc.backends import ort_rewrites
-from effc.backends.base import Lowered
 from effc.backends.eager import ports
 from effc.backends.onnx import save, to_onnx
 from effc.backends.ort import OrtEngine
 from effc.bench import compare
-from effc.compiler import bench_cases, rewrite, trace_source
+from effc.compiler import rewrite, shaped_cases, trace_source
 from effc.progress import Progress
 from effc.recipe import BenchSpec, build
 from effc.samples import Samples
@@ -76,17 +75,7 @@ def main() -> int:
             folder = Path(place) / str(number)
             files = save(model, folder)
             openers[name] = partial(OrtEngine, folder / files[0], threads=2)
-        inputs, outputs = ports(quantized)
-        lowered = Lowered(
-            role="main",
-            target="ort",
-            directory=Path(place),
-            files=(),
-            opset=23,
-            inputs=inputs,
-            outputs=outputs,
-        )
-        cases = bench_cases(samples, BenchSpec(), lowered)
+        cases = shaped_cases(samples, BenchSpec().shapes, ports(quantized)[0])
         found = compare(openers, cases, threads=2, budget_s=40).to_json()
     print(common.write(f"opset-{common.features()}", {"name": "opset", "bench": found}))
     for shape in found["shapes"]:

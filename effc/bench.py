@@ -35,6 +35,10 @@ class Case:
     length: int | None
     feeds: dict[str, Array]
 
+    @property
+    def word(self) -> str:
+        return f"{self.batch}x{self.length}" if self.length else f"batch {self.batch}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 from effc import bench as benchmark
 from effc import metrics, package, report
 from effc.backends import BACKENDS
-from effc.backends.base import Engine, Lowered
+from effc.backends.base import Engine, Lowered, Port
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import ModuleEngine
 from effc.calib.calibrator import tensors_for
-from effc.errors import CalibrationError, LoweringError, SourceError, VerifyError
+from effc.errors import CalibrationError, LoweringError, SourceError
 from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
 from effc.ir.show import show
@@ -153,6 +153,8 @@ def run(
             hint="compile each from a factory of its own",
         )
     metric = metric or source.metric
+    if metric is not None:
+        metric.check(source)
     samples = Samples(source, recipe.calib)
     with progress.stage("trace"):
         original = trace_source(source)
@@ -338,18 +340,11 @@ def _cases(
         cases.append(("calibration", first))
     if fresh := samples.held_out():
         cases.append(("held out", [dict(b.inputs) for b in fresh]))
-    lengths = sorted({min(n, most) for n in (4, 32, 128)}) if samples.has_length() else (1,)
-    for rows in (1, 8):
-        for length in lengths:
-            feeds = samples.shaped(rows, length)
-            if fits(engine, feeds):
-                label = f"{rows}x{length}" if samples.has_length() else f"batch {rows}"
-                cases.append((label, [feeds]))
+    shapes = [(rows, length) for rows in (1, 8) for length in (4, 32, 128)]
+    cases += [(c.word, [c.feeds]) for c in shaped_cases(samples, shapes, engine.inputs, most)]
     padded = _padded(samples, min(32, most)) if samples.has_length() else None
-    if padded is not None and fits(engine, padded):
+    if padded is not None and fits(engine.inputs, padded):
         cases.append(("padded", [padded]))
-    if not cases:  # a batch that is fixed to something else
-        cases.append(("example", [{n: t.numpy() for n, t in source.inputs[role].items()}]))
     return cases
 
 
@@ -363,9 +358,9 @@ def _padded(samples: Samples, length: int) -> Json | None:
     return feeds
 
 
-def fits(engine: Engine, feeds: Mapping[str, Any]) -> bool:
+def fits(ports: Sequence[Port], feeds: Mapping[str, Any]) -> bool:
     """Whether feeds have the sizes that an engine's fixed dimensions want."""
-    for port in engine.inputs:
+    for port in ports:
         shape = feeds[port.name].shape
         if len(shape) != len(port.shape):
             return False
@@ -379,11 +374,6 @@ def fits(engine: Engine, feeds: Mapping[str, Any]) -> bool:
 
 def measure(source: Source, graph: Graph, lowered: Lowered, metric: Any, threads: int) -> Json:
     """The task metric of model and engine on the same samples, with the interval of their difference."""
-    if source.processor is None:
-        raise VerifyError(
-            f"metric {metric.name} reads text or pictures, which a factory model has no processor for",
-            hint="leave the metric out, or give the source a processor",
-        )
     reference = metric.measure(ModuleEngine(source.module, graph), source.processor)
     with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
         mine = metric.measure(engine, source.processor)
@@ -418,7 +408,7 @@ def time_engine(
             "torch": lambda: ModuleEngine(source.module, graph),
             **(against or {}),
         }
-        cases = bench_cases(samples, spec, lowered, longest(source, graph))
+        cases = shaped_cases(samples, spec.shapes, lowered.inputs, longest(source, graph))
         timed = benchmark.compare(
             openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed,
             streams=streams, references=("float", "torch"), progress=step,
@@ -431,27 +421,28 @@ def time_engine(
         return dataclasses.replace(timed, peak_rss_mb=memory)
 
 
-def bench_cases(
-    samples: Samples, spec: BenchSpec, lowered: Lowered, most: int = sys.maxsize
+def shaped_cases(
+    samples: Samples,
+    shapes: Iterable[tuple[int, int]],
+    ports: Sequence[Port],
+    most: int = sys.maxsize,
 ) -> list[benchmark.Case]:
-    """The shapes of a spec that the engine can take, each once; lengths above `most` are cut to it."""
-    cases: list[benchmark.Case] = []
-    seen = set()
-    has_length = samples.has_length()
-    for batch, wanted in spec.shapes:
-        length = min(wanted, most)
-        key = (batch, length if has_length else None)
-        feeds = samples.shaped(batch, length)
-        if key in seen or not fits(_Ports(lowered), feeds):  # type: ignore[arg-type]
-            continue
-        seen.add(key)
-        cases.append(benchmark.Case(batch=batch, length=key[1], feeds=feeds))
-    return cases
+    """Inputs of those shapes that an engine can take, each once; the example's shape where it takes none of them.
 
-
-class _Ports:
-    def __init__(self, lowered: Lowered) -> None:
-        self.inputs = lowered.inputs
+    Lengths above `most` are cut to it.
+    """
+    cases: dict[str, benchmark.Case] = {}
+    for batch, wanted in shapes:
+        feeds = samples.shaped(batch, min(wanted, most))
+        rows, length = samples.shape_of(feeds)
+        case = benchmark.Case(batch=rows, length=length, feeds=feeds)
+        if fits(ports, feeds):
+            cases.setdefault(case.word, case)
+    if not cases:
+        feeds = samples.example()
+        rows, length = samples.shape_of(feeds)
+        cases["example"] = benchmark.Case(batch=rows, length=length, feeds=feeds)
+    return list(cases.values())
 
 
 def _bench_json(
@@ -473,8 +464,12 @@ def _bench_json(
 
 
 def worst_known(cases: Mapping[str, Json]) -> Json:
-    """Per output, the drift over held-out data where there is any, else over calibration data or the first case."""
-    label = next((n for n in ("held out", "calibration") if n in cases), next(iter(cases)))
+    """Per output, the drift over held-out data where there is any, else over calibration data or the largest case."""
+
+    def samples(label: str) -> int:
+        return sum(int(d["n"]) for d in cases[label].values())
+
+    label = next((n for n in ("held out", "calibration") if n in cases), max(cases, key=samples))
     return dict(cases[label])
 
 

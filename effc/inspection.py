@@ -60,6 +60,8 @@ def verify(
 
     wanted = metrics.parse(metric) if metric else None
     source, lowered, samples, original = _open(out, manifest, model, calib, progress)
+    if wanted is not None:
+        wanted.check(source)
     threads = threads or compiler.default_threads()
     lossy = any(p["effect"] == "lossy" for p in manifest.passes)
     with progress.stage("verify"):
@@ -175,6 +177,8 @@ def bench(
             hint="add --model MODEL",
         )
     source, lowered, samples, original = _open(out, manifest, model, calib, progress)
+    if wanted is not None:
+        wanted.check(source)
     lossy = any(p["effect"] == "lossy" for p in manifest.passes)
     with progress.stage("verify"):
         cases = compiler.verify_engine(source, original.only(), lowered, samples, lossy, threads)

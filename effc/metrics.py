@@ -592,14 +592,25 @@ METRICS = Table(
 RECALL = re.compile(r"recall@([1-9]\d*)")
 
 
+def is_known(name: str) -> bool:
+    """Whether a metric is one of ours, or has the form of one's own, `module:function`."""
+    return name in METRICS or RECALL.fullmatch(name) is not None or ":" in name
+
+
+def split(word: str) -> tuple[str, str]:
+    """Name and file of `NAME:FILE`; a metric of one's own has a colon in its name."""
+    name, _, file = word.partition(":")
+    if not is_known(name) and ":" in file:
+        name, _, file = word.rpartition(":")
+    return name, file
+
+
 def parse(word: str) -> Metric:
     """The metric that `NAME:FILE`, `module:function:FILE` or `file.py:function:FILE` names.
 
     Imports the user's code, and nothing else. Raises RecipeError for the name, CalibrationError for the file.
     """
-    name, _, file = word.partition(":")
-    if name not in METRICS and not RECALL.fullmatch(name) and word.count(":") > 1:
-        name, _, file = word.rpartition(":")
+    name, file = split(word)
     make = _maker(name)
     if not file or not Path(file).exists():
         raise CalibrationError(

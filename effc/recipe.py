@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from effc import metrics
 from effc.backends import TARGETS
 from effc.errors import RecipeError, UsageError
 from effc.passes import PASSES
@@ -323,10 +324,12 @@ class _Reader:
     def _metric(self, value: Any) -> dict[str, str] | None:
         if value is None:
             return None
-        named = dict([_split_metric(value)]) if isinstance(value, str) else value
+        named = dict([metrics.split(value)]) if isinstance(value, str) else value
         if isinstance(named, dict) and len(named) == 1:
             ((name, file),) = named.items()
             if isinstance(name, str) and isinstance(file, str) and name and file:
+                if not metrics.is_known(name):
+                    raise self._error(("metric",), unknown("metric", name, metrics.METRICS))
                 return {name: file}
         raise self._error(
             ("metric",), "a metric is one NAME: FILE", hint="metric: {accuracy: FILE}"
@@ -452,16 +455,6 @@ class _Reader:
                 break
             node = found
         return line
-
-
-def _split_metric(text: str) -> tuple[str, str]:
-    """Name and file of `NAME:FILE`. A metric of your own has a colon in its name: `module:function:FILE`."""
-    own, _, last = text.rpartition(":")
-    place, _, function = own.rpartition(":")
-    if place and function.isidentifier():
-        return own, last
-    name, _, file = text.partition(":")
-    return name, file
 
 
 def _without_folders(value: Any) -> Any:

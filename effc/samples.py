@@ -118,11 +118,24 @@ class Samples:
             feeds[name] = np.ascontiguousarray(array)
         return feeds
 
+    def example(self) -> dict[str, Array]:
+        """The source's own example inputs."""
+        (role,) = self.source.inputs
+        return {name: tensor.numpy() for name, tensor in self.source.inputs[role].items()}
+
+    def shape_of(self, feeds: Mapping[str, Array]) -> tuple[int, int | None]:
+        """Batch and length of inputs; where no dimension is named `batch`, the first of the first input counts."""
+        (role,) = self.source.inputs
+        sizes: dict[str, int] = {}
+        for name, axes in self.source.dims.get(role, {}).items():
+            for axis, word in axes.items():
+                sizes.setdefault("length" if word in LENGTHS else word, feeds[name].shape[axis])
+        first = next(iter(feeds.values()))
+        batch = sizes.get("batch", first.shape[0] if first.ndim else 1)
+        return batch, sizes.get("length")
+
     def has_length(self) -> bool:
-        dims = self.source.dims
-        return any(
-            w in LENGTHS for role in dims.values() for a in role.values() for w in a.values()
-        )
+        return self.shape_of(self.example())[1] is not None
 
     def tokens(self) -> Array:
         """Real token ids in the order of the calibration text; the example's where there is none."""

@@ -185,9 +185,9 @@ def test_a_source_may_bring_its_own_batches(place, tmp_path):
 
 def test_a_batch_that_is_fixed_is_verified_on_the_example(place, tmp_path):
     made = effc.compile(f"{place / 'model.py'}:fixed", tmp_path / "OUT", threads=1)
-    assert list(made.report["verify"]["ort"]) == ["example"]
+    assert list(made.report["verify"]["ort"]) == ["batch 3"]
     assert made.bench["outputs"]["output"]["n"] == 3
-    assert made.bench["shapes"] == []
+    assert [shape["batch"] for shape in made.bench["shapes"]] == [3]
 
 
 def test_a_package_remembers_where_its_model_lay(place, tmp_path, monkeypatch):

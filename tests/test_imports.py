@@ -29,8 +29,9 @@ LINES = [
     processor
     source
     passes backends
+    metrics
     recipe
-    metrics samples verify bench gate
+    samples verify bench gate
     package
     delta report cache
     compiler
