@@ -71,7 +71,7 @@ def pair_scale(weight: Tensor, limit: int) -> Tensor:
     Neighbours are weights 2i and 2i + 1 of `weight` [out, in], or of [out, in, height, width] read with the channels
     last, as convolution kernels do. Processors with AVX2 or AVX-512 but without VNNI add the products of two
     neighbours in 16 bit and saturate; at 255 · `limit` < 2¹⁵ that cannot happen, and every processor gives the same
-    sums. It costs about a third of a bit on trained weights, where the usual remedy (7-bit weights) costs one.
+    sums. It costs about a quarter of a bit on trained weights (benchmarks/overflow.py); 7-bit weights cost one.
     """
     rows = (weight.movedim(1, -1) if weight.dim() > 2 else weight).flatten(1).to(torch.float64)
     pairs = torch.nn.functional.pad(rows, (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
