@@ -45,7 +45,11 @@ def write(name: str, content: dict[str, Any]) -> Path:
     """One result as small JSON, with the circumstances under which it was measured."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
     circumstances = {
+        "revision": described.stdout.strip() or "unknown",
         "cpu": cpu_name(),
         "features": cpu_features(),
         "python": platform.python_version(),

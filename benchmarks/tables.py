@@ -37,7 +37,10 @@ def results(name: str) -> Iterator[Json]:
 def circumstances(found: Json) -> str:
     features = ", ".join(found["features"]) or "no feature that matters"
     versions = ", ".join(f"{n} {v}" for n, v in found["versions"].items())
-    return f"{found['cpu']} ({features}); Python {found['python']}, {versions}."
+    revision = found.get("revision", "not recorded")
+    return (
+        f"{found['cpu']} ({features}); Python {found['python']}, {versions}; revision {revision}."
+    )
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
