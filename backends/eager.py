@@ -9,10 +9,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from effc.backends.base import Array, EngineBase, Lowered, Port, Unsupported
 from effc.ir.program import Graph
 from effc.ir.show import shape_words
+from effc.ir.trace import output_names
 
 
 def numpy_dtype(dtype: torch.dtype) -> str:
@@ -61,8 +63,12 @@ class ModuleEngine(EngineBase):
     """The user's own module in evaluation mode: what they run today."""
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
-        self.module = module.eval()
+        self.module, self._was_training = module, module.training
+        module.eval()
         self.inputs, self.outputs = ports(graph)
+
+    def close(self) -> None:
+        self.module.train(self._was_training)
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         tensors = {
@@ -70,14 +76,9 @@ class ModuleEngine(EngineBase):
         }
         with torch.no_grad():
             result = self.module(**tensors)
-        if isinstance(result, torch.Tensor):
-            result = (result,)
-        values = (
-            [result[p.name] for p in self.outputs]
-            if isinstance(result, Mapping)
-            else list(result)[: len(self.outputs)]
-        )
-        return {p.name: v.numpy() for p, v in zip(self.outputs, values, strict=True)}
+        leaves, spec = pytree.tree_flatten(result)
+        found = dict(zip(output_names(spec), leaves, strict=True))
+        return {p.name: found[p.name].numpy() for p in self.outputs}
 
 
 class Eager:

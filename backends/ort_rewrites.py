@@ -99,13 +99,13 @@ def _block(dequantize: ir.Node) -> int:
     return attribute.as_int() if attribute is not None else 0
 
 
-def _bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The addition of a constant vector right behind a product."""
+def _bias(matmul: ir.Node, size: int) -> tuple[ir.Node, ir.Value] | None:
+    """The addition of a constant vector [size] right behind a product."""
     add = _only_consumer(matmul.outputs[0], "Add")
     if add is None:
         return None
     other = add.inputs[1] if add.inputs[0] is matmul.outputs[0] else add.inputs[0]
-    if other is None or other.const_value is None or len(other.const_value.shape) != 1:
+    if other is None or other.const_value is None or list(other.const_value.shape) != [size]:
         return None
     return add, other
 
@@ -122,8 +122,9 @@ def _integer_matmul(graph: ir.Graph) -> None:
         weight_node, transposed = right
         weight, weight_scale, weight_zero = weight_node.inputs[:3]
         assert weight is not None and weight_scale is not None
+        columns = weight.shape[0 if transposed else 1] if weight.shape is not None else None
         weight = _transposed(graph, node, weight) if transposed else weight
-        bias = _bias(node)
+        bias = _bias(node, columns) if isinstance(columns, int) else None
         new = ir.node(
             "MatMulIntegerToFloat",
             [codes, weight, scale, weight_scale, zero, weight_zero, bias[1] if bias else None],
@@ -236,11 +237,21 @@ def _split_heads(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     reshape = _producer(transpose.inputs[0], "Reshape")
     if reshape is None or reshape.inputs[0] is None:
         return None
-    source, split = reshape.inputs[0], reshape.outputs[0].shape
-    if split is None or len(split) != 4 or not isinstance(split[2], int):
+    source, heads = reshape.inputs[0], _heads(reshape.inputs[0].shape, reshape.outputs[0].shape)
+    return (source, heads) if heads is not None else None
+
+
+def _heads(flat: ir.Shape | None, split: ir.Shape | None) -> int | None:
+    """How many heads [batch, length, hidden] is split into, where nothing but the last axis is split."""
+    if flat is None or split is None or len(flat) != 3 or len(split) != 4:
         return None
-    shape = source.shape
-    return (source, split[2]) if shape is not None and len(shape) == 3 else None
+    heads, size = split[2], split[3]
+    if not isinstance(heads, int) or not isinstance(size, int) or flat[2] != heads * size:
+        return None
+    same = all(
+        str(a) == str(b) and str(a) != "None" for a, b in zip(flat[:2], split[:2], strict=True)
+    )
+    return heads if same else None
 
 
 def _merge_heads(value: ir.Value) -> ir.Node | None:
@@ -249,9 +260,10 @@ def _merge_heads(value: ir.Value) -> ir.Node | None:
     if transpose is None or list(transpose.attributes.get_ints("perm", [])) != [0, 2, 1, 3]:
         return None
     reshape = _only_consumer(transpose.outputs[0], "Reshape")
-    if reshape is None or reshape.outputs[0].shape is None:
+    if reshape is None:
         return None
-    return reshape if len(reshape.outputs[0].shape) == 3 else None
+    heads = _heads(reshape.outputs[0].shape, transpose.outputs[0].shape)
+    return reshape if heads is not None else None
 
 
 def _rotary_for_every_row(graph: ir.Graph) -> None:

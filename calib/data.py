@@ -1,5 +1,9 @@
 """Samples from files: text lines, table columns, arrays, pictures. Read as a stream, drawn by a seed.
 
+A draw counts the samples first, which reads text once and of arrays and pictures only what says how many there are.
+Then each sample in its order is drawn or left (Knuth, The Art of Computer Programming 3.4.2, algorithm S): no more
+than one is in memory, and a picture that is left is not opened.
+
 A file that cannot be read as what it says it is ends in a CalibrationError that names the place.
 """
 
@@ -15,16 +19,17 @@ import random
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from effc.errors import CalibrationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".csv", ".tsv", ".npz")
@@ -71,10 +76,11 @@ def read(
     samples: int | None = None,
     seed: int = 0,
     labelled: bool = False,
+    left: bool = False,
 ) -> Iterator[Record]:
     """The samples of a file or folder in their order; with `samples`, that many of them drawn by `seed`.
 
-    With `labelled` every sample has its label; a table without a header is text, label then. Raises CalibrationError
+    With `left` those that the same draw leaves, of which there may be none. With `labelled` every sample has its label; a table without a header is text, label then. Raises CalibrationError
     where nothing is there, or where it is not what its name says. Files are read as streams: what is at fault far down
     is met, and said, when it is reached.
     """
@@ -85,7 +91,7 @@ def read(
         raise CalibrationError(f"there is no calibration file {path}", hint="check the path")
     found = 0
     try:
-        for record in _draw(_records(path, column, labelled), samples, seed):
+        for record in _records(path, column, labelled, _Draw(samples, seed, left)):
             if labelled and record.label is None:
                 raise CalibrationError(
                     f"{path} has samples without a label",
@@ -95,24 +101,34 @@ def read(
             yield record
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not found:
+    if not found and not left:
         raise CalibrationError(f"{path} holds no samples")
 
 
-def _draw(records: Iterator[Record], samples: int | None, seed: int) -> Iterator[Record]:
-    """A reservoir sample in file order (Vitter's algorithm R): memory for `samples`, not for the file."""
-    if samples is None:
-        yield from records
-        return
-    rng = random.Random(seed)
-    kept: list[tuple[int, Record]] = []
-    for place, record in enumerate(records):
-        if len(kept) < samples:
-            kept.append((place, record))
-        elif (slot := rng.randrange(place + 1)) < samples:
-            kept[slot] = (place, record)
-    for _, record in sorted(kept, key=lambda item: item[0]):
-        yield record
+@dataclass(frozen=True)
+class _Draw:
+    """Which samples are taken: all, `samples` by a seed, or those that such a draw leaves."""
+
+    samples: int | None
+    seed: int
+    left: bool
+
+    def __call__(self, items: Iterable[T], count: Callable[[], int]) -> Iterator[T]:
+        """Those of `items` that are taken, in their order; `count` is asked only where there is a draw."""
+        if self.samples is None:
+            yield from items
+            return
+        draw, size = random.Random(self.seed), count()
+        wanted = self.samples
+        for item, rest in zip(items, range(size, 0, -1), strict=False):
+            drawn = draw.randrange(rest) < wanted
+            wanted -= drawn
+            if drawn != self.left:
+                yield item
+
+    def stream(self, records: Callable[[], Iterator[Record]]) -> Iterator[Record]:
+        """Those of a stream that has to be read to be counted."""
+        return self(records(), lambda: sum(1 for _ in records()))
 
 
 def _kind(path: Path) -> str:
@@ -120,22 +136,23 @@ def _kind(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _records(path: Path, column: str | int | None, labelled: bool) -> Iterator[Record]:
+def _records(
+    path: Path, column: str | int | None, labelled: bool, draw: _Draw
+) -> Iterator[Record]:
     kind = _kind(path)
     if path.is_dir():
-        yield from _folder(path, column, labelled)
+        yield from _folder(path, column, labelled, draw)
         return
     if kind in (".csv", ".tsv"):
-        yield from _table(path, column, labelled)
+        yield from draw.stream(lambda: _table(path, column, labelled))
         return
     _refuse_column(path, column)
     if kind == ".txt":
-        texts = (line.rstrip("\r\n") for line in lines(path))
-        yield from (Record(text=text) for text in texts if text.strip())
+        yield from draw.stream(lambda: _texts(path))
     elif kind == ".npz":
-        yield from _arrays(path)
+        yield from _arrays(path, draw)
     elif IMAGES in path.name:
-        yield from _idx_pair(path)
+        yield from _idx_pair(path, draw)
     else:
         raise CalibrationError(
             f"{path} is of no kind that effc reads",
@@ -146,6 +163,12 @@ def _records(path: Path, column: str | int | None, labelled: bool) -> Iterator[R
 def _refuse_column(path: Path, column: str | int | None) -> None:
     if column is not None:
         raise CalibrationError(f"{path} has no columns, so none is called {column!r}")
+
+
+def _texts(path: Path) -> Iterator[Record]:
+    for line in lines(path):
+        if line.strip():
+            yield Record(text=line.rstrip("\r\n"))
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -217,7 +240,7 @@ def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise CalibrationError(f"{path} line {reader.line_num} is no table row: {error}") from error
 
 
-def _arrays(path: Path) -> Iterator[Record]:
+def _arrays(path: Path, draw: _Draw) -> Iterator[Record]:
     """Samples of an .npz: every array has them along its first axis; whole numbers called `label` are the labels.
 
     Arrays are read a sample at a time, so that memory does not grow with the file.
@@ -238,7 +261,8 @@ def _arrays(path: Path) -> Iterator[Record]:
             label = arrays.get("label")
             if label is not None and (len(label.shape) > 1 or label.dtype.kind not in "iub"):
                 raise CalibrationError(f"{path}: `label` is not one whole number a sample")
-            for sample in zip(*arrays.values(), strict=True):
+            size = next(iter(sizes.values()), 0) or 0
+            for sample in draw(zip(*arrays.values(), strict=True), lambda: size):
                 found = dict(zip(arrays, sample, strict=True))
                 mark = found.pop("label", None)
                 yield Record(arrays=found, label=int(mark) if mark is not None else None)
@@ -280,17 +304,19 @@ class _Stored:
         return np.frombuffer(bytearray(content), self.dtype)
 
 
-def _folder(path: Path, column: str | int | None, labelled: bool) -> Iterator[Record]:
+def _folder(
+    path: Path, column: str | int | None, labelled: bool, draw: _Draw
+) -> Iterator[Record]:
     images = sorted(p for p in path.iterdir() if IMAGES in p.name)
     pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
     if images or pictures:
         _refuse_column(path, column)
     if images:
         _only(path, images)
-        yield from _idx_pair(images[0])
+        yield from _idx_pair(images[0], draw)
         return
     if pictures:
-        yield from _pictures(path, pictures)
+        yield from _pictures(path, pictures, draw)
         return
     files = sorted(
         p
@@ -298,7 +324,7 @@ def _folder(path: Path, column: str | int | None, labelled: bool) -> Iterator[Re
         if _kind(p) in TEXTS and not p.name.upper().startswith(("README", "LICENSE"))
     )
     _only(path, files)
-    yield from _records(files[0], column, labelled)
+    yield from _records(files[0], column, labelled, draw)
 
 
 def _only(path: Path, files: Sequence[Path]) -> None:
@@ -310,7 +336,7 @@ def _only(path: Path, files: Sequence[Path]) -> None:
         )
 
 
-def _idx_pair(images: Path) -> Iterator[Record]:
+def _idx_pair(images: Path, draw: _Draw) -> Iterator[Record]:
     labels = images.with_name(images.name.replace(IMAGES, "labels-idx1-ubyte"))
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(_unzipped(images))
@@ -321,10 +347,14 @@ def _idx_pair(images: Path) -> Iterator[Record]:
         if marks is not None and (found := _idx_head(labels, marks, 1)[0]) != count:
             raise CalibrationError(f"{images} holds {count} pictures but {found} labels")
         try:
-            for _ in range(count):
-                pixels = _bytes(images, stream, height * width).reshape(height, width)
-                label = int(_bytes(labels, marks, 1)[0]) if marks is not None else None
-                yield Record(pixels=pixels, label=label)
+            every = (
+                Record(
+                    pixels=_bytes(images, stream, height * width).reshape(height, width),
+                    label=int(_bytes(labels, marks, 1)[0]) if marks is not None else None,
+                )
+                for _ in range(count)
+            )
+            yield from draw(every, lambda: count)
             if stream.read(1) or (marks is not None and marks.read(1)):
                 raise CalibrationError(f"{images} or its labels go on after {count} samples")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -353,13 +383,13 @@ def _bytes(path: Path, stream: IO[bytes], size: int) -> Array:
     return np.frombuffer(bytearray(content), np.uint8)
 
 
-def _pictures(root: Path, files: Iterable[Path]) -> Iterator[Record]:
+def _pictures(root: Path, files: Sequence[Path], draw: _Draw) -> Iterator[Record]:
     try:
         from PIL import Image
     except ImportError as error:
         raise CalibrationError("pictures need Pillow", hint="pip install pillow") from error
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    for file in files:
+    for file in draw(files, lambda: len(files)):
         try:
             with Image.open(file) as picture:
                 pixels = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))

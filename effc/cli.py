@@ -185,7 +185,7 @@ def compile(
     else:
         data = compiler.from_flags(
             model, target=target or "ort", quantize=quantize, calib=calib, metric=metric,
-            samples=samples or 128, bench=bench,
+            samples=samples or 128,
         )  # fmt: skip
         made = recipe.build(data, overrides=set_ or (), replayed=decisions is not None)
     if not bench:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ from effc import metrics, package, report
 from effc.backends import BACKENDS
 from effc.backends.base import Engine, Lowered, Port
 from effc.backends.dialect import DIALECTS
-from effc.backends.eager import ModuleEngine
-from effc.calib.calibrator import tensors_for
-from effc.errors import CalibrationError, LoweringError, SourceError
+from effc.backends.eager import GraphEngine, ModuleEngine
+from effc.calib.calibrator import MASK, tensors_for
+from effc.errors import CalibrationError, LoweringError, SourceError, UsageError, VerifyError
 from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
 from effc.ir.show import show
@@ -33,10 +35,11 @@ from effc.passes import CANONICAL, PASSES
 from effc.passes.base import PassRecord
 from effc.passes.pipeline import apply
 from effc.progress import Progress
-from effc.recipe import QUANTIZE_WORDS, BenchSpec, Recipe, build
+from effc.recipe import QUANTIZE_WORDS, BenchSpec, Recipe, build, read, without_bench
 from effc.samples import LENGTHS, Samples
 from effc.source import Source, guess, load
-from effc.verify import Tolerance, parity
+from effc.table import unknown
+from effc.verify import OutputDrift, Tolerance, parity
 
 Json = dict[str, Any]
 
@@ -72,17 +75,29 @@ def compile(
 ) -> Result:
     """Compile a model, or a recipe, into the directory `out`.
 
-    `model` is a transformers directory, `module:factory`, or a `Recipe`; the other options build a recipe where one
-    is not given. `decisions` replays the recorded ranges of an earlier compile. Raises an `EffcError`, and then `out`
-    is what it was before.
+    `model` is a transformers directory, `module:factory`, a `Recipe` or the path of one; for the first two the other
+    options build a recipe. `decisions` replays the recorded ranges of an earlier compile. Raises an `EffcError`, and
+    then `out` is what it was before.
     """
-    recipe = model if isinstance(model, Recipe) else build(
-        from_flags(
-            str(model), target=target, quantize=quantize, calib=calib, metric=metric, samples=samples,
-            bench=bench,
-        ),
-        replayed=decisions is not None,
-    )  # fmt: skip
+    replayed = decisions is not None
+    if isinstance(model, Recipe) or str(model).endswith((".yaml", ".yml")):
+        if quantize != "none" or calib is not None or metric is not None:
+            raise UsageError(
+                "a recipe says itself what to do; quantize, calib and metric do not go with it"
+            )
+        recipe = model if isinstance(model, Recipe) else read(Path(model), replayed=replayed)
+    else:
+        data = from_flags(
+            str(model),
+            target=target,
+            quantize=quantize,
+            calib=calib,
+            metric=metric,
+            samples=samples,
+        )
+        recipe = build(data, replayed=replayed)
+    if not bench:
+        recipe = without_bench(recipe)
     return run(recipe, Path(out), threads=threads, decisions=decisions, progress=progress)
 
 
@@ -94,12 +109,8 @@ def from_flags(
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
-    bench: bool = True,
 ) -> Json:
     """The plain values of the recipe that command line flags stand for."""
-    from effc.errors import UsageError
-    from effc.table import unknown
-
     if quantize not in QUANTIZE_WORDS:
         raise UsageError(unknown("--quantize word", quantize, QUANTIZE_WORDS))
     data: Json = {
@@ -113,8 +124,6 @@ def from_flags(
         data["passes"] = [{"pass": "quantize", **options}]
     if metric is not None:
         data["metric"] = metric
-    if not bench:
-        data["bench"] = False
     return data
 
 
@@ -142,6 +151,7 @@ def run(
 ) -> Result:
     """Compile a recipe into `out`; see `compile`. `threads` goes before what the recipe's bench says."""
     progress = progress or Progress()
+    out = Path(os.path.abspath(out))
     threads = threads or (recipe.bench.threads if recipe.bench else None) or default_threads()
     package.check_output(out)
     metric = metrics.parse(recipe.metric) if recipe.metric else None
@@ -178,6 +188,11 @@ def run(
                 for made in built
                 for low in made.lowered
             }
+            lowering = {
+                made.target: dataclasses.asdict(check_lowering(made, samples, threads))
+                for made in built
+                if made.lossy
+            }
         measured = None
         if metric is not None:
             with progress.stage("metric"):
@@ -189,6 +204,7 @@ def run(
         content = _write(stage, recipe, source, samples, built)
         content |= {
             "verify": drifts,
+            "lowering": lowering,
             "metric": measured,
             "bench": _bench_json(timed, drifts[first.target], measured, content["model_bytes"]),
             "timings": {name: round(s, 3) for name, s in progress.seconds.items()},
@@ -242,7 +258,7 @@ def rewrite(
 ) -> tuple[Program, list[PassRecord]]:
     """All passes of a recipe in the dialect of one target, on a clone."""
     program = original.clone()
-    probes = {role: [dict(inputs)] for role, inputs in source.inputs.items()}
+    probes = {role: _exact_probes(inputs) for role, inputs in source.inputs.items()}
     steps = [PASSES[word]() for word in CANONICAL] if recipe.canonicalize else []
     records = []
     total = math.ceil(recipe.calib.samples / recipe.calib.batch) if recipe.calib else None
@@ -264,6 +280,17 @@ def rewrite(
                 )
             )
     return program, records
+
+
+def _exact_probes(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What exact passes are held to: the example, and the example with half of its first row masked."""
+    probes = [dict(inputs)]
+    mask = inputs.get(MASK)
+    if mask is not None and mask.dim() == 2 and mask.shape[1] > 1:
+        padded = mask.clone()
+        padded[0, mask.shape[1] // 2 :] = 0
+        probes.append({**inputs, MASK: padded})
+    return probes
 
 
 def _recorded(decisions: Mapping[str, Any] | None, target: str, key: str) -> Any:
@@ -308,15 +335,44 @@ def verify_engine(
 
     Raises VerifyError where an engine that should be exact is not, or gives values that are not numbers.
     """
-    reference = ModuleEngine(source.module, graph)
     found: dict[str, Json] = {}
-    with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
+    with (
+        ModuleEngine(source.module, graph) as reference,
+        BACKENDS[lowered.target]().open(lowered, threads=threads) as engine,
+    ):
         for label, batches in _cases(source, samples, engine, longest(source, graph)):
             drifts = parity(reference, engine, batches)
             if not lossy:
                 Tolerance().check(drifts, where=f"{lowered.target}, {label}")
             found[label] = {name: dataclasses.asdict(d) for name, d in drifts.items()}
     return found
+
+
+MOST_LOWERED = 0.25
+"""Relative L2 that an engine may be from the graph that it was made of: codes flip at the borders of rounding."""
+
+
+def check_lowering(built: Built, samples: Samples, threads: int) -> OutputDrift:
+    """How far an engine is from its own rewritten graph, the worst output; quantisation is in both.
+
+    Raises VerifyError where that is more than rounding can do: then the lowering is wrong, whatever the drift of
+    quantisation hides.
+    """
+    (graph,), (lowered,) = tuple(built.program), built.lowered
+    with BACKENDS[built.target]().open(lowered, threads=threads) as engine:
+        shapes = [(2, 32)] if samples.has_length() else [(2, 1)]
+        cases = shaped_cases(samples, shapes, engine.inputs, longest(samples.source, graph))
+        feeds = [case.feeds for case in cases]
+        feeds += [dict(b.inputs) for b in itertools.islice(samples(graph.role), 1)]
+        drifts = parity(GraphEngine(graph), engine, feeds)
+    name, worst = max(drifts.items(), key=lambda item: item[1].rel_l2)
+    if not worst.rel_l2 <= MOST_LOWERED:
+        raise VerifyError(
+            f"output {name!r} of the engine is {worst.rel_l2:.2g} (relative L2) from the graph that it was made of",
+            where=built.target,
+            hint="this is a fault of the lowering, not of quantisation; please report the model",
+        )
+    return worst
 
 
 def longest(source: Source, graph: Graph) -> int:
@@ -374,7 +430,8 @@ def fits(ports: Sequence[Port], feeds: Mapping[str, Any]) -> bool:
 
 def measure(source: Source, graph: Graph, lowered: Lowered, metric: Any, threads: int) -> Json:
     """The task metric of model and engine on the same samples, with the interval of their difference."""
-    reference = metric.measure(ModuleEngine(source.module, graph), source.processor)
+    with ModuleEngine(source.module, graph) as model:
+        reference = metric.measure(model, source.processor)
     with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
         mine = metric.measure(engine, source.processor)
     compared = metrics.compare(metric, reference, mine)
@@ -393,14 +450,11 @@ def time_engine(
     streams: int = 1,
 ) -> benchmark.BenchResult:
     """Engine against the user's module in torch and against the plain float export, in one interleaved run."""
-    import torch
-
     from effc.backends.onnx import save, to_onnx
     from effc.backends.ort import OrtEngine, peak_rss_mb
 
-    torch.set_num_threads(threads)
     graph = original.only()
-    with tempfile.TemporaryDirectory(prefix="effc-") as place:
+    with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="effc-") as place:
         files = save(to_onnx(graph, 21, translate=False), Path(place))
         openers = {
             "engine": lambda: BACKENDS[lowered.target]().open(lowered, threads=threads),
@@ -419,6 +473,18 @@ def time_engine(
         places = {"engine": lowered.directory / lowered.files[0], "float": Path(place) / files[0]}
         memory = {n: peak_rss_mb(p, largest.feeds, threads) for n, p in places.items()}
         return dataclasses.replace(timed, peak_rss_mb=memory)
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def shaped_cases(

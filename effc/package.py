@@ -12,14 +12,19 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from effc.backends import TARGETS
+from effc.backends.base import Port
 from effc.errors import PackageError
 
 SCHEMA = 1
@@ -27,6 +32,32 @@ MANIFEST = "manifest.json"
 UNHASHED = ("bench.json", "local.json", "report.json", "report.txt", "timings.json")
 """Files that hold measured times or this machine's paths, and differ from run to run."""
 _STAGE = ".effc-"
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+MOST_JSON_BYTES = 16 << 20
+MOST_JSON_DEPTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatSite:
+    """A quantised place that does not run in integers, the kernel that runs it, and why."""
+
+    name: str
+    op: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassEntry:
+    """A pass that changed something for a target; `nodes` and `bytes` are before and after."""
+
+    name: str
+    target: str
+    options: dict[str, Any]
+    effect: str
+    sites: int
+    nodes: tuple[int, int]
+    bytes: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +68,13 @@ class EngineEntry:
     target: str
     path: str
     sha256: str
-    inputs: tuple[dict[str, Any], ...]
-    outputs: tuple[dict[str, Any], ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     opset: int
     requires: tuple[str, ...] = ()
     int8_sites: int = 0
     total_sites: int = 0
-    float_sites: tuple[dict[str, str], ...] = ()
+    float_sites: tuple[FloatSite, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +83,37 @@ class Manifest:
 
     schema: int = SCHEMA
     kind: str
-    engines: tuple[EngineEntry, ...]
+    engines: Annotated[tuple[EngineEntry, ...], Field(min_length=1)]
     links: tuple[dict[str, Any], ...] = ()
     files: dict[str, str] = field(default_factory=dict)
     unhashed: tuple[str, ...] = ()
     source: dict[str, str] = field(default_factory=dict)
     graph_digest: str = ""
     data: dict[str, Any] | None = None
-    passes: tuple[dict[str, Any], ...] = ()
+    passes: tuple[PassEntry, ...] = ()
     origins: str = "origins.json"
     decisions: str = "decisions.json"
     versions: dict[str, str] = field(default_factory=dict)
 
-    def model_bytes(self, root: Path) -> int:
-        """Bytes of the first engine and the data beside it."""
-        path = self.engines[0].path
-        return sum((root / n).stat().st_size for n in self.files if n in (path, f"{path}.data"))
+    @property
+    def names(self) -> set[str]:
+        """Everything that may lie in the package."""
+        return {*self.files, *self.unhashed, MANIFEST}
+
+    def model_bytes(self, root: Path, engine: EngineEntry | None = None) -> int:
+        """Bytes of an engine, the first where none is given, and the data beside it."""
+        path = (engine or self.engines[0]).path
+        try:
+            return sum(
+                inside(root, name).stat().st_size
+                for name in dict.fromkeys((path, *self.files))
+                if name in (path, f"{path}.data")
+            )
+        except OSError as error:
+            raise PackageError(
+                f"{error.filename} is in the manifest and cannot be read: {error.strerror}",
+                hint="compile it again, or get an unharmed copy",
+            ) from error
 
 
 def dump(value: Any) -> str:
@@ -103,19 +149,44 @@ def check_output(out: Path) -> None:
 
 
 def _check_output(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise PackageError(f"{out} is not a directory", hint="choose another -o")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise PackageError(
-            f"{out} holds files that effc did not write",
-            hint="choose another -o, or empty it yourself",
-        )
+    _check_replaceable(out)
     parent = out.resolve().parent
     place = parent
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK | os.X_OK) or _is_read_only(place):
         raise PackageError(f"{place} cannot be written", hint="choose another -o")
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse a place with anything in it that effc did not write there."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise PackageError(f"{out} is not a directory", hint="choose another -o")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if os.path.lexists(out / MANIFEST):
+        try:
+            names = read(out).names
+        except PackageError as error:
+            raise PackageError(
+                f"{out} is not replaced: {error.what}",
+                hint="choose another -o, or remove it yourself",
+            ) from error
+        strange = [name for name in _files(out) if name not in names]
+    else:
+        strange = sorted(p.name for p in out.iterdir())
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise PackageError(
+            f"{out} holds files that effc did not write: {', '.join(strange[:3])}{more}",
+            hint="choose another -o, or move them elsewhere",
+        )
+
+
+def _files(out: Path) -> list[str]:
+    """Names of everything below `out` that is not a directory of its own."""
+    found = (p for p in out.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(p.relative_to(out).as_posix() for p in found)
 
 
 def _is_read_only(place: Path) -> bool:
@@ -143,9 +214,12 @@ def staged(out: Path) -> Iterator[Path]:
         if not (stage / MANIFEST).is_file():
             raise PackageError("internal: a package was staged without its manifest")
         _sync(stage)
+        _check_replaceable(out)  # again: a compile is long, and what was put there meanwhile is not ours
         _exchange(stage, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if not _is_about(error, out):
+            raise
+        if error.errno in _NO_ROOM:
             raise PackageError(
                 f"no room for {out}: {error.strerror}",
                 hint="free some disk space, the old output is untouched",
@@ -154,6 +228,17 @@ def staged(out: Path) -> Iterator[Path]:
         raise PackageError(f"{place}: {error.strerror or error}", where=f"writing {out}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_about(error: OSError, out: Path) -> bool:
+    """Whether an error comes from writing `out`, and not from a file that was read meanwhile."""
+    if not isinstance(error.filename, str | bytes):
+        return error.errno in (*_NO_ROOM, errno.EROFS)
+    place = Path(os.path.abspath(os.fsdecode(error.filename)))
+    if not place.is_relative_to(out.parent):
+        return False
+    below = place.relative_to(out.parent).parts
+    return not below or below[0] == out.name or below[0].startswith(_STAGE)
 
 
 def _sync(directory: Path) -> None:
@@ -206,7 +291,7 @@ def inside(root: Path, name: str) -> Path:
     if bad or not pure.parts:
         raise PackageError(f"{name!r} is not a file name inside a package")
     path = root.joinpath(*pure.parts)
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise PackageError(f"{name!r} leads out of the package")
     return path
 
@@ -224,50 +309,92 @@ def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:
     (stage / MANIFEST).write_text(dump(content), encoding="utf-8")
 
 
+def read_json(file: Path) -> Any:
+    """JSON of a plain file. Raises PackageError for a link or a pipe, and for what is too big, too deep or no JSON."""
+    try:
+        found = file.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise PackageError(f"{file} is not a plain file")
+        if found.st_size > MOST_JSON_BYTES:
+            raise PackageError(f"{file} has {found.st_size} bytes, at most {MOST_JSON_BYTES} are read")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if _is_deep(content):
+            raise PackageError(f"{file} is nested more than {MOST_JSON_DEPTH} deep")
+        json.dumps(content, ensure_ascii=False).encode()  # no half characters
+    except RecursionError as error:
+        raise PackageError(f"{file} is nested too deep") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PackageError(f"{file} cannot be read: {reason}") from error
+    return content
+
+
+def _is_deep(value: Any, left: int = MOST_JSON_DEPTH) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not left or any(_is_deep(part, left - 1) for part in parts)
+
+
 def read(out: Path) -> Manifest:
     """The manifest of a package. Raises PackageError where there is none, or one that this effc cannot read."""
-    from pydantic import TypeAdapter, ValidationError
-
     file = out / MANIFEST
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PackageError(f"{out} is not a package: it has no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise PackageError(f"{file} cannot be read: {error}") from error
+    if out.is_dir() and not os.path.lexists(file):
+        raise PackageError(f"{out} is not a package: it has no {MANIFEST}")
+    content = read_json(file)
     found = content.get("schema") if isinstance(content, dict) else None
+    if not isinstance(found, int):
+        raise PackageError(f"{file} is no manifest of effc")
     if found != SCHEMA:
         raise PackageError(
             f"{file} has schema {found!r}; this effc reads {SCHEMA}",
             hint="use the effc that wrote it",
         )
     try:
-        return TypeAdapter(Manifest).validate_python(content)
+        manifest = TypeAdapter(Manifest).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(p) for p in first["loc"])
         raise PackageError(f"{file}: {place}: {first['msg']}") from error
+    for engine in manifest.engines:
+        if engine.target not in TARGETS:
+            raise PackageError(
+                f"{file}: this effc knows no target {engine.target!r}",
+                hint=f"it knows {', '.join(TARGETS)}; use the effc that wrote it",
+            )
+    for name in (*manifest.names, *(engine.path for engine in manifest.engines)):
+        inside(out, name)
+    return manifest
 
 
 def check(out: Path) -> list[str]:
     """What of a package differs from its manifest, in words; an empty list where it is whole."""
     manifest = read(out)
-    found: list[str] = []
-    for name, expected in sorted(manifest.files.items()):
-        path = inside(out, name)
-        if not path.is_file() or path.is_symlink():
-            found.append(f"{name} is missing")
-        elif digest(path) != expected:
-            found.append(f"{name} differs from its sha256")
-    known = {*manifest.files, *manifest.unhashed, MANIFEST}
-    for file in sorted(p for p in out.rglob("*") if p.is_file() or p.is_symlink()):
-        name = file.relative_to(out).as_posix()
-        if name not in known:
-            found.append(f"{name} is not in the manifest")
+    try:
+        found = [word for name in sorted(manifest.files) if (word := _broken(out, manifest, name))]
+        names = manifest.names
+        for name in _files(out):
+            if name not in names:
+                found.append(f"{name} is not in the manifest")
+            elif name not in manifest.files and not _is_plain(out / name):
+                found.append(f"{name} is not a plain file")
+    except OSError as error:
+        raise PackageError(f"{error.filename} cannot be read: {error.strerror}") from error
     for engine in manifest.engines:
         if manifest.files.get(engine.path) != engine.sha256:
             found.append(f"{engine.path} is an engine but not a file of the manifest")
     return found
+
+
+def _broken(out: Path, manifest: Manifest, name: str) -> str | None:
+    path = inside(out, name)
+    if not os.path.lexists(path):
+        return f"{name} is missing"
+    if not _is_plain(path):
+        return f"{name} is not a plain file"
+    return None if digest(path) == manifest.files[name] else f"{name} differs from its sha256"
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def engine_dir(
@@ -284,8 +411,6 @@ def engine_dir(
 
 def schema() -> dict[str, Any]:
     """JSON Schema of manifest.json."""
-    from pydantic import TypeAdapter
-
     made = TypeAdapter(Manifest).json_schema()
     made["properties"]["schema"] = {"const": SCHEMA}
     return {

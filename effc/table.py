@@ -28,6 +28,10 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {word!r}; {tail}"
 
 
+def _place(value: Any) -> tuple[Any, Any] | None:
+    return (value.__module__, value.__qualname__) if isinstance(value, type) else None
+
+
 class Table:
     """Words of one kind, each with the object that it stands for, loaded on demand."""
 
@@ -53,8 +57,12 @@ class Table:
             value = self._words[word] = getattr(importlib.import_module(module), attribute)
         return value
 
-    def add(self, word: str, value: Any) -> None:
-        """Make `word` known. A word that stands for something else already is refused."""
-        if word in self._words and self._words[word] is not value:
+    def add(self, word: str, value: Any, *, again: bool = False) -> None:
+        """Make `word` known. A word that stands for something else already is refused.
+
+        `again` lets a class take the place of one of the same name from the same module.
+        """
+        old = self._words.get(word, value)
+        if old is not value and not (again and _place(old) == _place(value)):
             raise self.error(f"{self.kind} {word!r} is already taken", hint="choose another name")
         self._words[word] = value

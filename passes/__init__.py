@@ -34,6 +34,9 @@ P = TypeVar("P")
 
 
 def register(kind: type[P]) -> type[P]:
-    """Make a pass of your own known to recipes under its `name`; use it as a decorator."""
-    PASSES.add(kind.name, kind)  # type: ignore[attr-defined]
+    """Make a pass of your own known to recipes under its `name`; use it as a decorator.
+
+    The same class defined anew, as by running a cell again, takes the place of the old one.
+    """
+    PASSES.add(kind.name, kind, again=True)  # type: ignore[attr-defined]
     return kind

@@ -123,4 +123,6 @@ class PassRecord:
             text += f", {self.bytes[0] / 1e6:.1f} → {self.bytes[1] / 1e6:.1f} MB"
         if self.drift is not None:
             text += f", drift {self.drift.rel_l2:.2g}"
+        elif self.sites and self.effect == "exact":
+            text += ", not verified: no probes"
         return f"{text}, {self.seconds:.1f} s"

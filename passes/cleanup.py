@@ -152,6 +152,8 @@ class FoldConstants(Pass):
             if not isinstance(shape, Tensor) or not all(isinstance(s, int) for s in shape.shape):
                 continue
             tensors = [tensor_of(graph, n) for n in inputs]
+            if any(t.dtype in (torch.int8, torch.uint8) for t in tensors):
+                continue  # codes of a quantised weight
             grown = shape.numel() * shape.element_size() - sum(
                 t.numel() * t.element_size() for t in tensors
             )

@@ -63,8 +63,10 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, 
     if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
         return None
     assert isinstance(x, fx.Node)
-    same = x.meta["val"].dtype == scaled.meta["val"].dtype
-    return (scaled, x, weight, add.args[1]) if same and weight.meta["val"].dim() == 1 else None
+    value = x.meta["val"]
+    same = value.dtype == scaled.meta["val"].dtype
+    whole = list(weight.meta["val"].shape) == [value.shape[-1]]
+    return (scaled, x, weight, add.args[1]) if same and whole else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -131,21 +133,24 @@ class FoldBatchNorm(Pass):
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         changed = 0
-        for node in list(graph.nodes):
-            found = _batch_norm(node)
-            if found is None:
-                continue
-            output, layer, parts, eps = found
-            if op_name(layer) not in ("conv1d", "conv2d", "linear") or len(layer.users) != 1:
-                continue
-            if not all(isinstance(p, fx.Node) and is_constant(graph, p) for p in parts):
-                continue
-            if not is_constant(graph, layer.args[1]):
-                continue
+        for output, layer, parts, eps in foldable(graph):
             _fold_into(graph, layer, parts, eps)
             replace(graph, output, layer)
             changed += 1
         return changed
+
+
+def foldable(graph: Graph) -> list[tuple[fx.Node, fx.Node, list[Any], float]]:
+    """Batch norms that a layer with constant weights takes in: output node, layer, [γ, β, mean, var], ε."""
+    return [
+        found
+        for node in graph.nodes
+        if (found := _batch_norm(node)) is not None
+        and op_name(found[1]) in ("conv1d", "conv2d", "linear")
+        and len(found[1].users) == 1
+        and is_constant(graph, found[1].args[1])
+        and all(is_constant(graph, part) for part in found[2])
+    ]
 
 
 def _batch_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, list[Any], float] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from effc.calib.calibrator import MASK, collect, tensors_for
 from effc.calib.data import Batch
 from effc.dialect import Dialect
-from effc.errors import EffcError, PassError, PostconditionError
+from effc.errors import EffcError, PassError, PostconditionError, PreconditionError
 from effc.ir.check import Drift, drift, problems
 from effc.ir.edit import refresh
 from effc.ir.program import Graph, Program
@@ -53,6 +53,11 @@ def apply(
     """
     if dialect is not None:
         pass_ = pass_.resolve(dialect)
+    if unknown := sorted(set(pass_.graphs) - set(program.graphs)):
+        raise PreconditionError(
+            f"{pass_.name}: there is no graph {', '.join(unknown)}",
+            hint=f"graphs: {', '.join(program.graphs)}",
+        )
     before = program.clone()
     started = time.perf_counter()
     try:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 
 from effc.calib.collectors import COLLECTORS
@@ -25,7 +26,8 @@ from effc.ir.edit import insert, insert_after, is_constant, lift, replace, tenso
 from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import Select, op_name, site_names
 from effc.passes.base import Pass, Stats
-from effc.quant.affine import qparams, quantize, weight_qparams
+from effc.passes.fuse import foldable
+from effc.quant.affine import qparams, quantize, steady, weight_qparams
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.quant.scheme import Scheme
 
@@ -52,9 +54,9 @@ class Quantize(Pass):
     bits: Literal[4, 6, 8] = 8
     activation_bits: Literal[4, 6, 8, 16] = 8
     range: Literal["mse", "minmax", "percentile"] = "mse"
-    percentile: float = 99.99
+    percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
     weight_range: Literal["minmax", "mse"] = "minmax"
-    group: int | None = None
+    group: Annotated[int, Field(ge=1)] | None = None
     select: Select = field(default_factory=Select)
     activation_signed: bool | None = None
     activation_symmetric: bool | None = None
@@ -111,15 +113,21 @@ class Quantize(Pass):
         for graph in program:
             if self.graphs and graph.role not in self.graphs:
                 continue
-            for node in graph.nodes:
-                if op_name(node) in ("batch_norm", "_native_batch_norm_legit_no_training"):
-                    source = node.args[0]
-                    if isinstance(source, fx.Node) and op_name(source) in ("conv1d", "conv2d"):
-                        raise PreconditionError(
-                            f"quantize wants final weights, but {source.name!r} has a batch norm behind it",
-                            where=f"graph {graph.role!r}",
-                            hint="put `fold-batchnorm` before `quantize`",
-                        )
+            chosen = set(self.sites(graph))
+            for _, layer, *_ in foldable(graph):
+                if layer in chosen:
+                    raise PreconditionError(
+                        f"quantize wants final weights, but {layer.name!r} has a batch norm behind it",
+                        where=f"graph {graph.role!r}",
+                        hint="put `fold-batchnorm` before `quantize`",
+                    )
+            if not chosen and self.select != Select():
+                everything = dataclasses.replace(self, select=Select()).sites(graph)
+                raise PreconditionError(
+                    f"select matches none of the {len(everything)} places that quantize could take",
+                    where=f"graph {graph.role!r}",
+                    hint="`effc inspect MODEL` names them",
+                )
 
     def sites(self, graph: Graph) -> list[fx.Node]:
         """Nodes that this pass would quantise, in order of execution."""
@@ -355,7 +363,7 @@ class _Work:
         key = f"{self.graph.role}/{_value_key(self.names, value)}"
 
         def make() -> list[float | int]:
-            low, high = self.stats[key].range(scheme)
+            low, high = map(steady, self.stats[key].range(scheme))
             scale, zero = qparams(torch.tensor(low), torch.tensor(high), scheme)
             return [float(scale), int(zero)]
 

@@ -6,6 +6,7 @@ import shutil
 import textwrap
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -14,7 +15,8 @@ from graphs import distance
 
 import effc
 from effc import recipe
-from effc.errors import CalibrationError, LoweringError, SourceError, UsageError
+from effc.backends.ort_rewrites import rewrite
+from effc.errors import CalibrationError, LoweringError, SourceError, UsageError, VerifyError
 from effc.passes.quantize import Quantize
 from effc.source import load
 
@@ -243,7 +245,40 @@ def test_two_targets_lie_in_two_folders(place, tmp_path):
 def test_every_word_makes_an_engine(words, place, tmp_path):
     made = compiled(place, tmp_path / "OUT", quantize=words)
     (engine,) = made.report["manifest"]["engines"]
-    assert (engine["int8_sites"], engine["total_sites"]) == (3, 3)
+    in_float = words == "w8a16"  # integers are read and the product is computed in float
+    assert (engine["int8_sites"], engine["total_sites"]) == (0 if in_float else 3, 3)
+
+
+def test_a_wrong_lowering_does_not_hide_behind_quantisation(place, tmp_path, monkeypatch):
+    def wrong(model):
+        rewrite(model)
+        for value in model.graph.initializers.values():
+            if value.name.endswith("weight_scale"):
+                value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
+
+    monkeypatch.setattr("effc.backends.ort.rewrite", wrong)
+    with pytest.raises(VerifyError, match="from the graph that it was made of"):
+        compiled(place, tmp_path / "OUT")
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_a_recipe_file_compiles_as_it_stands(place, tmp_path):
+    text = f"source: {{python: '{place / 'model.py'}:build'}}\nbench: false\n"
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    made = effc.compile(tmp_path / "recipe.yaml", tmp_path / "OUT")
+    assert made.report["manifest"]["engines"][0]["total_sites"] == 0
+    with pytest.raises(UsageError, match="a recipe says itself"):
+        effc.compile(tmp_path / "recipe.yaml", tmp_path / "OUT", quantize="int8")
+
+
+def test_a_compile_leaves_the_model_and_torch_as_they_were(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", None)
+    before = torch.get_num_threads()
+    effc.compile(f"{place / 'model.py'}:build", tmp_path / "OUT", threads=before + 1)
+    assert torch.get_num_threads() == before
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_an_engine_is_replaced_as_a_whole_or_not_at_all(place, result, tmp_path):

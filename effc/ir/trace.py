@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -37,7 +39,8 @@ def trace(
 
     `dims` names the free dimensions, `{"input_ids": {0: "batch", 1: "sequence"}}`; without it the first dimension
     of every input is `batch` where they agree. A dimension to be free must be at least 2 in the example.
-    Raises TraceError where the module cannot be exported, with the first reason that torch gives.
+    Raises TraceError where the module cannot be exported, with the first reason that torch gives and the line
+    of the model that it is about.
     """
     feeds = _named(module, inputs)
     dims = _default_dims(feeds) if dims is None else dims
@@ -48,18 +51,15 @@ def trace(
                     f"dimension {word!r} of input {name!r} is {feeds[name].shape[axis]} in the example",
                     hint="give an example of size 2 or more wherever a dimension is to stay free",
                 )
-    was_training = module.training
-    module.eval()
     try:
-        with _quiet():
+        with evaluating(module), _quiet():
             exported = _export(module, feeds, dims)
     except Exception as error:
         raise TraceError(
             f"torch.export refused {type(module).__name__}: {_first_line(error)}",
+            where=_place(error),
             hint="run with --debug for torch's whole explanation",
         ) from error
-    finally:
-        module.train(was_training)
     graph = _graph(exported, tuple(feeds), dims, role)
     return Program({role: graph})
 
@@ -122,14 +122,13 @@ def _graph(exported: ExportedProgram, inputs: tuple[str, ...], dims: Dims, role:
                 names.setdefault(str(size), word)
     tensors = exported.graph_signature.input_specs
     origins = {s.target: Origin(s.target) for s in tensors if s.target is not None}
-    graph = Graph(role, exported, inputs, _output_names(exported), names, origins)
+    graph = Graph(role, exported, inputs, output_names(exported.call_spec.out_spec), names, origins)
     _refuse_odd_outputs(graph)
     return graph
 
 
-def _output_names(exported: ExportedProgram) -> tuple[str, ...]:
+def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
     """Names of the outputs: keys where the model returns a mapping, `output`, `output_1` … elsewhere."""
-    spec = exported.call_spec.out_spec
     tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
     paths, _ = pytree.tree_flatten_with_path(tree)
     names = []
@@ -151,9 +150,21 @@ def _refuse_odd_outputs(graph: Graph) -> None:
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every part of a module in evaluation mode, and each in its own mode again afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch's remarks on its own internals, which tell a user nothing."""
-    names = ("torch.export", "torch.fx", "torch._export")
+    names = ("torch.export", "torch.fx", "torch._export", "torch._subclasses")
     levels = {name: logging.getLogger(name).level for name in names}
     with (
         warnings.catch_warnings(),
@@ -161,12 +172,26 @@ def _quiet() -> Iterator[None]:
     ):  # torch prints graphs it gave up on
         warnings.simplefilter("ignore")
         for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             yield
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+_NOT_THE_MODEL = {"effc", "torch", "sympy", "mpmath", "numpy", *sys.stdlib_module_names}
+
+
+def _place(error: BaseException | None) -> str | None:
+    """The line of the model's own code that an error came out of, where there is one."""
+    while error is not None:
+        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+            module = str(frame.f_globals.get("__name__", "torch")).partition(".")[0]
+            if module == "__main__" or module not in _NOT_THE_MODEL:
+                return f"{frame.f_code.co_name}, {frame.f_code.co_filename} line {line}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -187,7 +187,8 @@ def test_weight_only_layers_run_in_matmulnbits(bits, group, apart, tmp_path):
     assert kinds(tmp_path).count("MatMulNBits") == 2
     assert distance(program.run(input=x)["output"], found) < apart
     sites = lower(program, tmp_path).sites
-    assert [(s.kernel, s.int8) for s in sites] == [("MatMulNBits", True)] * 2
+    assert [(s.kernel, s.int8) for s in sites] == [("MatMulNBits", bits == 4)] * 2
+    assert all(s.int8 or "computes in float" in s.reason for s in sites)
 
 
 def test_four_bits_take_half_the_room(tmp_path):
@@ -280,3 +281,60 @@ def test_the_overflow_fix_can_be_left_out():
         scales.append(made.only().tensors()["weight_scale"])
     assert bool((scales[0] > scales[1]).any())
     assert torch.equal(scales[1], program.only().tensors()["weight"].abs().amax(1) / 127)
+
+
+class BlockAttention(Attention):
+    """Attention within blocks of four positions: its views split the length, not only the heads."""
+
+    def forward(self, x):
+        batch, length, size = x.shape
+
+        def split(y):
+            return y.view(batch * 2, length // 2, self.heads, -1).transpose(1, 2)
+
+        q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(1, 2).reshape(batch, length, size))
+
+
+def test_attention_within_blocks_keeps_its_blocks(tmp_path):
+    torch.manual_seed(0)
+    program = effc.trace(BlockAttention(), {"x": normal(2, 8, 32)}, dims={"x": {0: "batch"}})
+    data = batches("x", 2, 8, 32)
+    quantize(program, data)
+    with engine(program, tmp_path) as opened:
+        found = opened(data[0].inputs)["output"]
+    assert distance(program.run(x=torch.from_numpy(data[0].inputs["x"]))["output"], found) < 0.02
+
+
+def test_one_number_behind_a_product_is_no_bias_of_it(tmp_path):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 8, bias=False)
+            self.shift = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.layer(x) + self.shift
+
+    program = effc.trace(Shifted(), normal(2, 16))
+    data = batches("x", 4, 16)
+    quantize(program, data)
+    with engine(program, tmp_path) as opened:
+        found = opened(data[0].inputs)["output"]
+    assert distance(program.run(x=torch.from_numpy(data[0].inputs["x"]))["output"], found) < 1e-5
+
+
+def test_a_graph_above_the_limit_keeps_its_weights_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("effc.backends.onnx.EXTERNAL_BYTES", 1000)
+    program = effc.trace(nn.Linear(64, 64), normal(2, 64))
+    data = batches("input", 4, 64)
+    quantize(program, data)
+    lowered = lower(program, tmp_path)
+    assert lowered.files == ("model.onnx", "model.onnx.data")
+    assert (tmp_path / "model.onnx").stat().st_size < 4096
+    assert lowered.sites[0].int8
+    with engine(program, tmp_path) as opened:
+        found = opened(data[0].inputs)["output"]
+    wanted = program.run(input=torch.from_numpy(data[0].inputs["input"]))["output"]
+    assert distance(wanted, found) < 1e-5

@@ -140,3 +140,27 @@ def test_more_examples_than_inputs_are_refused():
 def test_operators_stay_whole():
     program = effc.trace(nn.Sequential(nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 2)), normal(2, 4))
     assert ops(program) == ["layer_norm", "gelu", "linear"]
+
+
+def test_what_export_refuses_is_placed_in_the_models_own_code():
+    def forward(self, x):
+        y = x + 1
+        return y * 2 if y.sum() > 0 else y
+
+    with pytest.raises(TraceError, match="Could not guard on data-dependent") as caught:
+        effc.trace(Call(forward), normal(2, 3))
+    line = forward.__code__.co_firstlineno + 2
+    assert caught.value.where == f"forward, {__file__} line {line}"
+
+
+def test_torch_says_nothing_of_its_own_beside_the_error(caplog):
+    with pytest.raises(TraceError, match="must have same reduction dim"):
+        effc.trace(Call(lambda self, x: x @ x), normal(2, 3))
+    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
+
+
+def test_a_part_of_a_module_that_is_frozen_stays_so():
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    module[1].eval()
+    effc.trace(module, normal(2, 4))
+    assert [part.training for part in module.modules()] == [True, True, False]

@@ -154,3 +154,15 @@ def test_a_quantised_weight_is_never_folded_back_to_float():
     assert effc.apply(FoldConstants(), program).sites == 0
     assert effc.show(program) == before
     assert program.only().tensors()["weight_int8"].dtype == torch.int8
+
+
+def test_a_table_that_is_looked_up_at_constant_places_stays_in_codes():
+    def look_up(self, x):
+        return x + self.table(self.places)
+
+    places = torch.arange(3)
+    table = nn.Embedding(8, 4)
+    program = effc.trace(Call(look_up, table=table, places=places), normal(3, 4))
+    quantize(program, activation_bits=16)
+    effc.apply(FoldConstants(), program)
+    assert any(t.dtype == torch.int8 for t in program.only().tensors().values())

@@ -62,6 +62,14 @@ def test_a_near_miss_stays_as_it_is(function):
     assert "rsqrt" in ops(program)
 
 
+def test_one_gain_for_all_channels_stays_as_it_is():
+    def scale_norm(self, x):
+        return self.g * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    record, _ = fused(Call(scale_norm, g=nn.Parameter(torch.ones(1))), normal(2, 8))
+    assert record.sites == 0
+
+
 def test_a_norm_whose_inner_value_is_read_elsewhere_stays():
     def forward(self, x):
         normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)

@@ -254,7 +254,10 @@ def test_one_line_says_what_was_done():
         nodes=(1204, 1151),
         bytes=(1000, 1000),
     )
-    assert record.line() == "fold-batchnorm: 53 sites, 1 204 → 1 151 nodes, 0.4 s"
+    assert (
+        record.line()
+        == "fold-batchnorm: 53 sites, 1 204 → 1 151 nodes, not verified: no probes, 0.4 s"
+    )
     smaller = PassRecord(
         name="quantize",
         options={},
