@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
+
+from effc.quant.pack import pack
 
 MICROSOFT = "com.microsoft"
 
@@ -203,7 +206,7 @@ def _pack(codes: np.ndarray[Any, Any], bits: int, block: int) -> np.ndarray[Any,
     padded = np.full((rows, blocks * block), middle, np.uint8)
     padded[:, :columns] = (codes.astype(np.int16) + middle).astype(np.uint8)
     if bits == 4:
-        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
+        padded = pack(torch.from_numpy(padded)).numpy()
     return np.asarray(padded.reshape(rows, blocks, -1))
 
 

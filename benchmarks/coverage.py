@@ -267,8 +267,9 @@ def compile_one(name: str, root: Path) -> dict[str, Any]:
         result = effc.compile(
             where, root / f"{name}.out", quantize="int8", calib=data, samples=16, bench=False
         )
-    except EffcError as error:
-        return {**row, "ok": False, "reason": f"{type(error).__name__}: {error.what}"}
+    except Exception as error:  # whatever it is, the table goes on
+        reason = error.what if isinstance(error, EffcError) else str(error)
+        return {**row, "ok": False, "reason": f"{type(error).__name__}: {reason}"}
     entry = result.report["manifest"]["engines"][0]
     drift = next(iter(next(iter(result.report["verify"].values())).values()))
     return {

@@ -14,7 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- from benchmarks/tables.py -->", "<!-- end -->"
+DEMO = RESULTS / "demo.txt"
+END = "<!-- end -->"
 
 Json = dict[str, Any]
 
@@ -24,7 +25,8 @@ Every table here is made by `benchmarks/tables.py` from the files in `benchmarks
 each table wrote. Ratios are plain float ÷ engine, so above 1 the engine is faster; in brackets a 99 % interval from
 drawing timing blocks again, with n counted runs of the engine. Engines take turns in one process, with threads that do
 not spin. Differences of a metric have a 95 % interval from a paired bootstrap over samples. Results of unlike
-processors stand side by side and are never compared with each other.
+processors stand side by side and are never compared with each other. A result whose revision is not recorded is of an
+earlier state of the code.
 """
 
 
@@ -204,13 +206,28 @@ def summary() -> str:
     return "\n".join(table(["processor", *heads, "STS-B Spearman"], rows)).strip()
 
 
+def demo() -> str:
+    """What `make demo` printed, the lines of the compile: `bash tools/demo.sh | tee benchmarks/results/demo.txt`."""
+    lines = DEMO.read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("size"))
+    last = next(i for i, line in enumerate(lines) if line.endswith("is ready"))
+    return "\n".join(f"    {line}" for line in lines[first : last + 1])
+
+
+def filled(text: str, source: str, content: str) -> str:
+    """`text` with `content` between the marks that name its source."""
+    before, mark, rest = text.partition(f"<!-- from {source} -->")
+    if not mark or END not in rest:
+        raise SystemExit(f"README.md has no place for {source}")
+    return f"{before}{mark}\n{content}\n{END}{rest.partition(END)[2]}"
+
+
 def main(check: bool) -> int:
     parts = (minilm, models, coverage, rules, kernels, overflow)
     page = "\n".join([HEAD, *(line for part in parts for line in part())]).rstrip() + "\n"
     readme = README.read_text(encoding="utf-8")
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    wanted = {PAGE: page, README: f"{before}{BEGIN}\n{summary()}\n{END}{after}" if rest else readme}
+    readme = filled(readme, "tools/demo.sh", f"\n{demo()}\n")
+    wanted = {PAGE: page, README: filled(readme, "benchmarks/tables.py", summary())}
     stale = [
         f for f, text in wanted.items() if not f.is_file() or f.read_text(encoding="utf-8") != text
     ]

@@ -7,14 +7,14 @@ the graph. Padded positions (`attention_mask` 0) are left out: nobody reads them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from effc.calib.data import Batch
+from effc.calib.data import Array, Batch
 from effc.calib.probe import Probe
 from effc.errors import CalibrationError
 from effc.ir.program import Graph
@@ -94,42 +94,47 @@ def collect(
     return collectors
 
 
-def tensors_for(graph: Graph, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+def tensors_for(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
     """A batch as torch tensors. Raises CalibrationError where it does not fit the graph's inputs."""
-    expected = _expected(graph)
-    feeds: dict[str, Tensor] = {}
-    for name, fake in expected.items():
+    placeholders = graph.placeholders()
+    users = graph.exported.graph_signature.user_inputs
+    wanted: dict[str, Wanted] = {}
+    for name, node in zip(graph.inputs, users, strict=True):
+        value = placeholders[str(node)].meta["val"]
+        sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+        wanted[name] = np.dtype(str(value.dtype).removeprefix("torch.")), sizes
+    made = fitted(inputs, wanted)
+    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in made.items()}
+
+
+Wanted = tuple[np.dtype[Any], Sequence[int | str]]
+"""Type and sizes of an input; a size that is free is a word."""
+
+
+def fitted(inputs: Mapping[str, Array], wanted: Mapping[str, Wanted]) -> dict[str, Array]:
+    """The inputs that are wanted, cast where nothing is lost but width.
+
+    Raises CalibrationError where one is missing, or is of another sort or other sizes.
+    """
+    made = {}
+    for name, (dtype, sizes) in wanted.items():
         if name not in inputs:
             raise CalibrationError(
                 f"a calibration batch has no input {name!r}",
-                hint=f"it has {', '.join(sorted(inputs)) or 'none'}; the model takes {', '.join(expected)}",
+                hint=f"it has {', '.join(sorted(inputs)) or 'none'}; the model takes {', '.join(wanted)}",
             )
-        value = torch.from_numpy(np.ascontiguousarray(inputs[name]))
-        if value.dtype != fake.dtype:
-            if value.is_floating_point() != fake.is_floating_point():
-                raise CalibrationError(
-                    f"calibration input {name!r} is {_word(value.dtype)}, the model takes {_word(fake.dtype)}"
-                )
-            value = value.to(fake.dtype)
-        if value.dim() != fake.dim() or any(
-            isinstance(want, int) and have != want
-            for have, want in zip(value.shape, fake.shape, strict=True)
+        given = inputs[name]
+        if given.dtype.kind not in "fiub" or (given.dtype.kind == "f") != (dtype.kind == "f"):
+            raise CalibrationError(
+                f"calibration input {name!r} is {given.dtype}, the model takes {dtype}"
+            )
+        if given.ndim != len(sizes) or any(
+            isinstance(want, int) and want != have
+            for want, have in zip(sizes, given.shape, strict=True)
         ):
             raise CalibrationError(
-                f"calibration input {name!r} has shape {list(value.shape)}, the model takes {list(fake.shape)}"
+                f"calibration input {name!r} has shape {list(given.shape)}, "
+                f"the model takes [{', '.join(map(str, sizes))}]"
             )
-        feeds[name] = value
-    return feeds
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _expected(graph: Graph) -> dict[str, Tensor]:
-    placeholders = graph.placeholders()
-    users = graph.exported.graph_signature.user_inputs
-    return {
-        name: placeholders[str(node)].meta["val"]
-        for name, node in zip(graph.inputs, users, strict=True)
-    }
+        made[name] = given.astype(dtype, copy=False)
+    return made

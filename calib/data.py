@@ -80,9 +80,10 @@ def read(
 ) -> Iterator[Record]:
     """The samples of a file or folder in their order; with `samples`, that many of them drawn by `seed`.
 
-    With `left` those that the same draw leaves, of which there may be none. With `labelled` every sample has its label; a table without a header is text, label then. Raises CalibrationError
-    where nothing is there, or where it is not what its name says. Files are read as streams: what is at fault far down
-    is met, and said, when it is reached.
+    With `left` those that the same draw leaves, of which there may be none. With `labelled` every sample has its
+    label; a table without a header is text, label then. Raises CalibrationError where nothing is there, or where it
+    is not what its name says. Files are read as streams: what is at fault far down is met, and said, when it is
+    reached.
     """
     path = Path(path)
     if samples is not None and samples < 1:
@@ -136,9 +137,7 @@ def _kind(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _records(
-    path: Path, column: str | int | None, labelled: bool, draw: _Draw
-) -> Iterator[Record]:
+def _records(path: Path, column: str | int | None, labelled: bool, draw: _Draw) -> Iterator[Record]:
     kind = _kind(path)
     if path.is_dir():
         yield from _folder(path, column, labelled, draw)
@@ -304,9 +303,7 @@ class _Stored:
         return np.frombuffer(bytearray(content), self.dtype)
 
 
-def _folder(
-    path: Path, column: str | int | None, labelled: bool, draw: _Draw
-) -> Iterator[Record]:
+def _folder(path: Path, column: str | int | None, labelled: bool, draw: _Draw) -> Iterator[Record]:
     images = sorted(p for p in path.iterdir() if IMAGES in p.name)
     pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
     if images or pictures:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from effc.errors import INTERRUPTED, EffcError, UsageError
+from effc.backends import TARGETS
+from effc.errors import INTERRUPTED, EffcError, RecipeError, UsageError
 from effc.progress import Progress, Step
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="effc",
-    help="Compile a trained PyTorch model into a smaller, faster engine, and prove what that cost.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -47,7 +47,8 @@ class Terminal(Progress):
 
         def step(done: int, total: int | None) -> None:
             assert self.bar is not None
-            self.bar.update(task, completed=done, total=total)
+            label = name if total is not None else f"{name} {done}"
+            self.bar.update(task, completed=done, total=total, description=label)
 
         try:
             yield step
@@ -81,18 +82,57 @@ def terminal() -> Iterator[Terminal]:
         yield Terminal(bar)
 
 
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"effc {version('effc')}")
+        raise typer.Exit
+
+
+def _debug(value: bool) -> bool:
+    _state["debug"] = _state["debug"] or value
+    return value
+
+
+def _verbose(value: bool) -> bool:
+    import logging
+
+    if value:
+        logging.getLogger("effc").setLevel(logging.INFO)
+    return value
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", callback=_debug, is_eager=True, help="Show the whole traceback of an error."
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=_verbose, is_eager=True, help="Say what each step did."
+    ),
+]
+
+
 @app.callback()
 def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the whole traceback of an error.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say what each step did.")
+    debug: Debug = False,
+    verbose: Verbose = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say which effc."),
     ] = False,
 ) -> None:
     """Compile a trained PyTorch model into a smaller, faster engine, and prove what that cost.
 
-    Example: effc compile MODEL_DIR -o OUT --target ort --quantize int8 --calib sentences.txt
+    \b
+    Example:
+      effc compile MODEL_DIR -o OUT --quantize int8 --calib sentences.txt
+      effc verify OUT --model MODEL_DIR
+      effc bench OUT --model MODEL_DIR
     """
     import logging
 
@@ -102,12 +142,49 @@ def options(
     logging.getLogger("effc").setLevel(level)
 
 
+STDOUT = ("-", "/dev/stdout", "/dev/fd/1")
+
+
 def _json_place(value: str | None) -> str | None:
-    """Refuse a place that cannot be written before the work, not after it."""
-    if value is None or value == "-":
-        return value
-    if Path(value).is_dir() or not os.access(Path(value).absolute().parent, os.W_OK):
+    """Refuse a place that cannot be written before the work, not after it; `-` stands for every name of stdout."""
+    if value is None:
+        return None
+    if value in STDOUT:
+        return "-"
+    place = value if _is_stream(value) else Path(os.path.realpath(value)).parent
+    if Path(value).is_dir() or not os.access(place, os.W_OK):
         raise UsageError(f"--json {value} cannot be written", hint="name a file in a directory")
+    return value
+
+
+def _is_stream(place: str) -> bool:
+    """A device, a pipe or an open file, which is written to and never replaced."""
+    is_special = os.path.exists(place) and not os.path.isfile(place)
+    return is_special or place.startswith(("/dev/fd/", "/dev/stderr", "/proc/"))
+
+
+def _outside(json_: str | None, *packages: Path | str) -> None:
+    """Refuse a --json place inside a package, which then would not be what its manifest says."""
+    for package in packages:
+        if json_ and Path(os.path.realpath(json_)).is_relative_to(os.path.realpath(package)):
+            raise UsageError(
+                f"--json {json_} lies in {package}, which holds only what its manifest lists",
+                hint=f"name a place beside it, e.g. --json {Path(package).name}.json",
+            )
+
+
+def _target(value: Any) -> Any:
+    """Refuse a target that is planned; one that nobody knows is refused where targets are looked up."""
+    words = [value] if isinstance(value, str) else value or []
+    if set(words) <= set(TARGETS):
+        return value
+    from effc.inspection import PLANNED
+
+    for word in words:
+        if word in PLANNED:
+            raise RecipeError(
+                f"target {word!r} is not available yet", hint=f"known: {', '.join(TARGETS)}"
+            )
     return value
 
 
@@ -124,9 +201,23 @@ Model = Annotated[
     str | None,
     typer.Option("--model", help="The model it was made from: directory or module:factory."),
 ]
-Metric = Annotated[
-    str | None, typer.Option("--metric", metavar="NAME:FILE", help="Task metric, such as sts:FILE.")
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Without --model, run the factory that the package remembers, with its options.",
+    ),
 ]
+METRIC_NAMES = ("sts", "spearman_cosine", "accuracy", "f1", "entity_f1", "recall@1", "perplexity")
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME:FILE",
+        help=f"Task metric, such as sts:stsb.csv: {', '.join(METRIC_NAMES)} or file.py:function.",
+    ),
+]
+QUANTIZE_NAMES = ("none", "int8", "w8a8", "w8a16", "w4a16", "w4a8", "w6a6")
 Calib = Annotated[
     str | None,
     typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder."),
@@ -141,10 +232,15 @@ def compile(
     model: Annotated[str, typer.Argument(help="Model directory, module:factory, or recipe.yaml.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
     target: Annotated[
-        list[str] | None, typer.Option("--target", help="ort or onnx; may be given again.")
+        list[str] | None,
+        typer.Option(
+            "--target",
+            callback=_target,
+            help=f"One of {', '.join(TARGETS)}; may be given again [default: ort].",
+        ),
     ] = None,
     quantize: Annotated[
-        str, typer.Option("--quantize", help="int8, w8a16, w4a16, w4a8, w6a6 or none.")
+        str, typer.Option("--quantize", help=f"One of {', '.join(QUANTIZE_NAMES)}.")
     ] = "none",
     calib: Calib = None,
     samples: Annotated[
@@ -164,15 +260,18 @@ def compile(
         typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6."),
     ] = None,
     json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
 ) -> None:
     """Compile a model into a verified, timed, packaged engine.
 
+    \b
     Examples:
-
-      effc compile MODEL_DIR -o OUT --quantize int8 --calib sentences.txt --metric sts:stsb.csv
-
+      effc compile MODEL_DIR -o OUT --quantize int8 --calib sentences.txt
+      effc compile model.py:build -o OUT --quantize w4a16 --no-bench
       effc compile recipe.yaml -o OUT --set passes.0.bits=6
     """
+    _outside(json_, out)
     from effc import compiler, recipe
 
     if model.endswith((".yaml", ".yml")):
@@ -202,21 +301,28 @@ def compile(
 def verify(
     out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
     model: Model = None,
+    trust_code: TrustCode = False,
     calib: Calib = None,
     metric: Metric = None,
     threads: Threads = None,
     json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check that a package is whole; with --model, that it does what the model does.
 
-    Example: effc verify OUT --model MODEL_DIR --metric sts:stsb.csv
+    \b
+    Example:
+      effc verify OUT --model MODEL_DIR --metric sts:stsb.csv
     """
+    _outside(json_, out)
     from effc import inspection
 
     with terminal() as progress:
         found = inspection.verify(
-            out, model=model, calib=calib, metric=metric, threads=threads, progress=progress
-        )
+            out, model=model, calib=calib, metric=metric, threads=threads, progress=progress,
+            trust_code=trust_code,
+        )  # fmt: skip
     for line in inspection.verify_lines(found):
         _say(line, json_)
     _write_json(json_, found)
@@ -226,6 +332,11 @@ def verify(
 def bench(
     out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
     model: Model = None,
+    trust_code: TrustCode = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Whose engine to time [default: the first of the package]."),
+    ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option("--against", help="Another package or .onnx file to time too."),
@@ -243,18 +354,23 @@ def bench(
         int, typer.Option("--streams", min=1, help="Callers that use an engine at once.")
     ] = 1,
     json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
 ) -> None:
     """Time an engine against the model it was made from, with an interval for every ratio.
 
-    Example: effc bench OUT --model MODEL_DIR --json bench.json
+    \b
+    Example:
+      effc bench OUT --model MODEL_DIR --json bench.json
     """
+    _outside(json_, out, *(against or ()))
     from effc import inspection, report
 
     with terminal() as progress:
         found = inspection.bench(
             out, model=model, against=against or (), calib=calib, metric=metric,
             shapes=inspection.parse_shapes(shapes), budget_s=budget, threads=threads,
-            streams=streams, progress=progress,
+            streams=streams, progress=progress, target=target, trust_code=trust_code,
         )  # fmt: skip
     for line in report.bench_lines(found):
         _say(line, json_)
@@ -264,18 +380,27 @@ def bench(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A package, a model directory, or module:factory.")],
-    target: Annotated[str, typer.Option("--target", help="Whose dialect to show.")] = "ort",
+    target: Annotated[
+        str, typer.Option("--target", callback=_target, help="Whose dialect to show.")
+    ] = "ort",
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the graph, one line per node.")
     ] = False,
     json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
 ) -> None:
     """Say what is in a package, or what effc would see in a model.
 
-    Examples: effc inspect OUT; effc inspect MODEL_DIR --graph
+    \b
+    Examples:
+      effc inspect OUT
+      effc inspect MODEL_DIR --graph
     """
     from effc import inspection
 
+    if inspection.is_package(model):
+        _outside(json_, model)
     found = inspection.inspect(model, target=target, graph=graph)
     for line in inspection.inspect_lines(found):
         _say(line, json_)
@@ -283,7 +408,7 @@ def inspect(
 
 
 @app.command()
-def passes(json_: Json = None) -> None:
+def passes(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
     """List every pass with its options and their defaults."""
     from effc import inspection
 
@@ -296,7 +421,7 @@ def passes(json_: Json = None) -> None:
 
 
 @app.command()
-def doctor(json_: Json = None) -> None:
+def doctor(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
     """Say what this machine has: CPU features, versions, targets, and how to get what is missing."""
     from effc import inspection
 
@@ -319,11 +444,18 @@ def _write_json(json_: str | None, value: Any) -> None:
     if json_ == "-":
         sys.stdout.write(dump(value))
         return
-    path = Path(json_)
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(dump(value), encoding="utf-8")
-        os.replace(part, path)
+        if _is_stream(json_):
+            with open(json_, "a", encoding="utf-8") as stream:
+                stream.write(dump(value))
+            return
+        path = Path(os.path.realpath(json_))
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_text(dump(value), encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--json {json_} cannot be written: {error.strerror}") from error
 
@@ -363,6 +495,8 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        code = _fail(_plain(error))
     except Exception as error:
         code = _usage(error)
     sys.exit(code)
@@ -382,10 +516,20 @@ def _fail(error: EffcError) -> int:
 
         traceback.print_exception(error)
     first, *rest = str(error).splitlines()
-    print(f"{type(error).__name__}: {first}", file=sys.stderr)
+    name = type(error).__name__ if type(error) is not EffcError else "error"
+    print(f"{name}: {first}", file=sys.stderr)
     for line in rest:
         print(f"    {line}", file=sys.stderr)
     return error.exit_code
+
+
+def _plain(error: OSError) -> EffcError:
+    """A file that the system refused, as a letter; --debug shows where that was."""
+    reason = error.strerror or str(error) or type(error).__name__
+    what = reason if error.filename is None else f"{error.filename}: {reason}"
+    letter = EffcError(what, hint="--debug shows where this came from")
+    letter.__cause__ = error
+    return letter
 
 
 def _usage(error: Exception) -> int:

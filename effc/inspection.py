@@ -1,13 +1,12 @@
 """What the commands on a finished package do: verify, bench, inspect; and what a machine and effc itself have.
 
-No command here runs code that a package names. A model is loaded only where the user names it, or where the package
-remembers a model directory (never a factory) that still is the one it was made from.
+No command here runs code that a package names, unless the user says to trust it. A model is loaded where the user names
+it, or where the package remembers a model directory that still is the one it was made from.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import platform
 import sys
@@ -18,7 +17,8 @@ from typing import Any
 
 from effc import bench as benchmark
 from effc import package, report
-from effc.errors import SourceError, UsageError, VerifyError
+from effc.backends import TARGETS
+from effc.errors import PackageError, SourceError, UsageError, VerifyError
 from effc.progress import Progress
 
 Json = dict[str, Any]
@@ -32,11 +32,58 @@ def verify(
     metric: str | None,
     threads: int | None,
     progress: Progress,
+    trust_code: bool = False,
 ) -> Json:
-    """Integrity of a package; with `model`, drift by output and the task metric too.
+    """Integrity of a package; with its model, drift of every engine by output and the task metric of the first too.
 
-    Raises VerifyError where the package is not what its manifest says.
+    The model is `model`, or with `trust_code` what the package remembers. Raises VerifyError where the package is not
+    what its manifest says.
     """
+    manifest = _whole(out, progress)
+    found: Json = {
+        "files": len(manifest.files),
+        "model_bytes": manifest.model_bytes(out),
+        "outputs": {},
+        "cases": {},
+        "metric": None,
+    }
+    if model is None and not trust_code:
+        if metric is not None:
+            raise UsageError("--metric compares with the model", hint=NAME_THE_MODEL)
+        return found
+    from effc import compiler, metrics
+
+    wanted = metrics.parse(metric) if metric else None
+    spec = _source_of(out, model, trust_code)
+    source, samples, original = _open(out, manifest, spec, calib, progress)
+    if wanted is not None:
+        wanted.check(source)
+    threads = threads or compiler.default_threads()
+    with progress.stage("verify"):
+        for number, entry in enumerate(manifest.engines):
+            cases = compiler.verify_engine(
+                source,
+                original.only(),
+                _lowered(out, entry),
+                samples,
+                _lossy(manifest, entry),
+                threads,
+            )
+            found["outputs"] = found["outputs"] or compiler.worst_known(cases)
+            prefix = f"{entry.target}: " if number else ""
+            found["cases"] |= {f"{prefix}{label}": drifts for label, drifts in cases.items()}
+    if wanted is not None:
+        lowered = _lowered(out, manifest.engines[0])
+        with progress.stage("metric"):
+            found["metric"] = compiler.measure(source, original.only(), lowered, wanted, threads)
+    return found
+
+
+NAME_THE_MODEL = "add --model MODEL, or --trust-code to run the factory that the package remembers, if you trust it"
+
+
+def _whole(out: Path, progress: Progress) -> package.Manifest:
+    """The manifest of a package that is what its manifest says. Raises VerifyError for any other."""
     with progress.stage("integrity"):
         manifest = package.read(out)
         broken = package.check(out)
@@ -45,73 +92,75 @@ def verify(
             f"{out} is not what its manifest says: {'; '.join(broken[:5])}",
             hint="compile it again, or get an unharmed copy",
         )
-    found: Json = {
-        "files": len(manifest.files),
-        "model_bytes": manifest.model_bytes(out),
-        "outputs": {},
-        "cases": {},
-        "metric": None,
-    }
-    if model is None:
-        if metric is not None:
-            raise UsageError("--metric compares with the model", hint="add --model MODEL")
-        return found
-    from effc import compiler, metrics
+    return manifest
 
-    wanted = metrics.parse(metric) if metric else None
-    source, lowered, samples, original = _open(out, manifest, model, calib, progress)
-    if wanted is not None:
-        wanted.check(source)
-    threads = threads or compiler.default_threads()
-    lossy = any(p["effect"] == "lossy" for p in manifest.passes)
-    with progress.stage("verify"):
-        cases = compiler.verify_engine(source, original.only(), lowered, samples, lossy, threads)
-    found["cases"] = cases
-    found["outputs"] = compiler.worst_known(cases)
-    if wanted is not None:
-        with progress.stage("metric"):
-            found["metric"] = compiler.measure(source, original.only(), lowered, wanted, threads)
-    return found
+
+def _lossy(manifest: package.Manifest, entry: package.EngineEntry) -> bool:
+    return any(p.effect == "lossy" and p.target == entry.target for p in manifest.passes)
+
+
+def _source_of(out: Path, model: str | None, trust_code: bool) -> Json:
+    """The model that the user named, or else the one that the package remembers. Raises UsageError without any."""
+    from effc.source import guess
+
+    spec = guess(model) if model is not None else _remembered(out, trust_code)
+    if spec is None:
+        raise UsageError(
+            f"this compares with the model, and {out} remembers none that may be loaded",
+            hint=NAME_THE_MODEL,
+        )
+    return dict(spec)
+
+
+def _remembered(out: Path, trust_code: bool) -> Json | None:
+    """What a package was made from: a model directory that is still there, or a factory where code is trusted."""
+    try:
+        content = package.read_json(out / "local.json")
+    except PackageError:
+        return None
+    source = content.get("source") if isinstance(content, dict) else None
+    if not isinstance(source, dict):
+        return None
+    place = source.get("transformers")
+    if isinstance(place, str) and Path(place).is_dir():
+        return {"transformers": place}
+    return source if trust_code and isinstance(source.get("python"), str) else None
 
 
 def _open(
-    out: Path, manifest: package.Manifest, model: str, calib: str | None, progress: Progress
+    out: Path, manifest: package.Manifest, spec: Json, calib: str | None, progress: Progress
 ) -> Any:
-    """Source, first engine, samples and traced graph of a package and the model it was made from."""
+    """Source, samples and traced graph of the model that a package was made from. Raises SourceError for another."""
     from effc import compiler
     from effc.recipe import CalibSpec
     from effc.samples import Samples
-    from effc.source import guess, load
+    from effc.source import load
 
     with progress.stage("load"):
-        source = load(guess(model))
+        source = load(spec)
     if source.digest != manifest.source.get("digest"):
         raise SourceError(
-            f"{model} is not the model that {out} was made from",
-            hint="its digest differs from the manifest's; give the right directory",
+            f"{spec.get('transformers') or spec['python']} is not the model that {out} was made from",
+            hint="its digest differs from the manifest's; name the right one, or, where a factory was called with "
+            "options, leave --model out and add --trust-code",
         )
     with progress.stage("trace"):
         original = compiler.trace_source(source)
-    spec = CalibSpec(file=calib) if calib else None
-    return source, _lowered(out, manifest.engines[0]), Samples(source, spec), original
+    return source, Samples(source, CalibSpec(file=calib) if calib else None), original
 
 
 def _lowered(out: Path, entry: package.EngineEntry) -> Any:
-    from effc.backends.base import Lowered, Port
+    from effc.backends.base import Lowered
 
     path = package.inside(out, entry.path)
-
-    def ports(items: Sequence[Mapping[str, Any]]) -> tuple[Port, ...]:
-        return tuple(Port(name=i["name"], dtype=i["dtype"], shape=tuple(i["shape"])) for i in items)
-
     return Lowered(
         role=entry.role,
         target=entry.target,
         directory=path.parent,
         files=(path.name,),
         opset=entry.opset,
-        inputs=ports(entry.inputs),
-        outputs=ports(entry.outputs),
+        inputs=entry.inputs,
+        outputs=entry.outputs,
     )
 
 
@@ -158,30 +207,30 @@ def bench(
     threads: int | None,
     streams: int,
     progress: Progress,
+    target: str | None = None,
+    trust_code: bool = False,
 ) -> Json:
-    """Timings of a package's engine against its model and other engines, with parity and, where asked, the metric."""
+    """Timings of a package's engine against its model and other engines, with parity and, where asked, the metric.
+
+    The engine is that of `target`, the first where none is given.
+    """
     from effc import compiler, metrics
     from effc.recipe import BenchSpec
 
     wanted = metrics.parse(metric) if metric else None
-    with progress.stage("integrity"):
-        manifest = package.read(out)
-        if broken := package.check(out):
-            raise VerifyError(f"{out} is not what its manifest says: {'; '.join(broken[:5])}")
-    model = model or _remembered(out)
+    manifest = _whole(out, progress)
+    entry = _engine(out, manifest, target)
     threads = threads or compiler.default_threads()
     others = {_name_of(word): _opener(word, threads) for word in against}
-    if model is None:
-        raise UsageError(
-            "bench compares with the model, and the package remembers none that is still there",
-            hint="add --model MODEL",
-        )
-    source, lowered, samples, original = _open(out, manifest, model, calib, progress)
+    model_spec = _source_of(out, model, trust_code)
+    source, samples, original = _open(out, manifest, model_spec, calib, progress)
     if wanted is not None:
         wanted.check(source)
-    lossy = any(p["effect"] == "lossy" for p in manifest.passes)
+    lowered = _lowered(out, entry)
     with progress.stage("verify"):
-        cases = compiler.verify_engine(source, original.only(), lowered, samples, lossy, threads)
+        cases = compiler.verify_engine(
+            source, original.only(), lowered, samples, _lossy(manifest, entry), threads
+        )
     measured = None
     if wanted is not None:
         with progress.stage("metric"):
@@ -193,20 +242,20 @@ def bench(
         )
     return {
         **timed.to_json(),
+        "target": entry.target,
         "outputs": compiler.worst_known(cases),
         "metric": measured,
-        "model_bytes": manifest.model_bytes(out),
+        "model_bytes": manifest.model_bytes(out, entry),
         "versions": compiler.versions(),
     }
 
 
-def _remembered(out: Path) -> str | None:
-    """The model directory that a package was made from, where it is a directory and still there."""
-    file = out / "local.json"
-    if not file.is_file():
-        return None
-    place = report.read(file).get("source", {}).get("transformers")
-    return place if isinstance(place, str) and Path(place).is_dir() else None
+def _engine(out: Path, manifest: package.Manifest, target: str | None) -> package.EngineEntry:
+    for entry in manifest.engines:
+        if target in (None, entry.target):
+            return entry
+    known = ", ".join(entry.target for entry in manifest.engines)
+    raise UsageError(f"{out} has no engine for {target!r}", hint=f"it has {known}")
 
 
 def _name_of(word: str) -> str:
@@ -225,10 +274,15 @@ def _opener(word: str, threads: int) -> Callable[[], Any]:
     return lambda: OrtEngine(path, threads=threads)
 
 
+def is_package(model: str) -> bool:
+    """Whether a word names a package, whole or not, rather than a model."""
+    return os.path.lexists(Path(model) / package.MANIFEST)
+
+
 def inspect(model: str, *, target: str, graph: bool) -> Json:
     """What a package holds, or what effc sees in a model: sites that quantize would take, by operator."""
     path = Path(model)
-    if (path / package.MANIFEST).is_file():
+    if is_package(model):
         manifest = package.read(path)
         return {"package": dataclasses.asdict(manifest), "bytes": manifest.model_bytes(path)}
     from effc import compiler
@@ -274,9 +328,8 @@ def inspect(model: str, *, target: str, graph: bool) -> Json:
 def inspect_lines(found: Mapping[str, Any]) -> list[str]:
     if "package" in found:
         manifest = found["package"]
-        lines = [
-            f"{manifest['kind']} made from {manifest['source']['name']}, {found['bytes'] / 1e6:.1f} MB of model"
-        ]
+        name = manifest["source"].get("name", "a model without a name")
+        lines = [f"{manifest['kind']} made from {name}, {found['bytes'] / 1e6:.1f} MB of model"]
         for e in manifest["engines"]:
             lines.append(
                 f"{e['path']}: {e['target']}, opset {e['opset']}, {e['int8_sites']}/{e['total_sites']} sites in "
@@ -368,12 +421,22 @@ def cpu_features() -> list[str]:
     return [name for name in FEATURES if name in flags]
 
 
-def doctor() -> Json:
-    """CPU, memory, versions, and every target with the line that installs it where it is missing."""
-    from effc.backends import TARGETS
+DISTRIBUTIONS = {
+    "onnx": ("onnxscript", "onnxscript"),
+    "ort": ("onnxruntime", "onnxruntime"),
+    "openvino": ("openvino", "'effc[openvino]'"),
+    "tensorrt": ("tensorrt-rtx-cu12-bindings", "'effc[tensorrt]'"),
+}
+"""By target, made or planned: the distribution that it needs, and what pip is to install for it."""
+PLANNED = tuple(target for target in DISTRIBUTIONS if target not in TARGETS)
 
-    versions: dict[str, str | None] = {}
-    for name in (
+
+def doctor() -> Json:
+    """CPU, memory, versions, and every target with the line that installs it where it is missing.
+
+    A planned target is never available; it has no such line where what it needs is here already.
+    """
+    names = (
         "effc",
         "torch",
         "transformers",
@@ -382,26 +445,31 @@ def doctor() -> Json:
         "onnxruntime",
         "numpy",
         "openvino",
-    ):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
+    )
     targets: Json = {}
-    needs = {"ort": "onnxruntime", "onnx": "onnxscript"}
-    for target in TARGETS:
-        module = needs.get(target, target)
-        here = importlib.util.find_spec(module) is not None
-        targets[target] = {"available": here, "install": None if here else f"pip install {module}"}
+    for target in (*TARGETS, *PLANNED):
+        distribution, wanted = DISTRIBUTIONS.get(target, (target, target))
+        here = _version(distribution) is not None
+        targets[target] = {
+            "available": here and target in TARGETS,
+            "install": None if here else f"pip install {wanted}",
+        }
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu": benchmark.cpu_name(),
         "features": cpu_features(),
         "cores": os.cpu_count(),
-        "versions": versions,
+        "versions": {name: _version(name) for name in names},
         "targets": targets,
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def doctor_lines(found: Mapping[str, Any]) -> list[str]:
@@ -418,5 +486,7 @@ def doctor_lines(found: Mapping[str, Any]) -> list[str]:
         f"{name:10} {number or 'not installed'}" for name, number in found["versions"].items()
     ]
     for target, t in found["targets"].items():
-        lines.append(f"target     {target}: {'available' if t['available'] else t['install']}")
+        word = "available" if t["available"] else t["install"] or "installed"
+        later = "" if target in TARGETS else ", not a target yet"
+        lines.append(f"target     {target}: {word}{later}")
     return lines

@@ -214,7 +214,9 @@ def staged(out: Path) -> Iterator[Path]:
         if not (stage / MANIFEST).is_file():
             raise PackageError("internal: a package was staged without its manifest")
         _sync(stage)
-        _check_replaceable(out)  # again: a compile is long, and what was put there meanwhile is not ours
+        _check_replaceable(
+            out
+        )  # again: a compile is long, and what was put there meanwhile is not ours
         _exchange(stage, out)
     except OSError as error:
         if not _is_about(error, out):
@@ -233,7 +235,8 @@ def staged(out: Path) -> Iterator[Path]:
 def _is_about(error: OSError, out: Path) -> bool:
     """Whether an error comes from writing `out`, and not from a file that was read meanwhile."""
     if not isinstance(error.filename, str | bytes):
-        return error.errno in (*_NO_ROOM, errno.EROFS)
+        cut_short = error.errno is None and "requested and" in str(error)  # numpy, on a full disk
+        return cut_short or error.errno in (*_NO_ROOM, errno.EROFS)
     place = Path(os.path.abspath(os.fsdecode(error.filename)))
     if not place.is_relative_to(out.parent):
         return False
@@ -316,7 +319,9 @@ def read_json(file: Path) -> Any:
         if not stat.S_ISREG(found.st_mode):
             raise PackageError(f"{file} is not a plain file")
         if found.st_size > MOST_JSON_BYTES:
-            raise PackageError(f"{file} has {found.st_size} bytes, at most {MOST_JSON_BYTES} are read")
+            raise PackageError(
+                f"{file} has {found.st_size} bytes, at most {MOST_JSON_BYTES} are read"
+            )
         content = json.loads(file.read_text(encoding="utf-8"))
         if _is_deep(content):
             raise PackageError(f"{file} is nested more than {MOST_JSON_DEPTH} deep")

@@ -38,25 +38,52 @@ def pools(directory: Path) -> bool:
     return (directory / "modules.json").exists()
 
 
+POOLING = {
+    "cls_token": "cls",
+    "max_tokens": "max",
+    "mean_tokens": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean_tokens": "weightedmean",
+    "lasttoken": "lasttoken",
+}
+"""Ways of pooling by the flag `pooling_mode_…` of `1_Pooling/config.json`, in the order in which they are joined."""
+DONE = ("Transformer", "Pooling", "Normalize", "Dropout")
+"""Modules of `modules.json` that the engine and `Pooling` do between them; others follow the engine or precede it."""
+
+
 @dataclass(frozen=True)
 class Pooling:
-    """How a sentence encoder turns token vectors into one: as its own `1_Pooling/config.json` says."""
+    """How a sentence encoder turns token vectors into one: as its own `1_Pooling/config.json` says.
 
-    mode: str = "mean"
+    Several modes are joined at their ends.
+    """
+
+    modes: tuple[str, ...] = ("mean",)
     normalize: bool = False
 
     def __call__(self, hidden: Array, mask: Array) -> Array:
-        """hidden [batch, length, size], mask [batch, length] → [batch, size]"""
-        if self.mode == "cls":
-            pooled = hidden[:, 0]
-        elif self.mode == "max":
-            pooled = np.where(mask[..., None] > 0, hidden, -np.inf).max(axis=1)
-        else:
-            weights = mask[..., None].astype(hidden.dtype)
-            pooled = (hidden * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-9)
+        """hidden [batch, length, size], mask [batch, length] → [batch, size times modes]"""
+        pooled = np.concatenate([_pooled(mode, hidden, mask) for mode in self.modes], axis=-1)
         if self.normalize:
             pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
         return np.asarray(pooled)
+
+
+def _pooled(mode: str, hidden: Array, mask: Array) -> Array:
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "max":
+        return np.asarray(np.where(mask[..., None] > 0, hidden, -np.inf).max(axis=1))
+    if mode == "lasttoken":
+        last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1] > 0, axis=1)
+        return hidden[np.arange(len(hidden)), last]
+    weights = mask[..., None].astype(hidden.dtype)
+    if mode == "weightedmean":
+        weights = weights * np.arange(1, 1 + hidden.shape[1], dtype=hidden.dtype)[:, None]
+    total = np.maximum(weights.sum(axis=1), 1e-9)
+    if mode == "mean_sqrt_len_tokens":
+        total = np.sqrt(total)
+    return np.asarray((hidden * weights).sum(axis=1) / total)
 
 
 class Processor:
@@ -68,7 +95,9 @@ class Processor:
         self.directory, self.config = directory, config
         self.input_names = tuple(inputs)
         self.kind = kind_of(config)
-        self.pooling = _pooling(directory)
+        self._pooling, self._unpooled = _pooling(directory)
+        if self._unpooled is not None:
+            log.warning("%s", self._unpooled)
         self._tokenizer: Any = None
         self._why_not: str | None = None
 
@@ -179,6 +208,16 @@ class Processor:
         wanted = self.input_names or ("input_ids", "attention_mask")
         return {name: known[name] for name in wanted if name in known}
 
+    @property
+    def pooling(self) -> Pooling:
+        """From token vectors to one. Raises SourceError where the directory wants what effc does not do."""
+        if self._unpooled is not None:
+            raise SourceError(
+                self._unpooled,
+                hint="leave the metric out, or write one that does it: file.py:function:FILE",
+            )
+        return self._pooling
+
     def pool(self, hidden: Array, mask: Array) -> Array:
         return self.pooling(hidden, mask)
 
@@ -274,17 +313,29 @@ def _read(file: Path, absent: Any) -> Any:
     return found
 
 
-def _pooling(path: Path) -> Pooling:
-    listed = _read(path / "modules.json", [])
-    normalize = any(str(m.get("type", "")).endswith("Normalize") for m in listed)
+def _pooling(path: Path) -> tuple[Pooling, str | None]:
+    """How a directory pools, and what of it effc does not do."""
+    listed = [m if isinstance(m, dict) else {} for m in _read(path / "modules.json", [])]
+    types = [str(m.get("type", "")) for m in listed]
     files = sorted(path.glob("*_Pooling/config.json"))
     settings = _read(files[0], {}) if files else {}
-    mode = "mean"
-    if settings.get("pooling_mode_cls_token"):
-        mode = "cls"
-    elif settings.get("pooling_mode_max_tokens"):
-        mode = "max"
-    return Pooling(mode, normalize)
+    flags = [k.removeprefix("pooling_mode_") for k in settings if k.startswith("pooling_mode_")]
+    asked = settings.get("pooling_mode") or [
+        POOLING.get(flag, flag)
+        for flag in sorted(flags, key=[*POOLING, *flags].index)
+        if settings[f"pooling_mode_{flag}"]
+    ]
+    modes = (asked,) if isinstance(asked, str) else tuple(map(str, asked)) or ("mean",)
+    strange = [t for t in types if not t.startswith(PACKAGE) or t.rpartition(".")[2] not in DONE]
+    why = None
+    if strange:
+        why = f"{path / 'modules.json'} lists {', '.join(strange)}, which effc does not do"
+    elif wrong := [mode for mode in modes if mode not in POOLING.values()]:
+        why = f"{files[0]} pools by {', '.join(wrong)}, which effc does not do"
+    return Pooling(modes, any(t.endswith(".Normalize") for t in types)), why
+
+
+PACKAGE = "sentence_transformers."
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 log = logging.getLogger("effc")
 
@@ -35,3 +36,26 @@ class Progress:
     @contextmanager
     def draw(self, name: str) -> Iterator[Step]:
         yield lambda done, total: None
+
+
+class Counted:
+    """An engine that tells `step` of every call, and else is the engine that it wraps.
+
+    Who makes the same calls of two engines knows after the first how many there will be:
+
+        first = Counted(reference, step)
+        second = Counted(engine, step, done=first.done, total=2 * first.done)
+    """
+
+    def __init__(self, run: Any, step: Step, *, done: int = 0, total: int | None = None) -> None:
+        self._run, self._step, self._total = run, step, total
+        self.done = done
+
+    def __call__(self, feeds: Any) -> Any:
+        found = self._run(feeds)
+        self.done += 1
+        self._step(self.done, self._total)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)

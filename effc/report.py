@@ -6,13 +6,13 @@ the reason. Times are in files that the manifest lists as not reproducible.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from effc.bench import verdict
 from effc.package import dump
+from effc.passes import CANONICAL
 
 Json = dict[str, Any]
 
@@ -30,6 +30,7 @@ def text(content: Mapping[str, Any]) -> str:
     """The whole report as plain text."""
     lines = [
         *_size(content),
+        *_passes(content),
         *_sites(content),
         *_drift(content),
         *_metric(content),
@@ -41,6 +42,35 @@ def text(content: Mapping[str, Any]) -> str:
 def _size(content: Mapping[str, Any]) -> list[str]:
     before, after = content["source_bytes"], content["model_bytes"]
     return [f"size      {before / 1e6:.1f} → {after / 1e6:.1f} MB ({before / max(after, 1):.1f}×)"]
+
+
+def _passes(content: Mapping[str, Any]) -> list[str]:
+    """What every pass of the recipe changed, and the exact passes that go before it in one line."""
+    lines: list[str] = []
+    for target in content["verify"]:
+        passes = [p for p in content["passes"] if p["target"] == target]
+        clean = [p for p in passes if p["name"] in CANONICAL and p["sites"]]
+        if clean:
+            words = ", ".join(f"{p['name']} {p['sites']}" for p in clean)
+            counts = _step(clean[0]["nodes"][0], clean[-1]["nodes"][1])
+            lines.append(f"pass      {_of(content, target)}{words} sites, {counts} nodes")
+        for p in (p for p in passes if p["name"] not in CANONICAL):
+            if not p["sites"]:
+                lines.append(
+                    f"warning   {_of(content, target)}{p['name']} changed nothing: no site fits it"
+                )
+                continue
+            text = f"{p['name']}: {p['sites']} sites, {_step(*p['nodes'])} nodes"
+            if p["bytes"][0] != p["bytes"][1]:
+                text += f", {p['bytes'][0] / 1e6:.1f} → {p['bytes'][1] / 1e6:.1f} MB"
+            if p["drift"]:
+                text += f", drift {p['drift']['rel_l2']:.2g}"
+            lines.append(f"pass      {_of(content, target)}{text}")
+    return lines
+
+
+def _step(before: int, after: int) -> str:
+    return f"{before:,} → {after:,}".replace(",", " ")
 
 
 def _sites(content: Mapping[str, Any]) -> list[str]:
@@ -118,7 +148,3 @@ def ratio_word(s: Mapping[str, Any]) -> str:
     if s.get("ratio") is None:
         return "no reference"
     return f"{s['ratio']:.2f}× [{s['low']:.2f}, {s['high']:.2f}] {verdict(s['low'], s['high'])}"
-
-
-def read(path: Path) -> Json:
-    return dict(json.loads(path.read_text(encoding="utf-8")))

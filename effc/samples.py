@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from effc.calib import data
+from effc.calib.calibrator import fitted
 from effc.calib.data import Batch, Record
-from effc.errors import CalibrationError
+from effc.errors import CalibrationError, EffcError
 from effc.processor import stack
 from effc.recipe import CalibSpec
 from effc.source import Source, import_code
@@ -37,40 +39,22 @@ class Samples:
 
     def _drawn(self) -> Iterator[Batch]:
         if self.spec is None:
-            yield from self.source.batches() if self.source.batches else ()
+            if self.source.batches is not None:
+                yield from _given(f"batches of the source {self.source.name}", self.source.batches)
         elif self.spec.callable is not None:
-            yield from self._called(self.spec.callable)
+            yield from _given(self.spec.callable, _function(self.spec.callable))
         else:
-            yield from self._batched(self._records(self.spec.samples))
+            yield from self._batched(self._records())
 
     def _fitting(self, role: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs that the model takes, cast where nothing is lost but width."""
-        examples = self.source.inputs[role]
-        made: dict[str, Array] = {}
-        for name, tensor in examples.items():
-            if name not in inputs:
-                raise CalibrationError(
-                    f"a calibration batch has no input {name!r}",
-                    hint=f"it has {', '.join(sorted(inputs)) or 'none'}; the model takes {', '.join(examples)}",
-                )
-            example, given = tensor.numpy(), np.asarray(inputs[name])
-            if given.dtype.kind not in "fiub" or (given.dtype.kind == "f") != (
-                example.dtype.kind == "f"
-            ):
-                raise CalibrationError(
-                    f"calibration input {name!r} is {given.dtype}, the model takes {example.dtype}"
-                )
-            free = self.source.dims.get(role, {}).get(name, {0: "batch"})
-            wanted = [free.get(axis, size) for axis, size in enumerate(example.shape)]
-            if given.ndim != example.ndim or any(
-                isinstance(want, int) and want != have
-                for want, have in zip(wanted, given.shape, strict=True)
-            ):
-                raise CalibrationError(
-                    f"calibration input {name!r} has shape {list(given.shape)}, "
-                    f"the model takes [{', '.join(map(str, wanted))}]"
-                )
-            made[name] = given.astype(example.dtype, copy=False)
+        dims = self.source.dims.get(role, {})
+        wanted = {}
+        for name, example in self.source.inputs[role].items():
+            free = dims.get(name, {0: "batch"})
+            sizes = [free.get(axis, size) for axis, size in enumerate(example.shape)]
+            wanted[name] = example.numpy().dtype, sizes
+        made = fitted(inputs, wanted)
         self._check_ids(made.get("input_ids"))
         return made
 
@@ -94,10 +78,9 @@ class Samples:
         """Up to `batches` batches of the same file that were not calibrated on."""
         if self.spec is None or self.spec.file is None:
             return []
-        seen = {_key(record) for record in self._records(self.spec.samples)}
-        fresh = (record for record in self._records(None) if _key(record) not in seen)
         (role,) = self.source.inputs
-        found = self._batched(itertools.islice(fresh, batches * self.spec.batch))
+        fresh = itertools.islice(self._records(left=True), batches * self.spec.batch)
+        found = self._batched(fresh)
         return [dataclasses.replace(b, inputs=self._fitting(role, b.inputs)) for b in found]
 
     def shaped(self, batch: int, length: int) -> dict[str, Array]:
@@ -159,11 +142,13 @@ class Samples:
         path, _ = data.parse(self.spec.file)
         return {**data.digest(path), "samples": self.spec.samples, "seed": self.spec.seed}
 
-    def _records(self, samples: int | None) -> Iterator[Record]:
+    def _records(self, *, left: bool = False) -> Iterator[Record]:
         assert self.spec is not None and self.spec.file is not None
         path, column = data.parse(self.spec.file)
         column = self.spec.column if self.spec.column is not None else column
-        return data.read(path, column=column, samples=samples, seed=self.spec.seed)
+        return data.read(
+            path, column=column, samples=self.spec.samples, seed=self.spec.seed, left=left
+        )
 
     def _batched(self, records: Iterable[Record]) -> Iterator[Batch]:
         assert self.spec is not None
@@ -182,28 +167,48 @@ class Samples:
                 )
             yield stack(chunk)
 
-    def _called(self, word: str) -> Iterator[Batch]:
-        place, _, attribute = word.rpartition(":")
-        function = getattr(import_code(place), attribute, None)
-        if function is None:
-            raise CalibrationError(f"{place} has no {attribute}", hint="callable: module:function")
-        for item in function():
-            yield item if isinstance(item, Batch) else Batch(inputs=_arrays(item))
+
+def _function(word: str) -> Any:
+    place, _, attribute = word.rpartition(":")
+    function = getattr(import_code(place), attribute, None)
+    if function is None:
+        raise CalibrationError(f"{place} has no {attribute}", hint="callable: module:function")
+    return function
 
 
-def _arrays(item: Mapping[str, Any]) -> dict[str, Array]:
-    if not isinstance(item, Mapping):
+def _given(what: str, function: Callable[[], Iterable[Any]]) -> Iterator[Batch]:
+    """Batches of the user's own code. What it raises, or gives that is no batch, is a CalibrationError."""
+    try:
+        made = function()
+        if not isinstance(made, Iterable):
+            raise CalibrationError(
+                f"{what} gave {type(made).__name__}, which holds no batches", hint=EXPECTED
+            )
+        for item in made:
+            yield _batch(what, item)
+    except EffcError:
+        raise
+    except Exception as error:
+        raise CalibrationError(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+EXPECTED = "yield mappings of arrays by the names of the model's inputs"
+
+
+def _batch(what: str, item: Any) -> Batch:
+    batch = item if isinstance(item, Batch) else Batch(inputs=item)
+    if not isinstance(batch.inputs, Mapping):
         raise CalibrationError(
-            f"a calibration batch is a mapping of arrays, not {type(item).__name__}"
+            f"a batch of {what} is {type(batch.inputs).__name__}, not a mapping of arrays",
+            hint=EXPECTED,
         )
-    return {name: np.asarray(value) for name, value in item.items()}
-
-
-def _key(record: Record) -> int:
-    parts: list[Any] = [record.text, record.text_pair]
-    parts += [None if record.pixels is None else record.pixels.tobytes()]
-    parts += [(n, a.tobytes()) for n, a in sorted((record.arrays or {}).items())]
-    return hash(tuple(parts))
+    made = {}
+    for name, value in batch.inputs.items():
+        try:
+            made[name] = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        except Exception as error:
+            raise CalibrationError(f"input {name!r} of {what} is no array: {error}") from error
+    return dataclasses.replace(batch, inputs=made)
 
 
 LENGTHS = ("sequence", "length", "time")

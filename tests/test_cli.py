@@ -28,6 +28,7 @@ def test_help_names_every_command_and_an_example():
     ran = cli("--help")
     assert ran.code == 0
     assert all(f"\n  {word} " in ran.out for word in COMMANDS)
+    assert "    effc compile MODEL_DIR -o OUT --quantize int8 --calib sentences.txt\n" in ran.out
     assert ran.err == ""
 
 
@@ -39,7 +40,42 @@ def test_every_command_has_help(command):
     assert "--json" in ran.out
     if command not in ("passes", "doctor"):
         assert "Example" in ran.out
-        assert f"effc {command} " in ran.out.split("Example", 1)[1]
+        examples = ran.out.split("Example", 1)[1].split("Arguments:")[0].split("\n", 1)[1]
+        lines = [line for line in examples.splitlines() if line.strip()]
+        assert all(line.startswith(f"    effc {command} ") for line in lines), "not one line each"
+        assert lines
+
+
+def test_the_help_lists_the_words_that_the_code_knows():
+    from effc.cli import METRIC_NAMES, QUANTIZE_NAMES
+    from effc.metrics import METRICS
+    from effc.recipe import QUANTIZE_WORDS
+
+    assert sorted(METRIC_NAMES) == list(METRICS)
+    assert sorted(QUANTIZE_NAMES) == sorted(QUANTIZE_WORDS)
+    said = " ".join(cli("compile", "--help").out.split())
+    assert ", ".join(QUANTIZE_NAMES) in said
+    assert ", ".join(METRIC_NAMES) in said
+
+
+def test_the_version():
+    import effc
+
+    assert cli("--version").out == f"effc {effc.__version__}\n"
+
+
+def test_debug_and_verbose_are_taken_before_and_after_the_command(tmp_path, caplog):
+    for words in (("--debug", "verify", tmp_path), ("verify", tmp_path, "--debug")):
+        assert "Traceback" in cli(*words).err
+    assert "Traceback" not in cli("verify", tmp_path).err
+    assert cli("verify", made().out, "-v").code == 0
+    assert "stage integrity" in caplog.text
+
+
+@pytest.mark.parametrize("command", [("compile", "x", "-o", "y"), ("inspect", "x")])
+def test_a_planned_target_is_not_taken_for_a_slip_of_the_pen(command):
+    ran = cli(*command, "--target", "tensorrt")
+    assert_letter(ran, "RecipeError", 3, "'tensorrt' is not available yet", "known: onnx, ort")
 
 
 def test_no_command_shows_help():
@@ -107,6 +143,79 @@ def test_json_of_a_package(out, tmp_path, command):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "out"]
 
 
+def test_json_goes_through_a_device_or_a_pipe_which_stays(out, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    assert cli("verify", out, "--json", tmp_path / "pipe").code == 0
+    assert json.loads(reader.communicate(timeout=30)[0])["files"] > 5
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "null").symlink_to("/dev/null")
+    for place in ("/dev/null", tmp_path / "null"):
+        assert cli("verify", out, "--json", place).code == 0
+    assert Path("/dev/null").is_char_device()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["null", "out", "pipe"]
+
+
+def test_json_on_dev_stdout_is_json_on_stdout(out, tmp_path):
+    with (tmp_path / "found.json").open("w") as file:
+        command = [sys.executable, "-m", "effc", "verify", out, "--json", "/dev/stdout"]
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True)
+    assert done.stderr.startswith("integrity")
+    assert json.loads((tmp_path / "found.json").read_text())["files"] > 5
+
+
+def test_json_follows_a_link_to_its_file(out, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "far" / "found.json")
+    for _ in range(2):
+        assert cli("verify", out, "--json", tmp_path / "link.json").code == 0
+        assert (tmp_path / "link.json").is_symlink()
+        assert json.loads((tmp_path / "far" / "found.json").read_text())["files"] > 5
+    assert os.listdir(tmp_path / "far") == ["found.json"]
+
+
+def test_json_inside_a_package_is_refused_before_any_work(out, tmp_path):
+    (tmp_path / "link").symlink_to(out)
+    for words in (
+        ("verify", out),
+        ("inspect", out),
+        ("bench", made().out, "--against", out),
+        ("compile", made().model, "-o", out),
+    ):
+        for place in (out / "x.json", tmp_path / "link" / "1_Pooling" / "x.json"):
+            ran = cli(*words, "--json", place)
+            assert_letter(ran, "UsageError", 2, "lies in", "--json out.json")
+    assert cli("verify", out).code == 0
+
+
+def test_a_refused_file_is_one_line(tmp_path, monkeypatch):
+    from effc import inspection
+
+    def refuse() -> None:
+        (tmp_path / ("x" * 300)).read_text(encoding="utf-8")
+
+    monkeypatch.setattr(inspection, "doctor", refuse)
+    assert_letter(cli("doctor"), "error", 1, "x: File name too long", "--debug")
+    assert "Traceback" in cli("doctor", "--debug").err
+
+
+def test_calls_of_an_engine_are_counted():
+    from effc.progress import Counted
+
+    class Double:
+        inputs = ("x",)
+
+        def __call__(self, value: int) -> int:
+            return 2 * value
+
+    steps: list[tuple[int, int | None]] = []
+    first = Counted(Double(), lambda done, total: steps.append((done, total)))
+    assert ([first(1), first(2)], first.inputs) == ([2, 4], ("x",))
+    second = Counted(Double(), lambda *s: steps.append(s), done=first.done, total=2 * first.done)
+    second(1)
+    assert steps == [(1, None), (2, None), (3, 4)]
+
+
 def test_verbose_names_the_stages(tmp_path, caplog):
     words = (f"{made().factories}:perceptron", "-o", tmp_path / "out", "--no-bench")
     assert cli("-v", "compile", *words).code == 0
@@ -134,6 +243,9 @@ def test_doctor_says_what_is_here():
     assert "ort" in ran.out
     found = json.loads(cli("doctor", "--json", "-").out)
     assert found["targets"]["ort"] == {"available": True, "install": None}
+    assert found["targets"]["tensorrt"]["available"] is False
+    assert "tensorrt: pip install 'effc[tensorrt]', not a target yet" in ran.out
+    assert "target     openvino: " in ran.out
     assert found["cores"] == os.cpu_count()
     assert found["versions"]["effc"]
 
@@ -208,6 +320,80 @@ def test_bench_without_its_model(out, tmp_path):
     assert_letter(cli("bench", out), "UsageError", 2, "--model MODEL")
 
 
+@pytest.fixture
+def wide(tmp_path):
+    """A package for two targets, made by a factory with an option, which is `wide.py` of this folder."""
+    shutil.copy(made().factories, tmp_path / "wide.py")
+    (tmp_path / "recipe.yaml").write_text(
+        f"source: {{python: '{tmp_path / 'wide.py'}:perceptron', size: 12}}\n"
+        "targets: [ort, onnx]\nbench: false\n",
+        encoding="utf-8",
+    )
+    ran = cli("compile", tmp_path / "recipe.yaml", "-o", tmp_path / "wide")
+    assert ran.code == 0, ran.err
+    return tmp_path / "wide"
+
+
+def test_code_that_a_package_remembers_is_run_only_where_it_is_trusted(wide, tmp_path):
+    sprung = tmp_path / "sprung"
+    with (tmp_path / "wide.py").open("a") as file:
+        file.write(
+            f"\n\ndef other(size):\n    open({str(sprung)!r}, 'w')\n    return perceptron(size)\n"
+        )
+    memory = {"source": {"python": f"{tmp_path / 'wide.py'}:other", "size": 12}}
+    (wide / "local.json").write_text(json.dumps(memory), encoding="utf-8")
+    sys.modules.pop(next((n for n in sys.modules if n.startswith("effc_user_")), ""), None)
+    assert_letter(cli("bench", wide), "UsageError", 2, "--model MODEL", "--trust-code")
+    ran = cli("verify", wide, "--metric", "sts:x")
+    assert_letter(ran, "UsageError", 2, "--model MODEL", "--trust-code")
+    assert cli("verify", wide).code == 0
+    assert not sprung.exists()
+    for name in [n for n in sys.modules if n.startswith("effc_user_")]:
+        del sys.modules[name]
+    ran = cli("verify", wide, "--trust-code")
+    assert ran.code == 0, ran.err
+    assert sprung.exists()
+
+
+def test_a_factory_without_the_options_is_another_model(wide, tmp_path):
+    ran = cli("verify", wide, "--model", f"{tmp_path / 'wide.py'}:perceptron")
+    assert_letter(ran, "SourceError", 4, "is not the model that", "--trust-code")
+
+
+def test_verify_opens_the_engine_of_every_target(wide, tmp_path):
+    ran = cli("verify", wide, "--trust-code", "--json", tmp_path / "found.json")
+    assert ran.code == 0, ran.err
+    cases = json.loads((tmp_path / "found.json").read_text())["cases"]
+    plain = [label for label in cases if not label.startswith("onnx: ")]
+    assert plain
+    assert set(cases) == {*plain, *(f"onnx: {label}" for label in plain)}
+
+
+def test_verify_finds_the_second_engine_wrong(wide):
+    from effc import package
+
+    other = made().out / "model.onnx"
+    shutil.copy(other, wide / "onnx" / "model.onnx")
+    manifest = json.loads((wide / "manifest.json").read_text())
+    manifest["files"]["onnx/model.onnx"] = package.digest(other)
+    manifest["engines"][1]["sha256"] = package.digest(other)
+    (wide / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert cli("verify", wide).code == 0
+    assert cli("verify", wide, "--trust-code").code != 0
+
+
+def test_bench_times_the_engine_of_a_target(wide, tmp_path):
+    words = ("--trust-code", "--budget", 0.2, "--shapes", "1", "--json", tmp_path / "bench.json")
+    for target in ("ort", "onnx"):
+        ran = cli("bench", wide, *words, "--target", target)
+        assert ran.code == 0, ran.err
+        found = json.loads((tmp_path / "bench.json").read_text())
+        assert found["target"] == target
+        assert found["model_bytes"] == (wide / target / "model.onnx").stat().st_size
+    ran = cli("bench", wide, *words, "--target", "npu")
+    assert_letter(ran, "UsageError", 2, "no engine for 'npu'", "ort, onnx")
+
+
 def test_bench_writes_the_published_json(out, tmp_path):
     ran = cli(
         "bench", out, "--model", made().model, "--budget", 0.3, "--shapes", "1x8",
@@ -256,6 +442,35 @@ def test_a_recipe_with_a_changed_setting(tmp_path):
     assert ran.code == 0, ran.err
     (quantize,) = [p for p in json.loads(ran.out)["passes"] if p["name"] == "quantize"]
     assert quantize["options"]["bits"] == 4
+
+
+def test_a_compile_says_what_every_pass_changed(tmp_path):
+    file = write_recipe(tmp_path, made().factories)
+    passes = (
+        "passes=[{pass: quantize, bits: 8, activation_bits: 8},"
+        " {pass: quantize, bits: 8, activation_bits: 8}]"
+    )
+    ran = cli("compile", file, "-o", tmp_path / "out", "--set", passes)
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert "pass      quantize: 2 sites, " in ran.out
+    assert " nodes, 0.0 → 0.0 MB, drift " in ran.out
+    assert "warning   quantize changed nothing: no site fits it" in lines
+
+
+def test_exact_passes_are_one_line_of_the_report():
+    from effc import report
+
+    step = {"target": "ort", "nodes": (1204, 1151), "bytes": (1, 1), "drift": None}
+    passes = [
+        {**step, "name": "drop-noops", "sites": 53},
+        {**step, "name": "fold-batchnorm", "sites": 0, "nodes": (1151, 1151)},
+        {**step, "name": "fold-constants", "sites": 2, "nodes": (1151, 1149)},
+    ]
+    content = {"verify": {"ort": {}}, "passes": passes}
+    assert report._passes(content) == [
+        "pass      drop-noops 53, fold-constants 2 sites, 1 204 → 1 149 nodes"
+    ]
 
 
 def test_a_factory_in_a_recipe_is_relative_to_it(tmp_path):

@@ -1,5 +1,6 @@
 """A package is whole or is told apart, is exchanged in one step, and needs no effc to run."""
 
+import errno
 import json
 import os
 import shutil
@@ -95,7 +96,10 @@ def test_a_file_more_or_less_is_found(out):
 def test_a_link_in_place_of_a_file_is_found(out, tmp_path):
     (out / "LICENSE").unlink()
     (out / "LICENSE").symlink_to(out / "README.md")
-    assert_letter(cli("verify", out), "VerifyError", 10, "LICENSE is missing")
+    assert_letter(cli("verify", out), "VerifyError", 10, "LICENSE is not a plain file")
+    (out / "LICENSE").unlink()
+    (out / "LICENSE").symlink_to(out / "LICENSE")
+    assert_letter(cli("verify", out), "VerifyError", 10, "LICENSE is not a plain file")
     (out / "LICENSE").unlink()
     (out / "LICENSE").symlink_to(tmp_path / "elsewhere")
     assert_letter(cli("verify", out), "PackageError", 12, "'LICENSE' leads out of the package")
@@ -135,7 +139,94 @@ def test_a_manifest_may_not_name_files_outside(out):
 
 def test_an_engine_outside_is_not_opened(out):
     change_manifest(out, lambda m: m["engines"][0].update(path="/etc/passwd"))
-    assert_letter(cli("verify", out), "VerifyError", 10, "/etc/passwd")
+    assert_letter(cli("verify", out), "PackageError", 12, "/etc/passwd")
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "bench"])
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "..\\secret", "a\0b"])
+def test_a_name_that_leads_outside_is_refused_wherever_it_stands(out, command, name):
+    change_manifest(out, lambda m: m["unhashed"].append(name))
+    assert_letter(cli(command, out), "PackageError", 12, repr(name))
+
+
+def nested(depth: int) -> object:
+    found: object = 0
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+DAMAGE = {
+    "no engine": (lambda m: m.update(engines=[]), "engines"),
+    "an engine for nobody": (lambda m: m["engines"][0].update(target="eager"), "'eager'"),
+    "an engine of a later effc": (lambda m: m["engines"][0].update(target="npu"), "'npu'"),
+    "a pass without anything": (lambda m: m.update(passes=[{}]), "passes.0"),
+    "a port without a name": (lambda m: m["engines"][0]["inputs"][0].pop("name"), "inputs.0.name"),
+    "a port without a type": (lambda m: m["engines"][0]["inputs"][0].pop("dtype"), "inputs.0"),
+    "a port without a shape": (lambda m: m["engines"][0]["outputs"][0].pop("shape"), "outputs.0"),
+    "a site without a reason": (
+        lambda m: m["engines"][0].update(float_sites=[{"name": "a"}]),
+        "float_sites.0",
+    ),
+    "half a character": (lambda m: m.update(kind="\ud800"), "surrogates"),
+    "deep": (lambda m: m.update(data={"x": nested(100)}), "deep"),
+    "a long number": (lambda m: m.update(data={"x": 10**4000}), None),
+    "a source without a name": (lambda m: m.update(source={}), None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_manifest_is_one_clear_error(out, case):
+    change, said = DAMAGE[case]
+    change_manifest(out, change)
+    for command in ("verify", "inspect"):
+        ran = cli(command, out)
+        if said is None:
+            assert ran.code == 0, ran.err
+        else:
+            assert_letter(ran, "PackageError", 12, "manifest.json", said)
+
+
+DAMAGED = {
+    "not UTF-8": b'{"schema": 1, "kind": "\xff"}',
+    "too deep to parse": b"[" * 100_000,
+    "too long": b" " * (package.MOST_JSON_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("command", ["verify", "inspect", "bench"])
+def test_a_manifest_of_strange_bytes_is_one_clear_error(out, command, case):
+    (out / "manifest.json").write_bytes(DAMAGED[case])
+    assert_letter(cli(command, out), "PackageError", 12, "manifest.json")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to("report.json")])
+@pytest.mark.parametrize("command", ["verify", "inspect", "bench"])
+def test_a_manifest_that_is_no_plain_file_is_not_opened(out, command, make):
+    (out / "manifest.json").unlink()
+    make(out / "manifest.json")
+    assert_letter(cli(command, out), "PackageError", 12, "is not a plain file")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "local.json", "extra"])
+def test_a_pipe_in_a_package_is_told_and_not_opened(out, name):
+    (out / name).unlink(missing_ok=True)
+    os.mkfifo(out / name)
+    for command in ("verify", "bench"):
+        assert_letter(cli(command, out), "VerifyError", 10, name)
+
+
+def test_inspect_of_a_package_without_its_engine(out):
+    (out / "model.onnx").unlink()
+    assert_letter(cli("inspect", out), "PackageError", 12, "model.onnx", "cannot be read")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"source": 3}', '{"source": {"python": 3}}', "\x00"])
+def test_a_damaged_memory_of_the_source_is_as_good_as_none(out, text):
+    (out / "local.json").write_text(text, encoding="utf-8")
+    ran = cli("bench", out, "--trust-code")
+    assert_letter(ran, "UsageError", 2, "remembers none", "--model MODEL")
 
 
 # Names
@@ -190,7 +281,85 @@ def test_a_name_may_not_follow_a_link_out(tmp_path):
 
 def fill(stage: Path, text: str) -> None:
     (stage / "file").write_text(text, encoding="utf-8")
-    package.write_manifest(stage, {"schema": 1, "kind": "module", "engines": []})
+    engine = {
+        "role": "main", "target": "ort", "path": "file", "sha256": "", "inputs": [], "outputs": [],
+        "opset": 21,
+    }  # fmt: skip
+    package.write_manifest(stage, {"schema": 1, "kind": "module", "engines": [engine]})
+
+
+def refuse_to_replace(out: Path, *parts: str) -> None:
+    before = content(out)
+    with pytest.raises(PackageError) as early:
+        package.check_output(out)
+    with pytest.raises(PackageError), package.staged(out) as stage:
+        fill(stage, "new")
+    assert content(out) == before
+    assert leftovers(out.parent) == []
+    for part in parts:
+        assert part in str(early.value)
+
+
+def test_a_folder_with_a_manifest_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}', "utf-8")
+    (tmp_path / "extension" / "background.js").write_text("years of work", "utf-8")
+    refuse_to_replace(tmp_path / "extension", "no manifest of effc", "choose another -o")
+
+
+def test_a_package_with_files_of_the_user_is_not_replaced(out):
+    (out / "notes").mkdir()
+    for name in ("a", "b", "c", "d"):
+        (out / "notes" / f"{name}.txt").write_text("thoughts", encoding="utf-8")
+    refuse_to_replace(out, "notes/a.txt, notes/b.txt, notes/c.txt and 1 more", "move them")
+
+
+def test_a_link_that_the_user_put_into_a_package_is_not_removed(out, tmp_path):
+    (out / "data").symlink_to(tmp_path)
+    refuse_to_replace(out, "did not write: data")
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": 1}', '{"schema": 99}'])
+def test_a_package_with_a_damaged_manifest_is_not_replaced(out, text):
+    (out / "manifest.json").write_text(text, encoding="utf-8")
+    refuse_to_replace(out, "is not replaced", "manifest.json", "remove it yourself")
+
+
+def test_a_file_that_is_put_there_during_a_compile_is_not_removed(out):
+    with (
+        pytest.raises(PackageError, match=r"did not write: late\.txt"),
+        package.staged(out) as stage,
+    ):
+        fill(stage, "new")
+        (out / "late.txt").write_text("just now", encoding="utf-8")
+    assert (out / "late.txt").read_text(encoding="utf-8") == "just now"
+    assert leftovers(out.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_ours"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "STAGE/model.onnx"), True),
+        (OSError(errno.EACCES, "Permission denied", "PARENT"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EROFS, "Read-only file system"), True),
+        (OSError("4096 requested and 17 written"), True),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "PARENT/calib.txt"), False),
+        (OSError(errno.ENOSPC, "No space left on device", "/elsewhere/x"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+    ],
+)
+def test_only_an_error_about_the_output_is_one_of_the_package(tmp_path, error, is_ours):
+    def write() -> None:
+        with package.staged(tmp_path / "out") as stage:
+            if error.filename:
+                named = error.filename.replace("STAGE", str(stage))
+                error.filename = named.replace("PARENT", str(tmp_path))
+            raise error
+
+    with pytest.raises(PackageError if is_ours else OSError) as found:
+        write()
+    assert is_ours or found.value is error
 
 
 def test_a_new_package_takes_the_place_of_the_old(tmp_path):

@@ -1,10 +1,13 @@
 """The wheel and the sdist hold what they should, and the wheel works far from the repository."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -55,7 +58,31 @@ def test_the_sdist_can_be_built_from_and_holds_no_test(dist):
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "effc/py.typed", "passes/base.py"} <= names
+    assert {"docs/recipes.md", "examples/minilm/recipe.yaml", "constraints.txt"} <= names
     assert not [name for name in names if name.startswith("tests")]
+
+
+def test_what_is_imported_is_declared():
+    """The wheel is tested beside a full environment, so a missing declaration would not be noticed there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["openvino"]]
+    declared = {re.split(r"[<>=!~ ;\[]", line)[0].lower().replace("-", "_") for line in lines}
+    names = {"yaml": "pyyaml", "PIL": "pillow"}
+    optional = {"pillow", "psutil", "click", "huggingface_hub"}  # guarded, or a dependency's own
+    files = [f for folder in ("effc", *MAPPED) for f in (ROOT / folder).rglob("*.py")]
+    used = set()
+    for node in (n for f in files for n in ast.walk(ast.parse(f.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Import):
+            used |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            used.add(node.module.split(".")[0])
+    used -= {"effc", *sys.stdlib_module_names}
+    assert {names.get(n, n) for n in used} - optional <= declared
+    behind = {
+        "onnx",
+        "safetensors",
+    }  # onnx-ir and transformers work with them; only their versions are ours to ask
+    assert declared - {names.get(n, n) for n in used} <= {"openvino", *behind}
 
 
 def test_the_wheel_works_in_a_bare_environment(wheel, tmp_path):

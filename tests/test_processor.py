@@ -154,3 +154,77 @@ def test_a_word_behind_the_longest_input_has_no_place(tmp_path):
     feeds, places = mine.words([["cat"] * 9])
     assert feeds["input_ids"].shape == (1, 5)
     assert places == [{0: 1, 1: 2, 2: 3}]
+
+
+# Pooling
+
+
+def pooling(place: Path, settings: dict, *types: str) -> Processor:
+    (place / "1_Pooling").mkdir(exist_ok=True)
+    (place / "1_Pooling" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in types]
+    (place / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    return Processor(place, {})
+
+
+HIDDEN = RNG.normal(size=(3, 4, 5))
+MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+
+
+def by_hand(mode: str, tokens: np.ndarray) -> np.ndarray:
+    """One row of pooled vectors from the tokens that are there."""
+    places = range(1, len(tokens) + 1)
+    return {
+        "cls": tokens[0],
+        "max": tokens.max(axis=0),
+        "mean": tokens.mean(axis=0),
+        "mean_sqrt_len_tokens": tokens.sum(axis=0) / len(tokens) ** 0.5,
+        "weightedmean": sum(n * t for n, t in zip(places, tokens, strict=True)) / sum(places),
+        "lasttoken": tokens[-1],
+    }[mode]
+
+
+@pytest.mark.parametrize(
+    ("settings", "modes"),
+    [
+        ({}, ["mean"]),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, ["cls"]),
+        ({"pooling_mode_max_tokens": True}, ["max"]),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, ["mean_sqrt_len_tokens"]),
+        ({"pooling_mode_weightedmean_tokens": True}, ["weightedmean"]),
+        ({"pooling_mode_lasttoken": True}, ["lasttoken"]),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ["cls", "mean"]),
+        ({"pooling_mode": "lasttoken", "pooling_mode_mean_tokens": True}, ["lasttoken"]),
+        ({"pooling_mode": ["mean", "max"]}, ["mean", "max"]),
+    ],
+)
+def test_token_vectors_are_pooled_as_the_directory_says(tmp_path, settings, modes):
+    mine = pooling(tmp_path, settings, "Transformer", "Pooling")
+    want = [
+        np.concatenate([by_hand(mode, row[mask > 0]) for mode in modes])
+        for row, mask in zip(HIDDEN, MASK, strict=True)
+    ]
+    np.testing.assert_allclose(mine.pool(HIDDEN, MASK), want)
+
+
+def test_vectors_are_of_length_one_where_the_directory_says_so(tmp_path):
+    mine = pooling(tmp_path, {}, "Transformer", "Pooling", "Normalize")
+    np.testing.assert_allclose(np.linalg.norm(mine.pool(HIDDEN, MASK), axis=1), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "type_", "match"),
+    [
+        ({}, "Dense", r"modules\.json lists sentence_transformers\.models\.Dense"),
+        ({"pooling_mode_best_token": True}, "Dropout", "pools by best_token"),
+        ({"pooling_mode": ["mean", "best"]}, "Dropout", "pools by best"),
+    ],
+)
+def test_what_is_not_done_behind_the_engine_matters_to_who_pools(
+    tmp_path, caplog, settings, type_, match
+):
+    mine = pooling(tmp_path, settings, "Transformer", "Pooling", type_)
+    (warned,) = caplog.messages
+    with pytest.raises(SourceError, match=match) as caught:
+        mine.pool(HIDDEN, MASK)
+    assert caught.value.what == warned

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from effc.quant.ops import spread
 from effc.quant.scheme import Scheme
 
 SMALLEST = 1e-12
@@ -140,27 +141,20 @@ def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) ->
     return total
 
 
-def spread(parameter: Tensor, like: Tensor, scheme: Scheme) -> Tensor:
-    """`parameter` in a shape that broadcasts against `like`."""
-    if parameter.dim() == 0:
-        return parameter
-    if scheme.group:
-        return parameter.repeat_interleave(scheme.group, dim=-1)
-    shape = [1] * like.dim()
-    shape[scheme.axis or 0] = -1
-    return parameter.reshape(shape)
-
-
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
     """Codes in the scheme's dtype, clamped to its bits."""
-    zero = spread(zero_point, x, scheme).to(torch.float32)
-    codes = torch.round(x.to(torch.float32) / spread(scale, x, scheme)) + zero
+    zero = _spread(zero_point, x, scheme).to(torch.float32)
+    codes = torch.round(x.to(torch.float32) / _spread(scale, x, scheme)) + zero
     return torch.clamp(codes, scheme.low, scheme.high).to(scheme.dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    zero = spread(zero_point, codes, scheme).to(torch.float32)
-    return (codes.to(torch.float32) - zero) * spread(scale, codes, scheme)
+    zero = _spread(zero_point, codes, scheme).to(torch.float32)
+    return (codes.to(torch.float32) - zero) * _spread(scale, codes, scheme)
+
+
+def _spread(parameter: Tensor, like: Tensor, scheme: Scheme) -> Tensor:
+    return spread(parameter, like, scheme.axis or 0, scheme.group or 0)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def _spread(parameter: Tensor, like: Tensor, axis: int, group: int) -> Tensor:
+def spread(parameter: Tensor, like: Tensor, axis: int, group: int) -> Tensor:
     """`parameter` in a shape that broadcasts against `like`."""
     if parameter.dim() == 0:
         return parameter
@@ -31,8 +31,8 @@ def _spread(parameter: Tensor, like: Tensor, axis: int, group: int) -> Tensor:
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int, group: int
 ) -> Tensor:
-    scale = _spread(scale, x, axis, group)
-    zero = _spread(zero_point, x, axis, group).to(torch.float32)
+    scale = spread(scale, x, axis, group)
+    zero = spread(zero_point, x, axis, group).to(torch.float32)
     codes = torch.clamp(torch.round(x.to(torch.float32) / scale) + zero, low, high)
     return codes.to(zero_point.dtype)
 
@@ -46,8 +46,8 @@ def _(
 
 @torch.library.custom_op("effc::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
-    scale = _spread(scale, q, axis, group)
-    zero = _spread(zero_point, q, axis, group)
+    scale = spread(scale, q, axis, group)
+    zero = spread(zero_point, q, axis, group)
     return (q.to(torch.float32) - zero.to(torch.float32)) * scale
 
 
