@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from effc.backends.base import Array, EngineBase, Lowered, Port, Unsupported
 from effc.ir.program import Graph
 from effc.ir.show import shape_words
-from effc.ir.trace import output_names
+from effc.ir.trace import evaluating, output_names
 
 
 def numpy_dtype(dtype: torch.dtype) -> str:
@@ -63,12 +64,12 @@ class ModuleEngine(EngineBase):
     """The user's own module in evaluation mode: what they run today."""
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
-        self.module, self._was_training = module, module.training
-        module.eval()
+        self.module, self._mode = module, ExitStack()
+        self._mode.enter_context(evaluating(module))
         self.inputs, self.outputs = ports(graph)
 
     def close(self) -> None:
-        self.module.train(self._was_training)
+        self._mode.close()
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         tensors = {

@@ -407,9 +407,9 @@ def _cases(
 def _padded(samples: Samples, length: int) -> Json | None:
     """One short and one long row in a batch, the short one padded."""
     feeds = samples.shaped(2, length)
-    if "attention_mask" not in feeds:
+    if MASK not in feeds:
         return None
-    for name in ("attention_mask", "input_ids"):
+    for name in {MASK, "input_ids"} & set(feeds):
         feeds[name][0, length // 4 + 1 :] = 0
     return feeds
 

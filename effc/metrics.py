@@ -81,6 +81,8 @@ def _check_vectors(metric: Metric, source: Source) -> None:
     _check_text(metric, source)
     if ("logits",) in source.outputs.values():
         raise CalibrationError(f"metric {metric.name} pools token vectors, the model gives logits")
+    if source.processor is not None:
+        _ = source.processor.pooling  # raises where the directory asks for more than is done
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -342,7 +342,7 @@ def _is_deep(value: Any, left: int = MOST_JSON_DEPTH) -> bool:
 def read(out: Path) -> Manifest:
     """The manifest of a package. Raises PackageError where there is none, or one that this effc cannot read."""
     file = out / MANIFEST
-    if out.is_dir() and not os.path.lexists(file):
+    if not os.path.lexists(file):
         raise PackageError(f"{out} is not a package: it has no {MANIFEST}")
     content = read_json(file)
     found = content.get("schema") if isinstance(content, dict) else None

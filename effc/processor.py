@@ -25,6 +25,10 @@ LONGEST = 512
 """Calibration texts are cut here even where the model takes more."""
 
 
+TOGETHER = 1 << 22
+"""Values in pictures of one size that are brought to the model's size together; larger ones are so one by one."""
+
+
 def kind_of(config: Mapping[str, Any]) -> str:
     """encoder, classifier or causal-lm, from the class that config.json names."""
     name = (config.get("architectures") or [""])[0]
@@ -76,7 +80,7 @@ def _pooled(mode: str, hidden: Array, mask: Array) -> Array:
         return np.asarray(np.where(mask[..., None] > 0, hidden, -np.inf).max(axis=1))
     if mode == "lasttoken":
         last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1] > 0, axis=1)
-        return hidden[np.arange(len(hidden)), last]
+        return np.asarray(hidden[np.arange(len(hidden)), last])
     weights = mask[..., None].astype(hidden.dtype)
     if mode == "weightedmean":
         weights = weights * np.arange(1, 1 + hidden.shape[1], dtype=hidden.dtype)[:, None]
@@ -230,7 +234,9 @@ class Processor:
 
         settings = self._image_settings()
         arrays = [np.asarray(p) for p in pictures]
-        alike = [arrays] if len({a.shape for a in arrays}) == 1 else [[a] for a in arrays]
+        alike = [[a] for a in arrays]
+        if len({a.shape for a in arrays}) == 1 and sum(a.size for a in arrays) <= TOGETHER:
+            alike = [arrays]
         values = torch.cat([self._sized(np.stack(group), settings) for group in alike])
         if settings.get("do_rescale", True):
             values = values * float(settings.get("rescale_factor", 1 / 255))

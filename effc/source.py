@@ -13,21 +13,26 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from effc.calib.data import Batch
-from effc.errors import SourceError
+from effc.errors import EffcError, SourceError
+from effc.ir.trace import named_inputs
 from effc.processor import Processor, kind_of, pools
-from effc.table import unknown
+from effc.table import nearest, unknown
+
+log = logging.getLogger(__name__)
 
 COPIED = (
     "config.json",
@@ -52,7 +57,9 @@ COPIED = (
     "LICENCE*",
     "NOTICE*",
 )
-"""Files of a model directory that travel with the engine."""
+"""Files of a model directory that travel with the engine, where they end in one of `TEXTS` or are a licence."""
+TEXTS = (".json", ".txt", ".model", ".jinja", ".md")
+LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 
@@ -61,8 +68,8 @@ EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 class Source:
     """A model to compile, by role; a plain model has the one role `main`.
 
-    `outputs` names the outputs to keep, all where empty. `batches` gives calibration data where the source has its
-    own.
+    A factory may give inputs as arrays too, or as a list in the order of forward's parameters. `outputs` names the
+    outputs to keep, all where empty. `batches` gives calibration data where the source has its own.
     """
 
     modules: Mapping[str, nn.Module]
@@ -107,22 +114,22 @@ def load(spec: Mapping[str, Any]) -> Source:
 
 
 def from_directory(path: Path) -> Source:
-    """A local transformers directory. Raises SourceError, saying what is missing or wrong."""
+    """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong."""
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
-        path = _download(str(path))
+        path = _download(path)
     config = read_config(path)
-    model, incomplete = _load_model(path, config)
+    model, missing = _load_model(path, config)
     processor = Processor(path, config)
     inputs, dims = _example(config, model, processor)
     processor.input_names = tuple(inputs)
-    keep = _outputs(path, config, incomplete)
+    keep = _outputs(path, config, model, inputs, missing)
     return Source(
         modules={"main": model},
         inputs={"main": inputs},
         dims={"main": dims},
         outputs={"main": keep} if keep else {},
-        kind=kind_of(config),
-        name=path.resolve().name,
+        kind="encoder" if pools(path) else kind_of(config),
+        name=_name(path),
         digest=directory_digest(path),
         processor=processor,
         directory=path,
@@ -154,13 +161,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _download(name: str) -> Path:
-    """A hub id as a local directory: safetensors and settings only. The one place that uses the network."""
+def _download(name: Path) -> Path:
+    """A hub id as a local directory: safetensors and settings only. The one place that uses the network.
+
+    A name in a directory that is here is a mistyped path, and the hub is not asked for it.
+    """
+    if name.parent.is_dir():
+        near = nearest(name.name, [p.name for p in name.parent.iterdir() if p.is_dir()])
+        raise SourceError(
+            f"there is no directory {name}",
+            hint=f"did you mean {name.parent / near}?"
+            if near
+            else f"{name.parent} is a directory here, so the hub is not asked",
+        )
+    log.warning("there is no directory %s: looking for it on the hub", name)
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md", "LICENSE*"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        patterns = ["*.safetensors", *(f"*{end}" for end in TEXTS), *(f"{n}*" for n in LICENCES)]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
         raise SourceError(
             f"there is no directory {name}, and the hub cannot be reached for it: {_first_line(error)}",
@@ -168,8 +187,16 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, bool]:
-    """The model in evaluation mode, and whether its pooler came without weights."""
+def _name(path: Path) -> str:
+    """A directory's name; in the cache of the hub the model's, since the directory is called by a hash."""
+    path = path.resolve()
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
+
+
+def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    """The model in evaluation mode, and the weights that its pooler came without."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise SourceError(
@@ -190,6 +217,10 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, bool]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, names[0], None)
+    if pools(path):
+        kind = (
+            transformers.AutoModel
+        )  # token vectors are pooled: a head that was trained before is not read
     if kind is None:
         known = [n for n in dir(transformers) if "For" in n or n.endswith("Model")]
         raise SourceError(unknown("architecture", names[0], known))
@@ -209,25 +240,25 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, bool]
         )
     except Exception as error:
         raise SourceError(f"{names[0]} does not load from {path}: {_first_line(error)}") from error
-    _check_weights(path, model, info)
-    for name in ("use_cache", "output_attentions", "output_hidden_states"):
-        if getattr(model.config, name, None):
-            setattr(model.config, name, False)
-    return model.eval(), bool(info["missing_keys"])
-
-
-def _check_weights(path: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
-    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
-    if missing:
-        raise SourceError(
-            f"{path} lacks weights that {type(model).__name__} needs: {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
-            hint="config.json's `architectures` must name the class that was trained",
-        )
+    missing = sorted(info["missing_keys"])
+    if any(not key.startswith("pooler.") for key in missing):
+        raise _lacks(path, model, missing)
     if info["mismatched_keys"]:
         key = str(sorted(map(str, info["mismatched_keys"]))[0])
         raise SourceError(f"{path}: the shape of {key} differs from config.json")
     check_finite(model)
+    for name in ("use_cache", "output_attentions", "output_hidden_states"):
+        if getattr(model.config, name, None):
+            setattr(model.config, name, False)
+    return model.eval(), missing
+
+
+def _lacks(path: Path, model: nn.Module, missing: Sequence[str]) -> SourceError:
+    return SourceError(
+        f"{path} lacks weights that {type(model).__name__} needs: {', '.join(missing[:3])}"
+        + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
+        hint="config.json's `architectures` must name the class that was trained",
+    )
 
 
 def check_finite(model: nn.Module) -> None:
@@ -269,20 +300,64 @@ def _example(
     return {n: values[n] for n in names}, {n: {0: "batch", 1: "sequence"} for n in names}
 
 
-def _outputs(path: Path, config: Mapping[str, Any], incomplete: bool) -> tuple[str, ...]:
+def _outputs(
+    path: Path,
+    config: Mapping[str, Any],
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    missing: Sequence[str],
+) -> tuple[str, ...]:
     """Outputs to keep; all where empty. A pooler that nobody trained or reads is dropped."""
-    if pools(path) or incomplete:
+    has = _output_names(model, inputs)
+    if missing and "last_hidden_state" not in has:  # the head reads the pooler
+        raise _lacks(path, model, missing)
+    if pools(path) and "last_hidden_state" not in has:
+        raise SourceError(
+            f"{path} pools token vectors (modules.json), and {type(model).__name__} gives {', '.join(has)}",
+            hint=f"name the class that gives `last_hidden_state` in config.json's `architectures`: "
+            f"{type(getattr(model, 'base_model', model)).__name__}, it seems",
+        )
+    if missing or pools(path):
         return ("last_hidden_state",)
-    return ("logits",) if kind_of(config) in ("classifier", "causal-lm") else ()
+    headed = kind_of(config) in ("classifier", "causal-lm") and "logits" in has
+    return ("logits",) if headed else ()
+
+
+def _output_names(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
+    try:
+        with torch.no_grad():
+            made = model(**inputs)
+    except Exception as error:
+        raise SourceError(
+            f"{type(model).__name__} does not run on example inputs: {_first_line(error)}"
+        ) from error
+    return tuple(made) if isinstance(made, Mapping) else ()
 
 
 def copied_files(path: Path) -> list[str]:
-    """Relative names of the files that travel with the engine."""
+    """Relative names of the files that travel with the engine: settings and texts, no weights and no code.
+
+    Raises SourceError for a link that leads out of the directory. In the cache of the hub, whose snapshots are links,
+    it may lead into a directory `blobs` of that cache.
+    """
+    root = path.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":
+        model = root.parent.parent
+        homes += [model / "blobs", model.parent / "blobs"]
     found: set[str] = set()
     for pattern in COPIED:
         for file in path.glob(pattern):
-            if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt"):
-                found.add(file.relative_to(path).as_posix())
+            licence = not file.suffix and file.name.startswith(LICENCES)
+            if not file.is_file() or not (licence or file.suffix in TEXTS):
+                continue
+            target = file.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                raise SourceError(
+                    f"{file} is a link out of the model directory, to {target}",
+                    hint="put the file itself there",
+                )
+            found.add(file.relative_to(path).as_posix())
     return sorted(found)
 
 
@@ -306,27 +381,147 @@ def from_factory(word: str, options: Mapping[str, Any] | None = None) -> Source:
         raise SourceError(unknown(f"function in {place}", attribute, known))
     try:
         made = factory(**(options or {}))
+    except EffcError:
+        raise
     except Exception as error:
         raise SourceError(f"{word} failed: {type(error).__name__}: {_first_line(error)}") from error
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
-        made = _plain_source(*made)
+        made = Source(modules={"main": made[0]}, inputs={"main": made[1]})
     if not isinstance(made, Source):
         raise SourceError(
             f"{word} returned {type(made).__name__}",
             hint="return effc.Source(...) or (module, inputs)",
         )
-    for model in made.modules.values():
-        check_finite(model)
+    try:
+        made = _checked(made)
+    except EffcError as error:
+        raise SourceError(error.what, where=f"what {word} returned", hint=error.hint) from error
     name = made.name if made.name != "model" else attribute
     return dataclasses.replace(made, name=name, digest=made.digest or _module_digest(made.modules))
 
 
-def _plain_source(module: nn.Module, inputs: Any) -> Source:
-    if isinstance(inputs, Tensor):
-        inputs = (inputs,)
-    if not isinstance(inputs, Mapping):
-        inputs = dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False))
-    return Source(modules={"main": module}, inputs={"main": dict(inputs)})
+def _checked(source: Source) -> Source:
+    """A source with all its inputs as tensors by name. Raises SourceError where a part has another form."""
+    modules = source.modules
+    is_mapping = isinstance(modules, Mapping) and bool(modules)
+    if not is_mapping or not all(isinstance(m, nn.Module) for m in modules.values()):
+        raise SourceError(f"modules is {_form(modules)}", hint='modules={"main": module}')
+    for module in modules.values():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            _check_tensor(name, tensor, "module")
+        check_finite(module)
+    inputs = _inputs(modules, source.inputs)
+    _check_dims(source.dims, inputs)
+    outputs = _outputs_by_role(source.outputs, inputs)
+    if source.batches is not None and not callable(source.batches):
+        raise SourceError(
+            f"batches is {_form(source.batches)}", hint="a function that gives batches each time"
+        )
+    if source.metric is not None and not hasattr(source.metric, "measure"):
+        raise SourceError(
+            f"metric is {_form(source.metric)}, not a metric",
+            hint="give an object of effc.metrics, or name it by --metric NAME:FILE",
+        )
+    return dataclasses.replace(source, inputs=inputs, outputs=outputs)
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = (f"{key!r}: {type(part).__name__}" for key, part in value.items())
+        return "{" + ", ".join(inner) + "}"
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _inputs(modules: Mapping[str, nn.Module], inputs: Any) -> dict[str, dict[str, Tensor]]:
+    """{role: {name: tensor}}, from tensors or arrays that are named, or stand in the order of forward's parameters."""
+    if not isinstance(inputs, Mapping) or set(inputs) != set(modules):
+        form = ", ".join(f'"{role}": {{name: tensor}}' for role in modules)
+        raise SourceError(
+            f"inputs is {_form(inputs)}, not one mapping for each role ({', '.join(modules)})",
+            hint=f"inputs={{{form}}}",
+        )
+    found = {}
+    for role, module in modules.items():
+        given = inputs[role]
+        if isinstance(given, Mapping):
+            tensors: Any = {name: _tensor(name, value) for name, value in given.items()}
+        elif isinstance(given, list | tuple):
+            tensors = [_tensor(str(place), value) for place, value in enumerate(given)]
+        else:
+            tensors = _tensor("0", given)
+        found[role] = named_inputs(module, tensors)
+        try:
+            inspect.signature(module.forward).bind(**found[role])
+        except TypeError as error:
+            raise SourceError(
+                f"forward of {type(module).__name__} does not take these inputs: {error}",
+                hint=f"it takes {inspect.signature(module.forward)}",
+            ) from error
+    return found
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor):
+        raise SourceError(
+            f"input {name!r} is {_form(value)}, not a tensor", hint="give a tensor or an array"
+        )
+    _check_tensor(f"input {name!r}", value, "tensor")
+    return value.detach()
+
+
+def _check_tensor(name: str, tensor: Tensor, what: str) -> None:
+    if tensor.is_floating_point() and tensor.element_size() < 4:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise SourceError(
+            f"{name} is {dtype}, and targets take float32", hint=f"return the {what} as .float()"
+        )
+    if tensor.device.type != "cpu":
+        raise SourceError(
+            f"{name} is on {tensor.device}, not on the CPU", hint=f"return the {what} as .cpu()"
+        )
+
+
+def _check_dims(dims: Any, inputs: Mapping[str, Mapping[str, Tensor]]) -> None:
+    hint = 'dims={"main": {"x": {0: "batch"}}}'
+    for role, named in _by_role("dims", dims, inputs, hint):
+        if not isinstance(named, Mapping):
+            raise SourceError(f"dims of {role!r} is {_form(named)}", hint=hint)
+        for name, axes in named.items():
+            if name not in inputs[role]:
+                raise SourceError(f"dims: {unknown('input', str(name), inputs[role])}", hint=hint)
+            if not isinstance(axes, Mapping):
+                raise SourceError(f"dims of {name!r} is {_form(axes)}", hint=hint)
+            for axis, word in axes.items():
+                if not isinstance(axis, int) or not 0 <= axis < inputs[role][name].dim():
+                    raise SourceError(
+                        f"dims: {name!r} has shape {list(inputs[role][name].shape)}, and no axis {axis!r}",
+                        hint=hint,
+                    )
+                if not isinstance(word, str) or not word:
+                    raise SourceError(f"dims: {word!r} is no name of a dimension", hint=hint)
+
+
+def _outputs_by_role(outputs: Any, inputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    hint = 'outputs={"main": ("logits",)}'
+    found = {}
+    for role, names in _by_role("outputs", outputs, inputs, hint):
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise SourceError(f"outputs of {role!r} is {_form(names)}, not names", hint=hint)
+        found[role] = tuple(names)
+    return found
+
+
+def _by_role(
+    part: str, value: Any, roles: Mapping[str, Any], hint: str
+) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise SourceError(f"{part} is {_form(value)}", hint=hint)
+    for role in value:
+        if role not in roles:
+            raise SourceError(f"{part}: {unknown('role', str(role), roles)}", hint=hint)
+    return value.items()
 
 
 def import_code(place: str) -> Any:

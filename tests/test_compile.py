@@ -66,7 +66,7 @@ MODEL = """
     def pair():
         import effc
 
-        inputs = {"x": torch.randn(2, 4)}
+        inputs = {"input": torch.randn(2, 4)}
         return effc.Source(
             modules={"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}, inputs={"a": inputs, "b": inputs},
         )

@@ -326,12 +326,13 @@ def test_a_package_with_a_damaged_manifest_is_not_replaced(out, text):
 
 
 def test_a_file_that_is_put_there_during_a_compile_is_not_removed(out):
-    with (
-        pytest.raises(PackageError, match=r"did not write: late\.txt"),
-        package.staged(out) as stage,
-    ):
-        fill(stage, "new")
-        (out / "late.txt").write_text("just now", encoding="utf-8")
+    def write() -> None:
+        with package.staged(out) as stage:
+            fill(stage, "new")
+            (out / "late.txt").write_text("just now", encoding="utf-8")
+
+    with pytest.raises(PackageError, match=r"did not write: late\.txt"):
+        write()
     assert (out / "late.txt").read_text(encoding="utf-8") == "just now"
     assert leftovers(out.parent) == []
 

@@ -85,6 +85,14 @@ def test_pictures_of_one_size_are_treated_as_each_alone(tmp_path):
     np.testing.assert_array_equal(mine.images(np.stack(pictures))["pixel_values"], alone)
 
 
+def test_large_pictures_are_floats_one_at_a_time(tmp_path, monkeypatch):
+    mine, seen, whole = processor(tmp_path, image_size=24), [], Processor._sized
+    monkeypatch.setattr(mine, "_sized", lambda p, s: seen.append(len(p)) or whole(mine, p, s))
+    mine.images([picture(1024, 1024, 3) for _ in range(2)])
+    mine.images([picture(30, 40, 3) for _ in range(2)])
+    assert seen == [1, 1, 2]
+
+
 def test_pictures_of_many_sizes_and_colours_are_one_batch(tmp_path):
     mine = processor(tmp_path, image_size=16)
     pictures = [picture(16, 16), picture(20, 30, 3), picture(9, 16, 4), picture(16, 16, 1)]

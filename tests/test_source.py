@@ -10,7 +10,7 @@ import torch
 
 from effc.calib.data import Record
 from effc.errors import SourceError, UsageError
-from effc.source import copied_files, directory_digest, from_directory, guess, load
+from effc.source import Source, copied_files, directory_digest, from_directory, guess, load
 from kit import cli, content, made, save_encoder
 
 
@@ -30,12 +30,46 @@ def test_a_directory_is_read_with_the_head_that_it_names():
 
 
 def test_what_travels_is_no_weights_and_no_code(model):
-    for name in ("mine.py", "pytorch_model.bin", "vocab.txt", "NOTICE.txt", "training.log"):
+    for name in ("mine.py", "pytorch_model.bin", "vocab.txt", "NOTICE.txt", "training.log",
+                 "tokenizer.py", "vocab.pkl", "vocab", "tokenizer.bin", "LICENSE.exe"):  # fmt: skip
         (model / name).write_text("x", encoding="utf-8")
     assert copied_files(model) == [
         "1_Pooling/config.json", "LICENSE", "NOTICE.txt", "README.md", "config.json", "modules.json",
         "tokenizer.json", "tokenizer_config.json", "vocab.txt",
     ]  # fmt: skip
+
+
+def test_a_link_out_of_the_directory_does_not_travel(model, tmp_path):
+    (tmp_path / "secret.txt").write_text("mine", encoding="utf-8")
+    (model / "real.txt").write_text("ours", encoding="utf-8")
+    (model / "vocab.txt").symlink_to("real.txt")
+    assert "vocab.txt" in copied_files(model)
+    (model / "merges.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(SourceError, match=r"merges\.txt is a link out of the model directory"):
+        copied_files(model)
+
+
+def snapshot(cache: Path, model: Path) -> Path:
+    """A directory as the hub's cache has it: links to blobs, of the model or of the whole cache."""
+    home = cache / "models--owner--tiny-bert"
+    place = home / "snapshots" / "0123abcd"
+    shared = cache / "blobs" / "7f"
+    shared.mkdir(parents=True)
+    (home / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(f for f in model.rglob("*") if f.is_file())):
+        blob = home / "blobs" / str(number)
+        shutil.copy(file, shared / str(number))
+        blob.symlink_to(shared / str(number))
+        (place / file.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
+        (place / file.relative_to(model)).symlink_to(blob)
+    return place
+
+
+def test_a_snapshot_of_the_hub_has_the_name_of_the_model_and_all_its_files(model, tmp_path):
+    place = snapshot(tmp_path / "hub", model)
+    source = from_directory(place)
+    assert source.name == "tiny-bert"
+    assert source.files == tuple(copied_files(model))
 
 
 def test_the_digest_is_of_weights_and_config(model):
@@ -166,8 +200,132 @@ def test_a_word_is_a_directory_a_factory_or_a_name(tmp_path):
         guess(str(made().sentences))
 
 
+def test_a_mistyped_directory_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, caplog):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    with pytest.raises(SourceError, match="no directory models/brt") as caught:
+        load(guess("models/brt"))
+    assert caught.value.hint == "did you mean models/bert?"
+    assert asked == [] and caplog.messages == []
+    with pytest.raises(SourceError):
+        load(guess("owner/name"))
+    assert asked == ["owner/name"]
+    assert caplog.messages == ["there is no directory owner/name: looking for it on the hub"]
+
+
+# Weights that are missing, outputs that are not there
+
+
 def test_a_pooler_without_weights_is_left_out(tmp_path):
     model = save_encoder(tmp_path / "other", seed=1)
     (model / "modules.json").unlink()
     source = from_directory(model)
     assert source.outputs["main"] == ("last_hidden_state",)
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def headed(place: Path, kind: str) -> Path:
+    """A model directory of a class, whose weights of a pooler are left out."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    made = getattr(transformers, kind)
+    made(made.config_class(**SIZES)).save_pretrained(place)
+    weights = load_file(place / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["BertForSequenceClassification", "DebertaV2ForSequenceClassification", "BertForNextSentencePrediction"],
+)  # fmt: skip
+def test_a_head_that_reads_a_pooler_without_weights_is_refused(tmp_path, kind):
+    with pytest.raises(SourceError, match=f"lacks weights that {kind} needs: .*pooler"):
+        from_directory(headed(tmp_path / "model", kind))
+
+
+def test_a_sentence_encoder_is_read_without_the_head_that_it_was_trained_with(tmp_path):
+    model = headed(tmp_path / "model", "BertForMaskedLM")
+    assert from_directory(model).outputs == {}
+    (model / "modules.json").write_text("[]", encoding="utf-8")
+    source = from_directory(model)
+    assert source.outputs == {"main": ("last_hidden_state",)}
+    assert source.kind == "encoder"
+    assert type(source.module).__name__ == "BertModel"
+
+
+# What a factory may return
+
+
+def returned(tmp_path: Path, code: str) -> Source:
+    file = tmp_path / "mine.py"
+    head = "import effc, numpy, torch\nfrom torch import nn\nm = nn.Linear(4, 2)\nx = torch.ones(2, 4)\n"
+    file.write_text(f"{head}def make():\n    return {code}\n", encoding="utf-8")
+    return load({"python": f"{file}:make"})
+
+
+def source_of(**parts: str) -> str:
+    fields = {"modules": "{'main': m}", "inputs": "{'main': {'input': x}}"} | parts
+    return f"effc.Source({', '.join(f'{name}={value}' for name, value in fields.items())})"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "(m, x)",
+        "(m, [x])",
+        "(m, {'input': numpy.ones((2, 4), 'float32')})",
+        source_of(inputs="{'main': x.requires_grad_()}"),
+        source_of(inputs="{'main': (x,)}", dims="{'main': {'input': {0: 'batch'}}}"),
+    ],
+)
+def test_inputs_of_a_factory_become_tensors_by_name(tmp_path, code):
+    inputs = returned(tmp_path, code).inputs["main"]
+    assert list(inputs) == ["input"]
+    assert inputs["input"].numpy().tolist() == [[1] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("code", "match", "hint"),
+    [
+        (source_of(modules="m"), "modules is a Linear", "main"),
+        (source_of(modules="{'main': 3}"), "modules is {'main': int}", "main"),
+        (source_of(inputs="{'input': x}"), r"inputs is {'input': Tensor}, not one mapping for each role \(main\)",
+         'inputs={"main": {name: tensor}}'),
+        (source_of(inputs="x"), "inputs is a Tensor", "main"),
+        ("(m, {'input': 3})", "input 'input' is a int, not a tensor", "tensor"),
+        ("(m, {'x': x})", "forward of Linear does not take these inputs: missing", "input"),
+        ("(m, (x, x))", "forward takes 1 inputs but 2 examples", None),
+        ("(m, {'input': x.half()})", "input 'input' is float16, and targets take float32", "float()"),
+        ("(nn.Linear(4, 2).bfloat16(), x)", "weight is bfloat16, and targets take float32", "float()"),
+        ("(nn.Linear(4, 2, device='meta'), x)", "weight is on meta", "cpu()"),
+        (source_of(dims="{'main': {'inputs': {0: 'batch'}}}"), "unknown input 'inputs'; did you mean 'input'", "dims"),
+        (source_of(dims="{'input': {0: 'batch'}}"), "dims: unknown role 'input'", "dims"),
+        (source_of(dims="{'main': {'input': {2: 'batch'}}}"), r"shape \[2, 4\], and no axis 2", "dims"),
+        (source_of(dims="{'main': {'input': {0: 1}}}"), "1 is no name of a dimension", "dims"),
+        (source_of(dims="{'main': {'input': ['batch']}}"), "dims of 'input' is a list", "dims"),
+        (source_of(outputs="{'main': 'logits'}"), "outputs of 'main' is 'logits', not names", "outputs"),
+        (source_of(outputs="('logits',)"), "outputs is a tuple", "outputs"),
+        (source_of(batches="[]"), "batches is a list", "function"),
+        (source_of(metric="'sts:pairs.csv'"), "metric is 'sts:pairs.csv', not a metric", "--metric"),
+    ],
+)  # fmt: skip
+def test_a_source_of_another_form_is_refused_at_the_door(tmp_path, code, match, hint):
+    with pytest.raises(SourceError, match=match) as caught:
+        returned(tmp_path, code)
+    assert caught.value.where == f"what {tmp_path / 'mine.py'}:make returned"
+    assert hint is None or hint in caught.value.hint

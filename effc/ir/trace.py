@@ -42,7 +42,7 @@ def trace(
     Raises TraceError where the module cannot be exported, with the first reason that torch gives and the line
     of the model that it is about.
     """
-    feeds = _named(module, inputs)
+    feeds = named_inputs(module, inputs)
     dims = _default_dims(feeds) if dims is None else dims
     for name, axes in dims.items():
         for axis, word in axes.items():
@@ -64,9 +64,10 @@ def trace(
     return Program({role: graph})
 
 
-def _named(
+def named_inputs(
     module: nn.Module, inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 ) -> dict[str, Tensor]:
+    """Example inputs by name; where none is given, the names are those of forward's parameters."""
     if isinstance(inputs, Mapping):
         return dict(inputs)
     if isinstance(inputs, Tensor):

@@ -169,6 +169,37 @@ def test_every_line_is_as_likely_to_be_drawn(write):
     assert all(230 < count < 370 for count in counts.values())  # 300 expected, 14.5 a deviation
 
 
+@pytest.mark.parametrize("kind", ["a.txt", "a.csv.gz", "a.npz", IMAGES, "folder"])
+def test_what_a_draw_takes_and_what_it_leaves_is_the_whole_file(write, tmp_path, kind):
+    values = np.arange(12)
+    if kind == "a.txt":
+        path = write(kind, "\n\n".join(map(str, values)))
+    elif kind == "a.csv.gz":
+        path = write(kind, gzip.compress("\n".join(["text", *map(str, values)]).encode()))
+    elif kind == "a.npz":
+        path = tmp_path / kind
+        np.savez(path, x=values)
+    elif kind == IMAGES:
+        path = write(kind, idx(values.reshape(12, 1, 1)))
+    else:
+        image, path = pytest.importorskip("PIL.Image"), tmp_path
+        for i in values:
+            image.fromarray(np.full((1, 1), i, np.uint8)).save(tmp_path / f"{i:02}.png")
+
+    def number(record: Record) -> int:
+        if record.pixels is not None:
+            return int(record.pixels[0, 0])
+        return int(record.text if record.arrays is None else record.arrays["x"])
+
+    def read_values(**options) -> list[int]:
+        return [number(record) for record in read(path, **options)]
+
+    taken, left = (read_values(samples=5, seed=2, left=left) for left in (False, True))
+    assert len(taken) == 5 and taken == sorted(taken) and left == sorted(left)
+    assert sorted(taken + left) == read_values() == values.tolist()
+    assert read_values(samples=12, left=True) == []
+
+
 @pytest.mark.parametrize("samples", [0, -1])
 def test_no_samples_cannot_be_drawn(write, samples):
     refused(write("a.txt", "one\n"), "cannot be drawn", samples=samples)
