@@ -102,7 +102,7 @@ class OrtEngine(EngineBase):
         try:
             values = self._session.run(self._names, {p.name: feeds[p.name] for p in self.inputs})
         except Exception as error:
-            shapes = {p.name: list(feeds[p.name].shape) for p in self.inputs}
+            shapes = {name: list(value.shape) for name, value in feeds.items()}
             raise LoweringError(
                 f"onnxruntime cannot run {self._path.name} on {shapes}: {str(error).splitlines()[0]}",
                 hint="the engine takes "

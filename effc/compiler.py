@@ -34,7 +34,7 @@ from effc.ir.trace import trace
 from effc.passes import CANONICAL, PASSES
 from effc.passes.base import PassRecord
 from effc.passes.pipeline import apply
-from effc.progress import Progress
+from effc.progress import Counted, Progress, Step, silent
 from effc.recipe import QUANTIZE_WORDS, BenchSpec, Recipe, build, read, without_bench
 from effc.samples import LENGTHS, Samples
 from effc.source import Source, guess, load
@@ -180,10 +180,10 @@ def run(
                 Built(target=target, program=program, records=tuple(records), lowered=lowered)
             )
         first = built[0].lowered[0]
-        with progress.stage("verify"):
+        with progress.stage("verify") as step:
             drifts = {
                 made.target: verify_engine(
-                    source, original.only(), low, samples, made.lossy, threads
+                    source, original.only(), low, samples, made.lossy, threads, step
                 )
                 for made in built
                 for low in made.lowered
@@ -195,8 +195,8 @@ def run(
             }
         measured = None
         if metric is not None:
-            with progress.stage("metric"):
-                measured = measure(source, original.only(), first, metric, threads)
+            with progress.stage("metric") as step:
+                measured = measure(source, original.only(), first, metric, threads, step)
         timed = None
         if recipe.bench is not None:
             with progress.stage("bench") as step:
@@ -329,7 +329,13 @@ def _lower(
 
 
 def verify_engine(
-    source: Source, graph: Graph, lowered: Lowered, samples: Samples, lossy: bool, threads: int
+    source: Source,
+    graph: Graph,
+    lowered: Lowered,
+    samples: Samples,
+    lossy: bool,
+    threads: int,
+    step: Step = silent,
 ) -> dict[str, Json]:
     """Drift of an engine from the user's module, by kind of data and output.
 
@@ -340,11 +346,13 @@ def verify_engine(
         ModuleEngine(source.module, graph) as reference,
         BACKENDS[lowered.target]().open(lowered, threads=threads) as engine,
     ):
-        for label, batches in _cases(source, samples, engine, longest(source, graph)):
+        cases = _cases(source, samples, engine, longest(source, graph))
+        for number, (label, batches) in enumerate(cases, 1):
             drifts = parity(reference, engine, batches)
             if not lossy:
                 Tolerance().check(drifts, where=f"{lowered.target}, {label}")
             found[label] = {name: dataclasses.asdict(d) for name, d in drifts.items()}
+            step(number, len(cases))
     return found
 
 
@@ -417,6 +425,11 @@ def _padded(samples: Samples, length: int) -> Json | None:
 def fits(ports: Sequence[Port], feeds: Mapping[str, Any]) -> bool:
     """Whether feeds have the sizes that an engine's fixed dimensions want."""
     for port in ports:
+        if port.name not in feeds:
+            raise VerifyError(
+                f"the engine takes {port.name!r}, which the model does not",
+                hint="it was made from another model",
+            )
         shape = feeds[port.name].shape
         if len(shape) != len(port.shape):
             return False
@@ -428,12 +441,21 @@ def fits(ports: Sequence[Port], feeds: Mapping[str, Any]) -> bool:
     return True
 
 
-def measure(source: Source, graph: Graph, lowered: Lowered, metric: Any, threads: int) -> Json:
+def measure(
+    source: Source,
+    graph: Graph,
+    lowered: Lowered,
+    metric: Any,
+    threads: int,
+    step: Step = silent,
+) -> Json:
     """The task metric of model and engine on the same samples, with the interval of their difference."""
     with ModuleEngine(source.module, graph) as model:
-        reference = metric.measure(model, source.processor)
+        first = Counted(model, step)
+        reference = metric.measure(first, source.processor)
     with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
-        mine = metric.measure(engine, source.processor)
+        second = Counted(engine, step, done=first.done, total=2 * first.done)
+        mine = metric.measure(second, source.processor)
     compared = metrics.compare(metric, reference, mine)
     return {**dataclasses.asdict(compared), "data": metrics.describe(metric.file)}
 

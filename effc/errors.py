@@ -6,6 +6,12 @@ An error is a letter to someone in a hurry: `what` is wrong, `where` it is, and 
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says first, or its name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 class EffcError(Exception):
     """Something effc can explain; `exit_code` is what the command line returns for it."""
 

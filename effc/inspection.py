@@ -59,7 +59,7 @@ def verify(
     if wanted is not None:
         wanted.check(source)
     threads = threads or compiler.default_threads()
-    with progress.stage("verify"):
+    with progress.stage("verify") as step:
         for number, entry in enumerate(manifest.engines):
             cases = compiler.verify_engine(
                 source,
@@ -68,14 +68,17 @@ def verify(
                 samples,
                 _lossy(manifest, entry),
                 threads,
+                step,
             )
             found["outputs"] = found["outputs"] or compiler.worst_known(cases)
             prefix = f"{entry.target}: " if number else ""
             found["cases"] |= {f"{prefix}{label}": drifts for label, drifts in cases.items()}
     if wanted is not None:
         lowered = _lowered(out, manifest.engines[0])
-        with progress.stage("metric"):
-            found["metric"] = compiler.measure(source, original.only(), lowered, wanted, threads)
+        with progress.stage("metric") as step:
+            found["metric"] = compiler.measure(
+                source, original.only(), lowered, wanted, threads, step
+            )
     return found
 
 
@@ -227,14 +230,14 @@ def bench(
     if wanted is not None:
         wanted.check(source)
     lowered = _lowered(out, entry)
-    with progress.stage("verify"):
+    with progress.stage("verify") as step:
         cases = compiler.verify_engine(
-            source, original.only(), lowered, samples, _lossy(manifest, entry), threads
+            source, original.only(), lowered, samples, _lossy(manifest, entry), threads, step
         )
     measured = None
     if wanted is not None:
-        with progress.stage("metric"):
-            measured = compiler.measure(source, original.only(), lowered, wanted, threads)
+        with progress.stage("metric") as step:
+            measured = compiler.measure(source, original.only(), lowered, wanted, threads, step)
     spec = BenchSpec(shapes=tuple(shapes), threads=threads, budget_s=budget_s)
     with progress.stage("bench") as step:
         timed = compiler.time_engine(

@@ -17,6 +17,10 @@ Step = Callable[[int, int | None], None]
 """`step(done, total)`; `total` is None where nobody knows it."""
 
 
+def silent(done: int, total: int | None) -> None:
+    """A step that nobody watches."""
+
+
 class Progress:
     """Says nothing and remembers the seconds of every stage."""
 
@@ -35,7 +39,7 @@ class Progress:
 
     @contextmanager
     def draw(self, name: str) -> Iterator[Step]:
-        yield lambda done, total: None
+        yield silent
 
 
 class Counted:

@@ -33,6 +33,7 @@ def text(content: Mapping[str, Any]) -> str:
         *_passes(content),
         *_sites(content),
         *_drift(content),
+        *_lowering(content),
         *_metric(content),
         *_bench(content),
     ]
@@ -104,6 +105,13 @@ def _drift(content: Mapping[str, Any]) -> list[str]:
                     f"relative L2 {d['rel_l2']:.3g}, cosine {d['cosine']:.5f}"
                 )
     return lines
+
+
+def _lowering(content: Mapping[str, Any]) -> list[str]:
+    return [
+        f"lowering  {_of(content, target)}engine against its own graph: relative L2 {d['rel_l2']:.3g}"
+        for target, d in content["lowering"].items()
+    ]
 
 
 def _metric(content: Mapping[str, Any]) -> list[str]:

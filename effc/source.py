@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from effc.calib.data import Batch
-from effc.errors import EffcError, SourceError
+from effc.errors import EffcError, SourceError, first_line
 from effc.ir.trace import named_inputs
 from effc.processor import Processor, kind_of, pools
 from effc.table import nearest, unknown
@@ -182,7 +182,7 @@ def _download(name: Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
         raise SourceError(
-            f"there is no directory {name}, and the hub cannot be reached for it: {_first_line(error)}",
+            f"there is no directory {name}, and the hub cannot be reached for it: {first_line(error)}",
             hint="give a local directory",
         ) from error
 
@@ -239,7 +239,7 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[
             output_loading_info=True,
         )
     except Exception as error:
-        raise SourceError(f"{names[0]} does not load from {path}: {_first_line(error)}") from error
+        raise SourceError(f"{names[0]} does not load from {path}: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if any(not key.startswith("pooler.") for key in missing):
         raise _lacks(path, model, missing)
@@ -329,7 +329,7 @@ def _output_names(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, 
             made = model(**inputs)
     except Exception as error:
         raise SourceError(
-            f"{type(model).__name__} does not run on example inputs: {_first_line(error)}"
+            f"{type(model).__name__} does not run on example inputs: {first_line(error)}"
         ) from error
     return tuple(made) if isinstance(made, Mapping) else ()
 
@@ -384,7 +384,7 @@ def from_factory(word: str, options: Mapping[str, Any] | None = None) -> Source:
     except EffcError:
         raise
     except Exception as error:
-        raise SourceError(f"{word} failed: {type(error).__name__}: {_first_line(error)}") from error
+        raise SourceError(f"{word} failed: {type(error).__name__}: {first_line(error)}") from error
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
         made = Source(modules={"main": made[0]}, inputs={"main": made[1]})
     if not isinstance(made, Source):
@@ -562,8 +562,3 @@ def _module_digest(modules: Mapping[str, nn.Module]) -> str:
             flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
             total.update(flat.numpy().tobytes())
     return total.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

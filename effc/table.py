@@ -16,7 +16,7 @@ from effc.errors import EffcError, RecipeError
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like `word`, or None where nothing comes close."""
-    hits = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    hits = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return hits[0] if hits else None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from effc.errors import TraceError
+from effc.errors import TraceError, first_line
 from effc.ir.program import Graph, Origin, Program
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def trace(
             exported = _export(module, feeds, dims)
     except Exception as error:
         raise TraceError(
-            f"torch.export refused {type(module).__name__}: {_first_line(error)}",
+            f"torch.export refused {type(module).__name__}: {first_line(error)}",
             where=_place(error),
             hint="run with --debug for torch's whole explanation",
         ) from error
@@ -193,8 +193,3 @@ def _place(error: BaseException | None) -> str | None:
                 return f"{frame.f_code.co_name}, {frame.f_code.co_filename} line {line}"
         error = error.__cause__ or error.__context__
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
