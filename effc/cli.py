@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import typer
 
 from effc.backends import TARGETS
 from effc.errors import INTERRUPTED, EffcError, RecipeError, UsageError
-from effc.progress import Progress, Step
+from effc.progress import Progress, Step, silent
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_state: dict[str, Any] = {"debug": False}
+_state: dict[str, Any] = {"interrupted": False, "debug": False}
 
 
 class Terminal(Progress):
@@ -40,8 +41,15 @@ class Terminal(Progress):
 
     @contextmanager
     def draw(self, name: str) -> Iterator[Step]:
+        with self._drawn(name) as step:
+            yield step
+        if _state["interrupted"]:  # and somebody's code took it for an error of its own
+            raise _Interrupted
+
+    @contextmanager
+    def _drawn(self, name: str) -> Iterator[Step]:
         if self.bar is None:
-            yield lambda done, total: None
+            yield silent
             return
         task = self.bar.add_task(name, total=None)
 
@@ -96,8 +104,6 @@ def _debug(value: bool) -> bool:
 
 
 def _verbose(value: bool) -> bool:
-    import logging
-
     if value:
         logging.getLogger("effc").setLevel(logging.INFO)
     return value
@@ -134,7 +140,6 @@ def options(
       effc verify OUT --model MODEL_DIR
       effc bench OUT --model MODEL_DIR
     """
-    import logging
 
     _state["debug"] = debug
     level = logging.INFO if verbose else logging.WARNING
@@ -479,17 +484,24 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, _interrupt)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache) / "effc" / "torch"))
+    _state["interrupted"] = False
     try:
-        code = (
-            app(prog_name="effc", standalone_mode=False) or 0
-        )  # a Ctrl-C comes back as its exit code
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-    except EffcError as error:
-        code = _fail(error)
+        code = _run()
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         code = INTERRUPTED
+    finally:
+        logging.disable(logging.NOTSET)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """The exit code of a command. Raises KeyboardInterrupt where a signal ended it, whatever came of the signal."""
+    try:
+        code = app(prog_name="effc", standalone_mode=False) or 0
+    except EffcError as error:
+        _refuse_interrupted()
+        code = _fail(error)
     except typer.Exit as stop:
         code = stop.exit_code
     except typer.Abort:
@@ -498,10 +510,20 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
+        _refuse_interrupted()
         code = _fail(_plain(error))
     except Exception as error:
+        _refuse_interrupted()
         code = _usage(error)
-    sys.exit(code)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return int(code)
+
+
+def _refuse_interrupted() -> None:
+    """Raise KeyboardInterrupt where an error is only what somebody's code made of a signal."""
+    if _state["interrupted"]:
+        raise KeyboardInterrupt
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -509,6 +531,8 @@ class _Interrupted(KeyboardInterrupt):
 
 
 def _interrupt(*_: Any) -> None:
+    _state["interrupted"] = True
+    logging.disable(logging.CRITICAL)  # torch logs what flies through it
     raise _Interrupted
 
 

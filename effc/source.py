@@ -217,13 +217,11 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, names[0], None)
-    if pools(path):
-        kind = (
-            transformers.AutoModel
-        )  # token vectors are pooled: a head that was trained before is not read
     if kind is None:
         known = [n for n in dir(transformers) if "For" in n or n.endswith("Model")]
         raise SourceError(unknown("architecture", names[0], known))
+    if pools(path):
+        kind = transformers.AutoModel  # token vectors are pooled: the head is not read
     if config.get("is_encoder_decoder"):
         raise SourceError(
             f"{names[0]} is an encoder with a decoder, which has no single graph",

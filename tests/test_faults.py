@@ -601,3 +601,18 @@ def test_a_model_with_few_positions_compiles(tmp_path):
     model = save_encoder(tmp_path / "short", max_position_embeddings=32)
     ran = cli("compile", model, "-o", tmp_path / "out", "--no-bench")
     assert ran.code == 0, ran.err
+
+
+def test_an_interrupt_that_somebody_took_for_an_error_still_ends_the_command(out, monkeypatch):
+    def swallow(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt as error:
+            raise TypeError("an odd value") from error
+
+    monkeypatch.setattr("effc.compiler.trace_source", swallow)
+    with untouched(out.parent):
+        ran = cli("compile", factory("perceptron"), "-o", out, "--no-bench")
+    assert ran.code == 130
+    assert ran.err == "interrupted; nothing was written\n"
