@@ -250,6 +250,7 @@ def test_doctor_says_what_is_here():
     assert found["versions"]["effc"]
 
 
+@pytest.mark.slow
 def test_inspect_of_a_package_and_of_a_model():
     ran = cli("inspect", made().out)
     assert ran.code == 0
@@ -381,6 +382,7 @@ def test_verify_finds_the_second_engine_broken(wide):
     assert_letter(cli("verify", wide, "--trust-code"), "LoweringError", 8, "model.onnx")
 
 
+@pytest.mark.slow
 def test_bench_times_the_engine_of_a_target(wide, tmp_path):
     words = ("--trust-code", "--budget", 0.2, "--shapes", "1", "--json", tmp_path / "bench.json")
     for target in ("ort", "onnx"):
@@ -393,6 +395,7 @@ def test_bench_times_the_engine_of_a_target(wide, tmp_path):
     assert_letter(ran, "UsageError", 2, "no engine for 'npu'", "ort, onnx")
 
 
+@pytest.mark.slow
 def test_bench_writes_the_published_json(out, tmp_path):
     ran = cli(
         "bench", out, "--model", made().model, "--budget", 0.3, "--shapes", "1x8",
@@ -505,6 +508,7 @@ def test_it_compiles_without_a_network_and_leaves_only_a_cache(tmp_path):
 
 
 @pytest.mark.skipif(not unshared(), reason="no name spaces here")
+@pytest.mark.slow
 def test_a_hub_name_without_a_network_is_a_source_error(tmp_path):
     words = ("compile", "nobody/no-such-model", "-o", tmp_path / "out")
     ran = process(*words, env=fresh(tmp_path / "home"), prefix=["unshare", "-rn"], cwd=tmp_path)
@@ -512,6 +516,7 @@ def test_a_hub_name_without_a_network_is_a_source_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_onnxruntime_is_imported_without_telemetry(tmp_path):
     home = tmp_path / "home"
     script = "import effc.backends.ort, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"

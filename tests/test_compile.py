@@ -185,6 +185,7 @@ def test_a_source_may_bring_its_own_batches(place, tmp_path):
     assert made.report["verify"]["ort"]["calibration"]["output"]["n"] == 16
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_fixed_is_verified_on_the_example(place, tmp_path):
     made = effc.compile(f"{place / 'model.py'}:fixed", tmp_path / "OUT", threads=1)
     assert list(made.report["verify"]["ort"]) == ["batch 3"]
@@ -226,6 +227,7 @@ def test_without_quantisation_the_engine_is_exact(place, tmp_path):
     assert all(outputs["output"]["rel_l2"] < 1e-5 for outputs in drifts)
 
 
+@pytest.mark.slow
 def test_two_targets_lie_in_two_folders(place, tmp_path):
     made = compiled(place, tmp_path / "OUT", target=["ort", "onnx"])
     paths = [engine["path"] for engine in made.report["manifest"]["engines"]]
@@ -242,6 +244,7 @@ def test_two_targets_lie_in_two_folders(place, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["w4a8", "w6a6", "w8a16", "w4a16"])
+@pytest.mark.slow
 def test_every_word_makes_an_engine(words, place, tmp_path):
     made = compiled(place, tmp_path / "OUT", quantize=words)
     (engine,) = made.report["manifest"]["engines"]
@@ -271,6 +274,7 @@ def test_a_recipe_file_compiles_as_it_stands(place, tmp_path):
         effc.compile(tmp_path / "recipe.yaml", tmp_path / "OUT", quantize="int8")
 
 
+@pytest.mark.slow
 def test_a_compile_leaves_the_model_and_torch_as_they_were(place, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()

@@ -34,6 +34,8 @@ from kit import (
     save_encoder,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def out(tmp_path):
@@ -309,7 +311,6 @@ def test_arrays_that_do_not_fit_the_model(tmp_path, case):
         list(samples("main"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "none"])
 def test_floats_for_ids(out, tmp_path, quantize):
     np.savez(tmp_path / "floats.npz", **ARRAYS["floats for ids"][0])
@@ -478,7 +479,6 @@ def without_room(bytes_: int):
     return limit
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("room", [64, 2048])
 def test_a_disk_that_fills_up(fresh, room):
     env = {"PYTHONDONTWRITEBYTECODE": "1"}
@@ -490,7 +490,6 @@ def test_a_disk_that_fills_up(fresh, room):
     assert_letter(ran, "PackageError", 12, "no room")
 
 
-@pytest.mark.slow
 def test_a_real_small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -559,7 +558,6 @@ def test_an_interrupt_as_a_stage_begins(out, tmp_path, stage, number):
     assert ran.out == ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupt_in_the_midst_of_a_stage(tmp_path, pairs, stage):
     place = tmp_path / "place"

@@ -180,7 +180,7 @@ PAIRS = "the cat,the cat,5\nthe cat sat,a dog,1\nthe cat sat,the cat ran,3\na do
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_sts_ranks_cosines(tokens, write, name):
     content = PAIRS.encode()
-    file = write(name, gzip.compress(content) if name.endswith(".gz") else content)
+    file = write(name, gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     metric, processor = of("sts", file), tokens()
     metric.check(source(processor))
     samples = metric.measure(Stub(bag), processor)
@@ -216,7 +216,9 @@ def test_an_sts_file_at_fault_is_named_before_the_work(tokens, write, content, m
 
 @pytest.mark.parametrize("name", ["sts", "recall@1", "accuracy", "entity_f1", "perplexity"])
 @pytest.mark.parametrize(
-    "content", [b"not zipped", gzip.compress(b"a,b,1\n" * 99)[:-9], gzip.compress(b"\xff")]
+    "content",
+    [b"not zipped", gzip.compress(b"a,b,1\n" * 99)[:-9], gzip.compress(b"\xff")],
+    ids=["not zipped", "cut short", "not UTF-8"],
 )
 def test_a_damaged_file_is_named(tokens, write, name, content):
     file = write("a.csv.gz", content)

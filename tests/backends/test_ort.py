@@ -72,6 +72,7 @@ def built(program, tmp_path_factory):
     return folder, lower(program, folder)
 
 
+@pytest.mark.slow
 def test_every_layer_of_an_encoder_is_fused(built):
     _, lowered = built
     linear = [site for site in lowered.sites if site.op == "linear"]
@@ -82,6 +83,7 @@ def test_every_layer_of_an_encoder_is_fused(built):
     assert lowered.requires[0].startswith("onnxruntime>=")
 
 
+@pytest.mark.slow
 def test_biases_are_inside_and_attention_has_no_transposes(built):
     folder, _ = built
     graph = onnx.load(folder / "model.onnx").graph
@@ -93,6 +95,7 @@ def test_biases_are_inside_and_attention_has_no_transposes(built):
     assert "MatMul" not in found
 
 
+@pytest.mark.slow
 def test_an_encoder_in_int8_agrees_with_the_graph(program, built):
     feeds = sentences(4, seed=9)
     wanted = program.run({n: torch.from_numpy(v) for n, v in feeds.items()})["last_hidden_state"]
@@ -101,6 +104,7 @@ def test_an_encoder_in_int8_agrees_with_the_graph(program, built):
     assert distance(wanted, found) < 0.02
 
 
+@pytest.mark.slow
 def test_an_embedding_does_not_depend_on_neighbours_or_padding(built):
     together = sentences(4, seed=3)
     lengths = [3, 12, 7, 1]
@@ -122,6 +126,7 @@ def test_an_embedding_does_not_depend_on_neighbours_or_padding(built):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 32), (5, 2)])
+@pytest.mark.slow
 def test_the_engine_takes_every_shape(built, shape):
     with Ort().open(built[1], threads=1) as opened:
         assert opened(sentences(*shape))["last_hidden_state"].shape == (*shape, 32)
@@ -216,6 +221,7 @@ def test_a_tied_table_is_one_initialiser_and_both_its_sites_are_int8(tmp_path):
     assert distance(program.run(ids=torch.from_numpy(ids))["output"], found) < 1e-5
 
 
+@pytest.mark.slow
 def test_nothing_quantised_means_no_sites_and_the_same_numbers(bert, tmp_path):
     inputs = {name: torch.from_numpy(value) for name, value in sentences(2).items()}
     program = effc.trace(bert, inputs, dims={n: {0: "batch", 1: "sequence"} for n in inputs})
@@ -236,6 +242,7 @@ def test_a_layer_that_fell_back_is_named_with_a_reason(tmp_path):
     assert "float" in site.reason
 
 
+@pytest.mark.slow
 def test_the_same_program_gives_the_same_bytes(program, built, tmp_path):
     lower(program, tmp_path)
     assert (tmp_path / "model.onnx").read_bytes() == (built[0] / "model.onnx").read_bytes()
