@@ -150,6 +150,15 @@ def check_output(out: Path) -> None:
 
 def _check_output(out: Path) -> None:
     _check_replaceable(out)
+    here = Path.cwd().resolve()
+    if out.resolve() in (
+        here,
+        *here.parents,
+    ):  # whoever stands there would stand in a folder that is gone
+        raise PackageError(
+            f"{out} is, or holds, the folder that this runs in, and it is replaced as a whole",
+            hint="name a folder inside it, such as -o OUT",
+        )
     parent = out.resolve().parent
     place = parent
     while not place.exists():

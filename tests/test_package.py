@@ -421,3 +421,9 @@ def test_compiling_twice_gives_the_same_bytes(tmp_path):
     for name in unhashed:
         first.pop(name), second.pop(name)
     assert first == second
+
+
+def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PackageError, match="the folder that this runs in"):
+        package.check_output(Path("."))
