@@ -27,6 +27,11 @@ BLOCK_S = 0.25
 DRAWS = 2000
 
 
+def shape_word(batch: int, length: int | None) -> str:
+    """`8x128`, or `batch 8` for a model without a length."""
+    return f"{batch}x{length}" if length else f"batch {batch}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """Inputs of one shape; `length` is None for models without one."""
@@ -37,7 +42,7 @@ class Case:
 
     @property
     def word(self) -> str:
-        return f"{self.batch}x{self.length}" if self.length else f"batch {self.batch}"
+        return shape_word(self.batch, self.length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from effc.bench import verdict
+from effc.bench import shape_word, verdict
 from effc.package import dump
 from effc.passes import CANONICAL
 
@@ -135,21 +135,14 @@ def bench_lines(bench: Mapping[str, Any]) -> list[str]:
     lines = []
     for s in bench["shapes"]:
         against = ", ".join(f"{n} {a['ms']:.2f}" for n, a in sorted(s.get("against", {}).items()))
-        lines.append(
-            f"bench     {shape_word(s)}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}"
-        )
+        word = shape_word(s["batch"], s["length"])
+        lines.append(f"bench     {word}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}")
     load = ", ".join(f"{n} {ms:.0f}" for n, ms in bench["load_ms"].items() if n != "torch")
     memory = ", ".join(f"{n} {mb:.0f}" for n, mb in bench["peak_rss_mb"].items())
     lines.append(f"          load {load} ms; peak memory {memory} MB")
     streams = f", {bench['streams']} streams" if bench["streams"] > 1 else ""
     lines.append(f"          {bench['threads']} threads{streams}, {bench['cpu']}")
     return lines
-
-
-def shape_word(shape: Mapping[str, Any]) -> str:
-    return (
-        f"{shape['batch']}x{shape['length']}" if shape.get("length") else f"batch {shape['batch']}"
-    )
 
 
 def ratio_word(s: Mapping[str, Any]) -> str:
