@@ -1,7 +1,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: venv demo test test-fast check schema format
+SEED ?= 0
+N ?= 300
+
+.PHONY: venv demo test test-fast check schema format torture
 
 venv: .venv/.stamp  ## the environment in .venv, and nothing else
 
@@ -21,15 +24,20 @@ test: .venv/.stamp  ## every test
 test-fast: .venv/.stamp  ## the tests that take seconds
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
-check: .venv/.stamp  ## lint, format, types, import direction, published schemas
+check: .venv/.stamp  ## lint, format, types, import direction, published schemas, exit codes
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tools/check_types.py
 	$(PY) -m pytest -q tests/test_imports.py
 	$(PY) tools/schemas.py --check
+	$(PY) tools/exit_codes.py --check
 
-schema: .venv/.stamp  ## write effc/schema/*.json anew
+schema: .venv/.stamp  ## write effc/schema/*.json and the table of exit codes anew
 	$(PY) tools/schemas.py
+	$(PY) tools/exit_codes.py
+
+torture: .venv/.stamp  ## N spoilt inputs of seed SEED, each in a process with limits
+	$(PY) tools/torture.py malformed --seed $(SEED) --count $(N)
 
 format: .venv/.stamp  ## let ruff fix what it can
 	$(PY) -m ruff check --fix .

@@ -16,7 +16,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from effc import scratch
 from effc.backends.base import Array, EngineBase, Lowered, Port, Site, Unsupported
 from effc.backends.dialect import ORT
 from effc.backends.eager import ports
@@ -158,9 +158,9 @@ def _minimum() -> str:
 
 def optimized(path: Path) -> ir.Model:
     """The graph that onnxruntime really runs for a file."""
-    with tempfile.TemporaryDirectory(prefix="effc-") as directory:
+    with scratch.held() as directory:
         options = session_options(1)
-        target = Path(directory) / "optimized.onnx"
+        target = directory / "optimized.onnx"
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "weights"
@@ -235,11 +235,14 @@ else:
 
 def peak_rss_mb(path: Path, feeds: Mapping[str, Array], threads: int) -> float:
     """Peak resident memory, in MB, of a process of plain onnxruntime that loads a file and runs `feeds` through it."""
-    with tempfile.TemporaryDirectory(prefix="effc-") as place:
-        np.savez(Path(place) / "feeds.npz", **feeds)  # type: ignore[arg-type]
-        command = [sys.executable, "-c", _ALONE, path, Path(place) / "feeds.npz", threads]
+    with scratch.held() as place:
+        np.savez(place / "feeds.npz", **feeds)  # type: ignore[arg-type]
+        command = [sys.executable, "-c", _ALONE, path, place / "feeds.npz", threads]
         ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if ran.returncode:
         reason = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise LoweringError(f"{path.name} does not run in a process of its own: {reason}")
+        raise LoweringError(
+            f"{path.name} does not run in a process of its own: {reason}",
+            hint="is there memory for it? --no-bench leaves this out",
+        )
     return round(int(ran.stdout) / (1e6 if sys.platform == "darwin" else 1e3), 1)

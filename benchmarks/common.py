@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from effc.bench import cpu_name
-from effc.compiler import versions
-from effc.inspection import cpu_features
+from effc.build import versions
+from effc.machine import cpu_features
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,7 +75,10 @@ def run_cli(*words: str | Path) -> tuple[float, float]:
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as peak:
         started = time.perf_counter()
         command = [sys.executable, "-m", "effc", *map(str, words)]
-        code = subprocess.call([sys.executable, "-S", "-c", _BETWEEN, peak.name, *command])
+        code = subprocess.call(
+            [sys.executable, "-S", "-c", _BETWEEN, peak.name, *command],
+            env={**os.environ, "EFFC_CACHE": "off"},  # what is measured is done
+        )
         seconds = time.perf_counter() - started
         if code:
             raise SystemExit(f"effc {' '.join(map(str, words))} ended with {code}")

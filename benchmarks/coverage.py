@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import effc
-from effc.compiler import versions
+from effc.build import versions
 from effc.errors import EffcError
 
 TEXT: dict[str, Any] = {

@@ -19,7 +19,10 @@ from effc.backends.eager import ports
 from effc.backends.onnx import save, to_onnx
 from effc.backends.ort import OrtEngine
 from effc.bench import compare
-from effc.compiler import rewrite, shaped_cases, trace_source
+from effc.build import Builder
+from effc.cache import Cache
+from effc.compiler import trace_source
+from effc.measure import shaped_cases
 from effc.progress import Progress
 from effc.recipe import BenchSpec, build
 from effc.samples import Samples
@@ -53,7 +56,11 @@ def main() -> int:
     source = load(recipe.source.as_mapping())
     samples = Samples(source, recipe.calib)
     original = trace_source(source)
-    program, _ = rewrite(recipe, original, source, samples, "ort", None, Progress())
+    builder = Builder(
+        recipe=recipe, source=source, samples=samples, original=original, progress=Progress(),
+        cache=Cache(None),
+    )  # fmt: skip
+    program = builder.rewrite("ort").program
     plain, quantized = original.only(), program.only()
     everything = list(REWRITES)
     models = {

@@ -126,7 +126,8 @@ def fitted(inputs: Mapping[str, Array], wanted: Mapping[str, Wanted]) -> dict[st
         given = inputs[name]
         if given.dtype.kind not in "fiub" or (given.dtype.kind == "f") != (dtype.kind == "f"):
             raise CalibrationError(
-                f"calibration input {name!r} is {given.dtype}, the model takes {dtype}"
+                f"calibration input {name!r} is {given.dtype}, the model takes {dtype}",
+                hint="save the array in that type",
             )
         if given.ndim != len(sizes) or any(
             isinstance(want, int) and want != have
@@ -134,7 +135,8 @@ def fitted(inputs: Mapping[str, Array], wanted: Mapping[str, Wanted]) -> dict[st
         ):
             raise CalibrationError(
                 f"calibration input {name!r} has shape {list(given.shape)}, "
-                f"the model takes [{', '.join(map(str, sizes))}]"
+                f"the model takes [{', '.join(map(str, sizes))}]",
+                hint="the first axis counts the samples, the others are those of the input",
             )
         made[name] = given.astype(dtype, copy=False)
     return made

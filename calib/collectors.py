@@ -228,7 +228,8 @@ class Moments:
             return self.from_state((self if self.count else other).state())
         if len(self.mean) != len(other.mean):
             raise CalibrationError(
-                f"the last axis had {len(self.mean)} channels, and now has {len(other.mean)}"
+                f"the last axis had {len(self.mean)} channels, and now has {len(other.mean)}",
+                hint="statistics by channel want batches that agree in it",
             )
         made = type(self)()
         made.count = self.count + other.count

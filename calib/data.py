@@ -13,8 +13,11 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import io
 import itertools
+import lzma
 import math
+import os
 import random
 import struct
 import zipfile
@@ -22,10 +25,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from effc import paths
 from effc.errors import CalibrationError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -37,7 +41,12 @@ IMAGES = "images-idx3-ubyte"
 """What the name of an idx file of pictures has in it; its labels lie beside it."""
 
 LARGEST = 1 << 28
-"""Bytes of a picture, above which the header of an idx file is taken for damaged."""
+"""Bytes of a picture, above which it is not read: its header is taken for damaged, or for a trap."""
+LONGEST_LINE = 1 << 24
+"""Bytes of a line of text, above which the file is taken for none."""
+SMALL, MOST_RATIO = 1 << 22, 200
+"""What is packed may unpack to `SMALL` bytes, and above that to so many times its size: data do, traps do not."""
+DAMAGED = "the file is damaged or cut short; get a whole copy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +73,10 @@ def parse(spec: str | Path) -> tuple[Path, str | int | None]:
     """`FILE` or `FILE#column`, the column by name or number."""
     text = str(spec)
     path, mark, column = text.rpartition("#")
-    if not mark or not path or not column or "/" in column or Path(text).exists():
+    if not mark or not path or not column or "/" in column or os.path.exists(text):
         return Path(text), None
-    return Path(path), int(column) if column.isdecimal() else column
+    is_number = column.isascii() and column.isdecimal() and len(column) < 10
+    return Path(path), int(column) if is_number else column
 
 
 def read(
@@ -88,7 +98,7 @@ def read(
     path = Path(path)
     if samples is not None and samples < 1:
         raise CalibrationError(f"{samples} samples cannot be drawn", hint="ask for one or more")
-    if not path.exists():
+    if not os.path.exists(path):
         raise CalibrationError(f"there is no calibration file {path}", hint="check the path")
     found = 0
     try:
@@ -101,9 +111,13 @@ def read(
             found += 1
             yield record
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CalibrationError(
+            f"{path} cannot be read: {error.strerror or error}", hint=DAMAGED
+        ) from error
     if not found and not left:
-        raise CalibrationError(f"{path} holds no samples")
+        raise CalibrationError(
+            f"{path} holds no samples", hint="give a file with one sample or more"
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,10 @@ def _records(path: Path, column: str | int | None, labelled: bool, draw: _Draw) 
 
 def _refuse_column(path: Path, column: str | int | None) -> None:
     if column is not None:
-        raise CalibrationError(f"{path} has no columns, so none is called {column!r}")
+        raise CalibrationError(
+            f"{path} has no columns, so none is called {column!r}",
+            hint="leave the column out, or give a table",
+        )
 
 
 def _texts(path: Path) -> Iterator[Record]:
@@ -177,14 +194,24 @@ def lines(path: Path) -> Iterator[str]:
     """
     try:
         with _unzipped(path) as stream:
-            for number, line in enumerate(stream, 1):
+            for number in itertools.count(1):
+                line = stream.readline(LONGEST_LINE + 1)
+                if not line:
+                    return
+                if len(line) > LONGEST_LINE:
+                    raise CalibrationError(
+                        f"{path} line {number} has more than {LONGEST_LINE} bytes",
+                        hint="is it text? give one sample a line",
+                    )
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise CalibrationError(f"{path} line {number} is not UTF-8 text") from error
+                    raise CalibrationError(
+                        f"{path} line {number} is not UTF-8 text", hint="save the file as UTF-8"
+                    ) from error
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
-        raise CalibrationError(f"{path} cannot be read: {why}") from error
+        raise CalibrationError(f"{path} cannot be read: {why}", hint=DAMAGED) from error
 
 
 def _table(path: Path, column: str | int | None, labelled: bool) -> Iterator[Record]:
@@ -216,12 +243,16 @@ def _table(path: Path, column: str | int | None, labelled: bool) -> Iterator[Rec
     for number, row in table:
         if max(place, label or 0) >= len(row):
             want = max(place, label or 0) + 1
-            raise CalibrationError(f"{path} line {number} has {len(row)} columns, not {want}")
+            raise CalibrationError(
+                f"{path} line {number} has {len(row)} columns, not {want}",
+                hint="every row needs them; is a quote or a separator missing?",
+            )
         try:
             yield Record(text=row[place], label=int(row[label]) if label is not None else None)
         except ValueError as error:
             raise CalibrationError(
-                f"{path} line {number}: the label is not a whole number"
+                f"{path} line {number}: the label is not a whole number",
+                hint="labels are numbers from 0, as the model counts its classes",
             ) from error
 
 
@@ -236,7 +267,10 @@ def rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             if row:
                 yield reader.line_num, row
     except csv.Error as error:
-        raise CalibrationError(f"{path} line {reader.line_num} is no table row: {error}") from error
+        raise CalibrationError(
+            f"{path} line {reader.line_num} is no table row: {error}",
+            hint="is a quote open? a .tsv knows no quotes",
+        ) from error
 
 
 def _arrays(path: Path, draw: _Draw) -> Iterator[Record]:
@@ -245,7 +279,15 @@ def _arrays(path: Path, draw: _Draw) -> Iterator[Record]:
     Arrays are read a sample at a time, so that memory does not grow with the file.
     """
     try:
-        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(paths.plain(path, CalibrationError))
+            archive = stack.enter_context(zipfile.ZipFile(stream))
+            unpacked = sum(info.file_size for info in archive.infolist())
+            if unpacked > max(SMALL, MOST_RATIO * path.stat().st_size):
+                raise CalibrationError(
+                    f"{path} says it unpacks to {unpacked} bytes, more than {MOST_RATIO} times its size",
+                    hint="this is a trap, or nearly all of it is the same; save it with np.savez",
+                )
             arrays = {
                 info.filename.removesuffix(".npy"): _Stored(
                     path, info, stack.enter_context(archive.open(info))
@@ -255,18 +297,31 @@ def _arrays(path: Path, draw: _Draw) -> Iterator[Record]:
             sizes = {name: a.shape[0] if a.shape else None for name, a in arrays.items()}
             if len(set(sizes.values())) > 1 or None in sizes.values():
                 raise CalibrationError(
-                    f"{path}: the arrays differ in their number of samples: {sizes}"
+                    f"{path}: the arrays differ in their number of samples: {sizes}",
+                    hint="the first axis of every array counts the samples",
                 )
             label = arrays.get("label")
             if label is not None and (len(label.shape) > 1 or label.dtype.kind not in "iub"):
-                raise CalibrationError(f"{path}: `label` is not one whole number a sample")
+                raise CalibrationError(
+                    f"{path}: `label` is not one whole number a sample",
+                    hint="label: integers [samples]",
+                )
             size = next(iter(sizes.values()), 0) or 0
+            if size > unpacked:
+                raise CalibrationError(f"{path} claims {size} samples of nothing", hint=DAMAGED)
             for sample in draw(zip(*arrays.values(), strict=True), lambda: size):
                 found = dict(zip(arrays, sample, strict=True))
                 mark = found.pop("label", None)
                 yield Record(arrays=found, label=int(mark) if mark is not None else None)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise CalibrationError(f"{path} cannot be read as arrays: {error}") from error
+    except _BAD_ZIP as error:
+        raise CalibrationError(f"{path} cannot be read as arrays: {error}", hint=DAMAGED) from error
+
+
+_BAD_ZIP = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError,
+    RuntimeError, ValueError,
+)  # fmt: skip
+"""What zipfile raises on archives that are damaged, encrypted or of another kind."""
 
 
 class _Stored:
@@ -274,7 +329,7 @@ class _Stored:
 
     def __init__(self, path: Path, info: zipfile.ZipInfo, stream: IO[bytes]) -> None:
         self.what = f"{path}: {info.filename.removesuffix('.npy')!r}"
-        self.stream, self.most = stream, info.file_size
+        self.stream = stream
         try:
             first = np.lib.format.read_magic(stream) == (1, 0)
             header = (
@@ -283,10 +338,16 @@ class _Stored:
                 else np.lib.format.read_array_header_2_0
             )
             self.shape, self.by_column, self.dtype = header(stream)
-        except ValueError as error:
-            raise CalibrationError(f"{self.what} is no array: {error}") from error
-        if self.dtype.hasobject:
-            raise CalibrationError(f"{self.what} holds Python objects, not numbers")
+        except Exception as error:  # of the little language that a header is written in
+            raise CalibrationError(f"{self.what} is no array: {error}", hint=DAMAGED) from error
+        if self.dtype.kind not in "fiub":
+            kind = "Python objects" if self.dtype.hasobject else str(self.dtype)
+            raise CalibrationError(
+                f"{self.what} holds {kind}, not numbers", hint="save arrays of numbers"
+            )
+        size = math.prod(map(int, self.shape)) * self.dtype.itemsize
+        if min(self.shape, default=1) < 0 or not size <= info.file_size:
+            raise CalibrationError(f"{self.what} is cut short", hint=DAMAGED)
 
     def __iter__(self) -> Iterator[Array]:
         if self.by_column and len(self.shape) > 1:  # its samples lie interleaved
@@ -297,9 +358,9 @@ class _Stored:
 
     def _read(self, shape: tuple[int, ...]) -> Array:
         size = math.prod(shape) * self.dtype.itemsize
-        content = self.stream.read(size) if size <= self.most else b""
+        content = self.stream.read(size)
         if len(content) != size:
-            raise CalibrationError(f"{self.what} is cut short")
+            raise CalibrationError(f"{self.what} is cut short", hint=DAMAGED)
         return np.frombuffer(bytearray(content), self.dtype)
 
 
@@ -318,7 +379,9 @@ def _folder(path: Path, column: str | int | None, labelled: bool, draw: _Draw) -
     files = sorted(
         p
         for p in path.iterdir()
-        if _kind(p) in TEXTS and not p.name.upper().startswith(("README", "LICENSE"))
+        if _kind(p) in TEXTS
+        and p.is_file()
+        and not p.name.upper().startswith(("README", "LICENSE"))
     )
     _only(path, files)
     yield from _records(files[0], column, labelled, draw)
@@ -338,11 +401,14 @@ def _idx_pair(images: Path, draw: _Draw) -> Iterator[Record]:
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(_unzipped(images))
         count, height, width = _idx_head(images, stream, 3)
-        if height * width > LARGEST:
-            raise CalibrationError(f"{images} claims pictures of {height} × {width}")
+        if not 0 < height * width <= LARGEST:
+            raise CalibrationError(f"{images} claims pictures of {height} × {width}", hint=DAMAGED)
         marks = stack.enter_context(_unzipped(labels)) if labels.exists() else None
         if marks is not None and (found := _idx_head(labels, marks, 1)[0]) != count:
-            raise CalibrationError(f"{images} holds {count} pictures but {found} labels")
+            raise CalibrationError(
+                f"{images} holds {count} pictures but {found} labels",
+                hint="are they of one set? move the labels away where they are not needed",
+            )
         try:
             every = (
                 Record(
@@ -353,13 +419,47 @@ def _idx_pair(images: Path, draw: _Draw) -> Iterator[Record]:
             )
             yield from draw(every, lambda: count)
             if stream.read(1) or (marks is not None and marks.read(1)):
-                raise CalibrationError(f"{images} or its labels go on after {count} samples")
+                raise CalibrationError(
+                    f"{images} or its labels go on after {count} samples", hint=DAMAGED
+                )
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise CalibrationError(f"{images} or its labels are damaged: {error}") from error
+            raise CalibrationError(
+                f"{images} or its labels are damaged: {error}", hint=DAMAGED
+            ) from error
 
 
-def _unzipped(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _unzipped(path: Path) -> BinaryIO:
+    stream = paths.plain(path, CalibrationError)
+    if path.suffix != ".gz":
+        return stream
+    return io.BufferedReader(_Unpacked(path, stream))
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzip file holds, as long as that is no more than real data of its size could be."""
+
+    def __init__(self, path: Path, packed: BinaryIO) -> None:
+        self.path, self.packed = path, packed
+        self.inner = gzip.GzipFile(fileobj=packed)
+        self.most = max(SMALL, MOST_RATIO * os.fstat(packed.fileno()).st_size)
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        taken = self.inner.readinto(buffer)
+        self.count += taken
+        if self.count > self.most:
+            raise CalibrationError(
+                f"{self.path} unpacks to more than {MOST_RATIO} times its size",
+                hint="this is a trap, or nearly all of it is the same; unpack it yourself",
+            )
+        return taken
+
+    def close(self) -> None:
+        self.packed.close()
+        super().close()
 
 
 def _idx_head(path: Path, stream: IO[bytes], dimensions: int) -> tuple[int, ...]:
@@ -367,16 +467,19 @@ def _idx_head(path: Path, stream: IO[bytes], dimensions: int) -> tuple[int, ...]
     try:
         head = stream.read(4 + 4 * dimensions)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
+        raise CalibrationError(f"{path} cannot be read: {error}", hint=DAMAGED) from error
     if len(head) != 4 + 4 * dimensions or head[:4] != bytes([0, 0, 8, dimensions]):
-        raise CalibrationError(f"{path} is not an idx file of bytes with {dimensions} dimensions")
+        raise CalibrationError(
+            f"{path} is not an idx file of bytes with {dimensions} dimensions",
+            hint="give the file as its makers publish it, as .gz or unpacked",
+        )
     return struct.unpack(f">{dimensions}I", head[4:])
 
 
 def _bytes(path: Path, stream: IO[bytes], size: int) -> Array:
     content = stream.read(size)
     if len(content) != size:
-        raise CalibrationError(f"{path} is cut short")
+        raise CalibrationError(f"{path} is cut short", hint=DAMAGED)
     return np.frombuffer(bytearray(content), np.uint8)
 
 
@@ -388,10 +491,19 @@ def _pictures(root: Path, files: Sequence[Path], draw: _Draw) -> Iterator[Record
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     for file in draw(files, lambda: len(files)):
         try:
-            with Image.open(file) as picture:
+            with paths.plain(file, CalibrationError) as stream, Image.open(stream) as picture:
+                if not 0 < 3 * math.prod(picture.size) <= LARGEST:
+                    raise CalibrationError(
+                        f"{file} says it has {picture.width} × {picture.height} pixels",
+                        hint="take it out, or make it smaller",
+                    )
                 pixels = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+        except CalibrationError:
+            raise
         except Exception as error:
-            raise CalibrationError(f"{file} cannot be read as a picture: {error}") from error
+            raise CalibrationError(
+                f"{file} cannot be read as a picture: {error}", hint="repair it or take it out"
+            ) from error
         top = file.relative_to(root).parts[0]
         yield Record(pixels=pixels, label=classes.index(top) if top in classes else None)
 

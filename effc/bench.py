@@ -1,11 +1,18 @@
 """Which engine is faster, and how sure is that?
 
-Engines take turns in shuffled blocks with a short pause before each, the first runs of a block dropped, so that drift
-of the machine hits all alike. A shape's ratio is that of the medians, with a 99 % interval from resampling blocks.
+The budget of a shape is cut into equal sessions. In each, all engines are opened anew and take turns in short blocks,
+in shuffled order and then the other way round; a block waits until the threads of whoever ran before are at rest, and
+drops its first runs. What slows the machine for longer than a block hits all alike and cancels; what an opened engine
+happens to get, its places in memory and on cores, is drawn again in the next session. So a session is the unit of the
+statistics: the ratio is the mean over sessions, its 99 % interval Student's.
+
+Found by trial (benchmarks/verdicts.py): blocks of ten runs with a pause each need four times the time for an interval
+as narrow, and engines opened once differ from themselves beside a busy neighbour.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -18,13 +25,22 @@ from typing import Any
 
 import numpy as np
 
+from effc import stats
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
-DROPPED = 2
-PAUSE_S = 0.02
-BLOCK_S = 0.25
-"""A block lasts about this long, within 3 and 10 counted runs."""
-DRAWS = 2000
+SESSIONS = 16
+FEWEST = 5
+"""Sessions that a shape gets however little its budget is."""
+OPENING = 0.3
+"""The share of a budget that opening engines may take; they are opened once where it is not enough for the fewest."""
+BLOCK_MS = 6.0
+"""A block counts runs for about this long, 1 to 20 of them."""
+DROPPED_MS = 1.0
+"""Before that it drops runs for about this long, one at least: they fill the caches that others have emptied."""
+LONGEST_REST_S = 0.05
+LEVEL = 0.99
+QUANTILES = np.linspace(0, 1, 41)
 
 
 def shape_word(batch: int, length: int | None) -> str:
@@ -45,15 +61,18 @@ class Case:
         return shape_word(self.batch, self.length)
 
 
+Block = tuple[float, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Counted runs of one engine on one shape, by block, in milliseconds."""
+    """Counted runs of one engine on one shape in milliseconds, by session and block."""
 
-    blocks: tuple[tuple[float, ...], ...]
+    sessions: tuple[tuple[Block, ...], ...]
 
     @property
     def runs(self) -> Array:
-        return np.array([t for block in self.blocks for t in block])
+        return np.array([ms for session in self.sessions for block in session for ms in block])
 
     @property
     def median_ms(self) -> float:
@@ -62,6 +81,11 @@ class Timing:
     @property
     def p95_ms(self) -> float:
         return float(np.percentile(self.runs, 95))
+
+    @property
+    def quantiles_ms(self) -> list[float]:
+        """Least and most and 39 even steps between, for drawing the whole distribution."""
+        return [round(float(ms), 4) for ms in np.quantile(self.runs, QUANTILES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +103,8 @@ class ShapeResult:
     timings: Mapping[str, Timing]
     ratios: Mapping[str, Ratio]
     references: tuple[str, ...]
+    openings: int = 1
+    """How often the engines were opened anew for this shape: once a session, or once for all."""
 
     @property
     def reference(self) -> str | None:
@@ -108,6 +134,9 @@ class ShapeResult:
                 }
                 for other, ratio in self.ratios.items()
             },
+            "sessions": len(mine.sessions),
+            "openings": self.openings,
+            "quantiles_ms": {n: timing.quantiles_ms for n, timing in self.timings.items()},
         }
         if name is not None:
             found |= {
@@ -167,26 +196,17 @@ def compare(
     """
     if references is None:
         references = [name for name in openers if name != "engine"]
-    engines: dict[str, Any] = {}
-    load_ms: dict[str, float] = {}
-    first_ms: dict[str, float] = {}
     cases = list(cases)
-    try:
-        for name, opener in openers.items():
-            started = time.perf_counter()
-            engines[name] = opener()
-            load_ms[name] = (time.perf_counter() - started) * 1e3
-            if cases:
-                first_ms[name] = _once(engines[name], cases[0])
+    shapes = []
+    with _Engines(openers) as engines:
+        engines.renew(openers)
+        load_ms = dict(engines.load_ms)
+        first_ms = {n: _once(e, cases[0]) for n, e in engines.items() if cases}
         rng = np.random.default_rng(seed)
-        shapes = []
         for number, case in enumerate(cases):
             shapes.append(_shape(engines, case, budget_s, rng, streams, tuple(references)))
             if progress is not None:
                 progress(number + 1, len(cases))
-    finally:
-        for engine in engines.values():
-            engine.close()
     return BenchResult(
         shapes=tuple(shapes),
         load_ms=load_ms,
@@ -196,26 +216,46 @@ def compare(
     )
 
 
+class _Engines(dict[str, Any]):
+    """All engines by name, open at once."""
+
+    def __init__(self, openers: Mapping[str, Callable[[], Any]]) -> None:
+        super().__init__()
+        self._openers = openers
+        self.load_ms: dict[str, float] = {}
+
+    def renew(self, order: Iterable[str]) -> None:
+        """Close all, then open them in that order."""
+        self.close()
+        for name in order:
+            started = time.perf_counter()
+            self[name] = self._openers[name]()
+            self.load_ms[name] = (time.perf_counter() - started) * 1e3
+
+    @property
+    def opening_s(self) -> float:
+        """What opening all of them took the last time."""
+        return sum(self.load_ms.values()) / 1e3
+
+    def close(self) -> None:
+        while self:
+            self.popitem()[1].close()
+
+    def __enter__(self) -> _Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def _once(engine: Any, case: Case) -> float:
     started = time.perf_counter()
     engine(case.feeds)
     return (time.perf_counter() - started) * 1e3
 
 
-def _block(engine: Any, case: Case, count: int, streams: int) -> list[float]:
-    """`count` counted runs of every stream, those before them dropped."""
-
-    def runs(_: int) -> list[float]:
-        return [_once(engine, case) for _ in range(DROPPED + count)][DROPPED:]
-
-    if streams == 1:
-        return runs(0)
-    with ThreadPoolExecutor(streams) as pool:
-        return [ms for stream in pool.map(runs, range(streams)) for ms in stream]
-
-
 def _shape(
-    engines: Mapping[str, Any],
+    engines: _Engines,
     case: Case,
     budget_s: float,
     rng: np.random.Generator,
@@ -223,56 +263,160 @@ def _shape(
     references: tuple[str, ...],
 ) -> ShapeResult:
     deadline = time.perf_counter() + budget_s
-    speeds = {n: warm_up(partial(_once, e, case), budget_s / 20) for n, e in engines.items()}
-    counts = {n: max(3, min(10, int(BLOCK_S * 1e3 / max(ms, 1e-3)))) for n, ms in speeds.items()}
-    blocks: dict[str, list[tuple[float, ...]]] = {name: [] for name in engines}
-    rounds = 0
-    while rounds < 3 or (time.perf_counter() < deadline and rounds < 60):
-        for name in rng.permutation(list(engines)):
-            time.sleep(PAUSE_S)
-            blocks[name].append(tuple(_block(engines[name], case, counts[name], streams)))
-        rounds += 1
-        if rounds >= 3 and time.perf_counter() > deadline:
+    names = list(engines)
+    if engines.opening_s <= OPENING * budget_s:
+        engines.renew(
+            rng.permutation(names).tolist()
+        )  # the first opening paid for more than its own
+    pace = _pace(engines, case, budget_s / 20)
+    openings = int(OPENING * budget_s / max(engines.opening_s, 1e-6))
+    renews = openings >= FEWEST
+    count = min(SESSIONS, openings) if renews else SESSIONS
+    sessions: list[dict[str, list[Block]]] = []
+    last_s = 0.0
+    while len(sessions) < count:
+        started = time.perf_counter()
+        left_s = deadline - started
+        if left_s <= last_s / 2 and len(sessions) >= FEWEST:
             break
-    timings = {name: Timing(blocks=tuple(b)) for name, b in blocks.items()}
+        end = started + left_s / (count - len(sessions))
+        if sessions and renews:
+            engines.renew(rng.permutation(names).tolist())
+            for engine in engines.values():
+                _runs(engine, case, min(5, int(30 / pace.ms)))
+        sessions.append(_session(engines, case, pace, end, rng, streams))
+        last_s = time.perf_counter() - started
+    timings = {n: Timing(sessions=tuple(tuple(s[n]) for s in sessions)) for n in names}
     mine = timings["engine"]
-    ratios = {n: ratio_of(t, mine, seed=len(t.blocks)) for n, t in timings.items() if n != "engine"}
-    return ShapeResult(case=case, timings=timings, ratios=ratios, references=references)
+    ratios = {n: ratio_of(timing, mine) for n, timing in timings.items() if n != "engine"}
+    return ShapeResult(
+        case=case,
+        timings=timings,
+        ratios=ratios,
+        references=references,
+        openings=len(sessions) if renews else 1,
+    )
 
 
-def warm_up(once: Callable[[], float], budget_s: float, window: int = 3) -> float:
-    """Run until the median of the last few stops falling, or the budget is spent; gives that median in ms."""
+@dataclass(frozen=True, kw_only=True)
+class _Pace:
+    """How long a run takes, and how long threads keep working behind the last one: the same for all engines of a shape.
+
+    Blocks of unlike counts, or a rest behind one engine alone, would tell an engine apart from itself where the machine
+    is busy.
+    """
+
+    ms: float
+    rest_s: float
+
+    @property
+    def dropped(self) -> int:
+        return max(1, min(20, round(DROPPED_MS / self.ms)))
+
+    @property
+    def counted(self) -> int:
+        return max(1, min(20, round(BLOCK_MS / self.ms)))
+
+
+def _pace(engines: _Engines, case: Case, budget_s: float) -> _Pace:
+    once = [partial(_once, engine, case) for engine in engines.values()]
+    speeds = [max(warm_up(run, budget_s), 1e-3) for run in once]
+    return _Pace(ms=geometric_mean(speeds), rest_s=max(map(rest, once)))
+
+
+def rest(once: Callable[[], object]) -> float:
+    """Seconds until a process idles after a run: pools of threads spin for a while (libgomp's 5 to 10 ms)."""
+    longest, begun = 0.0, time.perf_counter()
+    for _ in range(3):
+        if time.perf_counter() - begun > 0.1:
+            break
+        once()
+        started, waited = time.perf_counter(), 0.0
+        while waited < LONGEST_REST_S:
+            worked = time.process_time()
+            time.sleep(0.002)
+            if time.process_time() - worked < 5e-4:
+                break
+            waited = time.perf_counter() - started
+        longest = max(longest, waited)
+    return longest
+
+
+def _session(
+    engines: _Engines,
+    case: Case,
+    pace: _Pace,
+    end: float,
+    rng: np.random.Generator,
+    streams: int,
+) -> dict[str, list[Block]]:
+    """Blocks of every engine, one a round, until another round would end nearer behind `end` than before it."""
+    blocks: dict[str, list[Block]] = {name: [] for name in engines}
+    order: list[str] = []
+    for number in itertools.count():
+        started = time.perf_counter()
+        order = order[::-1] if number % 2 else rng.permutation(list(engines)).tolist()
+        for name in order:
+            blocks[name].append(_block(engines[name], case, pace, streams))
+            time.sleep(pace.rest_s)
+        now = time.perf_counter()
+        if now + (now - started) / 2 > end:
+            break
+    return blocks
+
+
+def _block(engine: Any, case: Case, pace: _Pace, streams: int) -> Block:
+    """Counted runs of every stream, the first of each dropped."""
+
+    def runs(_: int) -> list[float]:
+        return _runs(engine, case, pace.dropped + pace.counted)[pace.dropped :]
+
+    if streams == 1:
+        return tuple(runs(0))
+    with ThreadPoolExecutor(streams) as pool:
+        return tuple(ms for stream in pool.map(runs, range(streams)) for ms in stream)
+
+
+def _runs(engine: Any, case: Case, count: int) -> list[float]:
+    return [_once(engine, case) for _ in range(count)]
+
+
+def warm_up(once: Callable[[], float], budget_s: float, window_s: float = 0.02) -> float:
+    """Run until a window is no faster than the best before it, or the budget is spent; the last window's median in ms.
+
+    A window is three runs or more that last `window_s`, so that an engine of microseconds warms up for as long.
+    """
     deadline = time.perf_counter() + budget_s
-    runs = [once() for _ in range(window)]
-    best = float(np.median(runs))
-    while time.perf_counter() < deadline:
-        runs.append(once())
-        latest = float(np.median(runs[-window:]))
-        if len(runs) >= 2 * window and latest > 0.98 * best:
+    best = math.inf
+    while True:
+        end = time.perf_counter() + window_s
+        window = [once()]
+        while (now := time.perf_counter()) < deadline and (len(window) < 3 or now < end):
+            window.append(once())
+        latest = float(np.median(window))
+        if latest > 0.98 * best or time.perf_counter() >= deadline:
             return latest
-        best = min(best, latest)
-    return float(np.median(runs[-window:]))
+        best = latest
 
 
-def ratio_of(reference: Timing, engine: Timing, *, seed: int = 0) -> Ratio:
-    """Ratio of medians and its 99 % interval, blocks drawn again with replacement on each side."""
-    rng = np.random.default_rng(seed)
-    top, bottom = (_resampled_medians(t, rng) for t in (reference, engine))
-    low, high = np.percentile(top / bottom, [0.5, 99.5])
-    return Ratio(ratio=reference.median_ms / engine.median_ms, low=float(low), high=float(high))
+def ratio_of(reference: Timing, engine: Timing) -> Ratio:
+    """Geometric mean over sessions of reference ÷ engine, and its interval; both sides share their sessions."""
+    logs = np.array(
+        [_log_ratio(*both) for both in zip(reference.sessions, engine.sessions, strict=True)]
+    )
+    found = stats.student(logs, LEVEL)
+    return Ratio(ratio=math.exp(logs.mean()), low=math.exp(found.low), high=math.exp(found.high))
 
 
-def _resampled_medians(timing: Timing, rng: np.random.Generator) -> Array:
-    blocks = np.array(timing.blocks)
-    chosen = rng.integers(0, len(blocks), (DRAWS, len(blocks)))
-    return np.asarray(np.median(blocks[chosen].reshape(DRAWS, -1), axis=1))
+def _log_ratio(reference: Sequence[Block], engine: Sequence[Block]) -> float:
+    """One session's log(reference ÷ engine): the median of a block against that of the block beside it."""
+    rounds = [math.log(np.median(a) / np.median(b)) for a, b in zip(reference, engine, strict=True)]
+    return float(stats.hodges_lehmann(np.array(rounds)))
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of reference ÷ engine says, in a printed word."""
-    if low > 1.0:
-        return "faster"
-    return "slower" if high < 1.0 else "not distinguishable"
+    """What an interval of reference ÷ engine says of the engine, in a printed word."""
+    return stats.Interval(low, high, LEVEL).verdict(1.0)
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

@@ -151,6 +151,14 @@ STDOUT = ("-", "/dev/stdout", "/dev/fd/1")
 
 
 def _json_place(value: str | None) -> str | None:
+    return _place("--json", value)
+
+
+def _report_place(value: str | None) -> str | None:
+    return _place("-o", value)
+
+
+def _place(option: str, value: str | None) -> str | None:
     """Refuse a place that cannot be written before the work, not after it; `-` stands for every name of stdout."""
     if value is None:
         return None
@@ -158,7 +166,7 @@ def _json_place(value: str | None) -> str | None:
         return "-"
     place = value if _is_stream(value) else Path(os.path.realpath(value)).parent
     if Path(value).is_dir() or not os.access(place, os.W_OK):
-        raise UsageError(f"--json {value} cannot be written", hint="name a file in a directory")
+        raise UsageError(f"{option} {value} cannot be written", hint="name a file in a directory")
     return value
 
 
@@ -168,13 +176,16 @@ def _is_stream(place: str) -> bool:
     return is_special or place.startswith(("/dev/fd/", "/dev/stderr", "/proc/"))
 
 
-def _outside(json_: str | None, *packages: Path | str) -> None:
-    """Refuse a --json place inside a package, which then would not be what its manifest says."""
+def _outside(json_: str | None, *packages: Path | str, option: str = "--json") -> None:
+    """Refuse a place inside a package, which then would not be what its manifest says."""
     for package in packages:
-        if json_ and Path(os.path.realpath(json_)).is_relative_to(os.path.realpath(package)):
+        if json_ not in (None, "-") and Path(os.path.realpath(json_)).is_relative_to(
+            os.path.realpath(package)
+        ):
+            ending = "json" if option == "--json" else "html"
             raise UsageError(
-                f"--json {json_} lies in {package}, which holds only what its manifest lists",
-                hint=f"name a place beside it, e.g. --json {Path(package).name}.json",
+                f"{option} {json_} lies in {package}, which holds only what its manifest lists",
+                hint=f"name a place beside it, e.g. {option} {Path(package).name}.{ending}",
             )
 
 
@@ -191,6 +202,45 @@ def _target(value: Any) -> Any:
                 f"target {word!r} is not available yet", hint=f"known: {', '.join(TARGETS)}"
             )
     return value
+
+
+def _size(value: str | None) -> str | None:
+    """Refuse what is no size before the work."""
+    _size_of(value)
+    return value
+
+
+def _size_of(value: str | None) -> int | None:
+    if value is None:
+        return None
+    from effc.sizes import parse_bytes
+
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise UsageError(f"--max-ram: {error}", hint="--max-ram 4GB") from error
+
+
+def _seconds(value: str | None) -> str | None:
+    """Refuse what is no time before the work."""
+    _seconds_of(value)
+    return value
+
+
+def _seconds_of(value: str | None) -> float | None:
+    """`90`, `90s`, `20m` or `2h` in seconds. Raises UsageError for anything else."""
+    if value is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600}
+    unit = units.get(value[-1:].lower(), 0)
+    number = value[:-1] if unit else value
+    try:
+        found = float(number) * (unit or 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1e9:
+        raise UsageError(f"{value!r} is no time", hint="--time-budget 90s, 20m or 2h")
+    return found
 
 
 Json = Annotated[
@@ -260,6 +310,33 @@ def compile(
         bool, typer.Option("--bench/--no-bench", help="Time the engine against the model.")
     ] = True,
     threads: Threads = None,
+    allow_worse: Annotated[
+        bool,
+        typer.Option(
+            "--allow-worse", help="Write an engine that does not meet its gate, and say so."
+        ),
+    ] = False,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--time-budget",
+            metavar="TIME",
+            callback=_seconds,
+            help="How long to search for what to take back where the gate is not met: 90s, 20m.",
+        ),
+    ] = None,
+    max_ram: Annotated[
+        str | None,
+        typer.Option(
+            "--max-ram",
+            metavar="SIZE",
+            callback=_size,
+            help="What calibration and verification stay within: 4GB. They take fewer rows at a time.",
+        ),
+    ] = None,
+    plan_: Annotated[
+        bool, typer.Option("--plan", help="Say what every stage will take, and do nothing.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6."),
@@ -295,8 +372,21 @@ def compile(
     if not bench:
         made = recipe.without_bench(made)
     recorded = _read_json(decisions) if decisions else None
+    if plan_:
+        from effc import plan
+
+        with terminal() as progress:
+            predicted = plan.plan(made, out, progress=progress, threads=threads)
+        for line in plan.lines(predicted):
+            _say(line, json_)
+        _write_json(json_, predicted)
+        return
     with terminal() as progress:
-        result = compiler.run(made, out, threads=threads, decisions=recorded, progress=progress)
+        result = compiler.run(
+            made, out, threads=threads, decisions=recorded, progress=progress,
+            allow_worse=allow_worse, time_budget_s=_seconds_of(time_budget),
+            max_ram_bytes=_size_of(max_ram),
+        )  # fmt: skip
     _say(result.text(), json_)
     _say(f"{out} is ready", json_)
     _write_json(json_, result.report)
@@ -413,6 +503,40 @@ def inspect(
 
 
 @app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
+    place: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", callback=_report_place,
+            help="Where to write the page; - is stdout [default: OUT/report.html].",
+        ),
+    ] = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Write the report of a package as one HTML file, anew from its report.json.
+
+    \b
+    Examples:
+      effc report OUT
+      effc report OUT -o report.html
+    """
+    from effc import package
+    from effc import report as reports
+
+    own = out / reports.HTML
+    if place is None or os.path.realpath(place) == os.path.realpath(own):
+        package.replace(out, reports.HTML, reports.rebuilt(out, beside=True))
+        print(f"{own} is ready")
+        return
+    _outside(place, out, option="-o")
+    _write("-o", place, reports.rebuilt(out, beside=False))
+    if place != "-":
+        print(f"{place} is ready")
+
+
+@app.command()
 def passes(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
     """List every pass with its options and their defaults."""
     from effc import inspection
@@ -446,23 +570,28 @@ def _write_json(json_: str | None, value: Any) -> None:
         return
     from effc.package import dump
 
-    if json_ == "-":
-        sys.stdout.write(dump(value))
+    _write("--json", json_, dump(value))
+
+
+def _write(option: str, place: str, text: str) -> None:
+    """Text to stdout, into a stream, or into a file that is exchanged as a whole."""
+    if place == "-":
+        sys.stdout.write(text)
         return
     try:
-        if _is_stream(json_):
-            with open(json_, "a", encoding="utf-8") as stream:
-                stream.write(dump(value))
+        if _is_stream(place):
+            with open(place, "a", encoding="utf-8") as stream:
+                stream.write(text)
             return
-        path = Path(os.path.realpath(json_))
+        path = Path(os.path.realpath(place))
         part = path.with_name(f".{path.name}.part")
         try:
-            part.write_text(dump(value), encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"--json {json_} cannot be written: {error.strerror}") from error
+        raise UsageError(f"{option} {place} cannot be written: {error.strerror}") from error
 
 
 def _read_json(path: Path) -> Any:

@@ -12,8 +12,16 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is one of what was done, and no interrupt. Rust code panics with what is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 class EffcError(Exception):
-    """Something effc can explain; `exit_code` is what the command line returns for it."""
+    """The system refuses a file, with its reason. A bug of effc ends with 1 too, and shows its traceback.
+
+    All errors that effc can explain are of this family; `exit_code` is what the command line returns.
+    """
 
     exit_code = 1
 
@@ -37,7 +45,7 @@ class UsageError(EffcError):
 
 
 class RecipeError(EffcError):
-    """The recipe names something unknown, or a value that is not allowed; `where` is its path and line."""
+    """The recipe names something unknown, or a value that is not allowed."""
 
     exit_code = 3
 
@@ -61,7 +69,7 @@ class PassError(EffcError):
 
 
 class PreconditionError(PassError):
-    """A pass was asked for something that the graph does not allow yet; `hint` says which pass would help."""
+    """A pass was asked for something that the graph does not allow yet; the message says which pass would help."""
 
 
 class PostconditionError(PassError):
@@ -81,7 +89,7 @@ class LoweringError(EffcError):
 
 
 class BackendUnavailable(EffcError):
-    """The target needs a package or a device that is not here; `hint` is the pip line."""
+    """The target needs a package or a device that is not here; the message has the pip line."""
 
     exit_code = 9
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from effc import bench as benchmark
-from effc import package, report
+from effc import package, paths, report
 from effc.backends import TARGETS
 from effc.errors import PackageError, SourceError, UsageError, VerifyError
+from effc.machine import cpu_features, default_threads
 from effc.progress import Progress
 
 Json = dict[str, Any]
@@ -51,17 +52,17 @@ def verify(
         if metric is not None:
             raise UsageError("--metric compares with the model", hint=NAME_THE_MODEL)
         return found
-    from effc import compiler, metrics
+    from effc import measure, metrics
 
     wanted = metrics.parse(metric) if metric else None
     spec = _source_of(out, model, trust_code)
     source, samples, original = _open(out, manifest, spec, calib, progress)
     if wanted is not None:
         wanted.check(source)
-    threads = threads or compiler.default_threads()
+    threads = threads or default_threads()
     with progress.stage("verify") as step:
         for number, entry in enumerate(manifest.engines):
-            cases = compiler.verify_engine(
+            cases = measure.verify_engine(
                 source,
                 original.only(),
                 _lowered(out, entry),
@@ -70,13 +71,13 @@ def verify(
                 threads,
                 step,
             )
-            found["outputs"] = found["outputs"] or compiler.worst_known(cases)
+            found["outputs"] = found["outputs"] or measure.worst_known(cases)
             prefix = f"{entry.target}: " if number else ""
             found["cases"] |= {f"{prefix}{label}": drifts for label, drifts in cases.items()}
     if wanted is not None:
         lowered = _lowered(out, manifest.engines[0])
         with progress.stage("metric") as step:
-            found["metric"] = compiler.measure(
+            found["metric"] = measure.task_metric(
                 source, original.only(), lowered, wanted, threads, step
             )
     return found
@@ -89,13 +90,17 @@ def _whole(out: Path, progress: Progress) -> package.Manifest:
     """The manifest of a package that is what its manifest says. Raises VerifyError for any other."""
     with progress.stage("integrity"):
         manifest = package.read(out)
-        broken = package.check(out)
-    if broken:
-        raise VerifyError(
-            f"{out} is not what its manifest says: {'; '.join(broken[:5])}",
-            hint="compile it again, or get an unharmed copy",
-        )
+        _refuse(out, package.check(out))
     return manifest
+
+
+def _refuse(what: Path, broken: Sequence[str]) -> None:
+    if broken:
+        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise VerifyError(
+            f"{what} is not what it is said to be: {'; '.join(broken[:5])}{more}",
+            hint=package.UNHARMED,
+        )
 
 
 def _lossy(manifest: package.Manifest, entry: package.EngineEntry) -> bool:
@@ -118,7 +123,7 @@ def _source_of(out: Path, model: str | None, trust_code: bool) -> Json:
 def _remembered(out: Path, trust_code: bool) -> Json | None:
     """What a package was made from: a model directory that is still there, or a factory where code is trusted."""
     try:
-        content = package.read_json(out / "local.json")
+        content = package.read_json(out, "local.json")
     except PackageError:
         return None
     source = content.get("source") if isinstance(content, dict) else None
@@ -155,7 +160,7 @@ def _open(
 def _lowered(out: Path, entry: package.EngineEntry) -> Any:
     from effc.backends.base import Lowered
 
-    path = package.inside(out, entry.path)
+    path = paths.inside(out, entry.path)
     return Lowered(
         role=entry.role,
         target=entry.target,
@@ -217,13 +222,13 @@ def bench(
 
     The engine is that of `target`, the first where none is given.
     """
-    from effc import compiler, metrics
+    from effc import build, measure, metrics
     from effc.recipe import BenchSpec
 
     wanted = metrics.parse(metric) if metric else None
     manifest = _whole(out, progress)
     entry = _engine(out, manifest, target)
-    threads = threads or compiler.default_threads()
+    threads = threads or default_threads()
     others = {_name_of(word): _opener(word, threads) for word in against}
     model_spec = _source_of(out, model, trust_code)
     source, samples, original = _open(out, manifest, model_spec, calib, progress)
@@ -231,25 +236,25 @@ def bench(
         wanted.check(source)
     lowered = _lowered(out, entry)
     with progress.stage("verify") as step:
-        cases = compiler.verify_engine(
+        cases = measure.verify_engine(
             source, original.only(), lowered, samples, _lossy(manifest, entry), threads, step
         )
     measured = None
     if wanted is not None:
         with progress.stage("metric") as step:
-            measured = compiler.measure(source, original.only(), lowered, wanted, threads, step)
+            measured = measure.task_metric(source, original.only(), lowered, wanted, threads, step)
     spec = BenchSpec(shapes=tuple(shapes), threads=threads, budget_s=budget_s)
     with progress.stage("bench") as step:
-        timed = compiler.time_engine(
+        timed = measure.time_engine(
             source, original, lowered, samples, spec, threads, step, others, streams
         )
     return {
         **timed.to_json(),
         "target": entry.target,
-        "outputs": compiler.worst_known(cases),
+        "outputs": measure.worst_known(cases),
         "metric": measured,
         "model_bytes": manifest.model_bytes(out, entry),
-        "versions": compiler.versions(),
+        "versions": build.versions(),
     }
 
 
@@ -267,13 +272,21 @@ def _name_of(word: str) -> str:
 
 
 def _opener(word: str, threads: int) -> Callable[[], Any]:
+    from effc.backends import onnx_file
     from effc.backends.ort import OrtEngine
 
     path = Path(word)
     if path.is_dir():
-        path = package.inside(path, package.read(path).engines[0].path)
-    if path.suffix != ".onnx" or not path.is_file():
-        raise UsageError(f"--against {word} is neither a package nor an .onnx file")
+        _refuse(path, package.check(path))
+        path = paths.inside(path, package.read(path).engines[0].path)
+    elif path.is_file() and path.suffix == ".onnx":
+        path = path.resolve()
+        _refuse(path, onnx_file.problems(path.parent, path.name))
+    else:
+        raise UsageError(
+            f"--against {word} is neither a package nor an .onnx file",
+            hint="--against OTHER_OUT, or --against float.onnx",
+        )
     return lambda: OrtEngine(path, threads=threads)
 
 
@@ -391,37 +404,6 @@ def _default(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {k: v for k, v in dataclasses.asdict(value).items() if v not in ("*", ())}
     return list(value) if isinstance(value, tuple) else value
-
-
-FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "bf16",
-)
-
-
-def cpu_features() -> list[str]:
-    """The instruction sets that decide which integer kernels are fast here."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            flags = next(
-                (
-                    ln.split(":", 1)[1].split()
-                    for ln in stream
-                    if ln.startswith(("flags", "Features"))
-                ),
-                [],
-            )
-    except OSError:
-        return []
-    return [name for name in FEATURES if name in flags]
 
 
 DISTRIBUTIONS = {

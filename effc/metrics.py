@@ -1,6 +1,7 @@
 """Task metrics, each with a paired interval: the same samples through the model and through the engine.
 
-The interval of the difference comes from resampling the samples, so that what both find hard cancels out.
+The interval of the difference comes from resampling the samples, so that what both find hard cancels out. Where every
+sample is right or wrong, an exact test of the samples that only one of the two gets right must agree with it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from effc import stats
 from effc.backends.base import Engine
 from effc.calib import data
 from effc.errors import CalibrationError, EffcError, RecipeError
@@ -22,7 +24,6 @@ from effc.source import Source, import_code
 from effc.table import Table, unknown
 
 Array = np.ndarray[Any, np.dtype[Any]]
-DRAWS = 2000
 LONGEST = 128
 
 
@@ -51,6 +52,10 @@ class Metric(Protocol):
     def higher_is_better(self) -> bool: ...
 
     @property
+    def relative(self) -> bool:
+        """Whether `drop` is a share of the reference."""
+
+    @property
     def file(self) -> Path: ...
 
     def check(self, source: Source) -> None:
@@ -61,6 +66,29 @@ class Metric(Protocol):
 
     def value(self, samples: Samples, index: Array | None = None) -> float:
         """The metric over all samples, or over those drawn."""
+
+    def drop(self, reference: float, engine: float) -> float:
+        """What the engine loses, above 0 where it is worse: the number that a limit is set on."""
+
+
+class _Absolute:
+    """A metric of which more is better; a loss is counted in its own unit."""
+
+    higher_is_better: ClassVar[bool] = True
+    relative: ClassVar[bool] = False
+
+    def drop(self, reference: float, engine: float) -> float:
+        return reference - engine
+
+
+class _Mean(_Absolute):
+    """The mean of one column, which holds right and wrong where every value is 1 or 0."""
+
+    column: ClassVar[str]
+
+    def value(self, samples: Samples, index: Array | None = None) -> float:
+        column = samples.columns[self.column]
+        return float(column.mean() if index is None else column[index].mean())
 
 
 def _check_text(metric: Metric, source: Source) -> None:
@@ -86,7 +114,7 @@ def _check_vectors(metric: Metric, source: Source) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpearmanCosine:
+class SpearmanCosine(_Absolute):
     """Rank correlation of the cosine of two sentences with a human score.
 
     File: CSV, `.gz` or not, rows `sentence1,sentence2,score` without a header, as of the STS benchmark (Cer et al.
@@ -94,7 +122,6 @@ class SpearmanCosine:
     """
 
     name: ClassVar[str] = "spearman_cosine"
-    higher_is_better: ClassVar[bool] = True
     file: Path
 
     def check(self, source: Source) -> None:
@@ -138,14 +165,14 @@ def _centred_ranks(order: Array) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recall:
+class Recall(_Mean):
     """Share of texts a whose text b is among the k nearest, by cosine, of all texts b (recall at k, one right answer).
 
     File: CSV, `.gz` or not, rows `text_a,text_b` without a header; every b belongs to its a alone. What is as near as
     the right answer counts before it. Texts are cut to 128 tokens.
     """
 
-    higher_is_better: ClassVar[bool] = True
+    column: ClassVar[str] = "hit"
     k: int
     file: Path
 
@@ -178,9 +205,6 @@ class Recall:
             hits.append((near >= right[:, None]).sum(axis=1) <= self.k)
         return Samples({"hit": np.concatenate(hits).astype(np.float64)})
 
-    def value(self, samples: Samples, index: Array | None = None) -> float:
-        return _mean(samples.columns["hit"], index)
-
 
 def embed(run: Engine, processor: Any, texts: Sequence[str], size: int = 32) -> Array:
     """Sentence vectors of length one [n, hidden], batched by length so that little is padded."""
@@ -211,10 +235,6 @@ def _by_length(lengths: Sequence[int], size: int) -> Iterator[Array]:
         yield order[start : start + size]
 
 
-def _mean(column: Array, index: Array | None) -> float:
-    return float(column.mean() if index is None else column[index].mean())
-
-
 def _check_labelled(metric: Metric, source: Source) -> None:
     (inputs,) = source.inputs.values()
     first = next(data.read(metric.file, labelled=True))
@@ -234,7 +254,7 @@ def _check_labelled(metric: Metric, source: Source) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accuracy:
+class Accuracy(_Mean):
     """Share of samples whose largest logit is the label, a number from 0.
 
     File: CSV or TSV with a column `label`, or without a header text, label; .npz with `label`; a folder of pictures in
@@ -242,7 +262,7 @@ class Accuracy:
     """
 
     name: ClassVar[str] = "accuracy"
-    higher_is_better: ClassVar[bool] = True
+    column: ClassVar[str] = "correct"
     file: Path
 
     def check(self, source: Source) -> None:
@@ -252,16 +272,12 @@ class Accuracy:
         predicted, gold = classify(run, processor, self.file)
         return Samples({"correct": (predicted == gold).astype(np.float64)})
 
-    def value(self, samples: Samples, index: Array | None = None) -> float:
-        return _mean(samples.columns["correct"], index)
-
 
 @dataclass(frozen=True, kw_only=True)
-class F1:
+class F1(_Absolute):
     """Mean over classes of the harmonic mean of precision and recall (macro F1). File: as of `accuracy`."""
 
     name: ClassVar[str] = "f1"
-    higher_is_better: ClassVar[bool] = True
     file: Path
 
     def check(self, source: Source) -> None:
@@ -350,7 +366,7 @@ def _chunks(records: Iterable[data.Record], size: int) -> Iterator[list[data.Rec
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntityF1:
+class EntityF1(_Absolute):
     """F1 over all entities of a token classifier (micro): right where type, first and last word are.
 
     File: a token and its tag on a line, first and last of what tabs or else blanks separate; an empty line between
@@ -359,7 +375,6 @@ class EntityF1:
     """
 
     name: ClassVar[str] = "entity_f1"
-    higher_is_better: ClassVar[bool] = True
     file: Path
 
     def check(self, source: Source) -> None:
@@ -479,6 +494,7 @@ class Perplexity:
 
     name: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
+    relative: ClassVar[bool] = True
     block: ClassVar[int] = 32
     file: Path
 
@@ -528,16 +544,19 @@ class Perplexity:
         with np.errstate(over="ignore"):
             return float(np.exp(loss.sum() / tokens.sum()))
 
+    def drop(self, reference: float, engine: float) -> float:
+        return (engine - reference) / reference
+
 
 @dataclass(frozen=True, kw_only=True)
-class Own:
+class Own(_Mean):
     """The user's own metric: `function(run, processor, file)` gives a mapping of arrays with one number a sample.
 
     `run(feeds)` is the model or the engine, arrays by name in and out; `processor` is None for a model without one. The
     metric is the mean of the array `score`, higher is better.
     """
 
-    higher_is_better: ClassVar[bool] = True
+    column: ClassVar[str] = "score"
     name: str
     function: Callable[[Engine, Any, Path], Mapping[str, Any]]
     file: Path
@@ -571,9 +590,6 @@ class Own:
         if score.dtype.kind not in "biuf" or not np.isfinite(score).all():
             raise CalibrationError(f"metric {self.name} returned scores that are not numbers")
         return Samples({**columns, "score": score.astype(np.float64)})
-
-    def value(self, samples: Samples, index: Array | None = None) -> float:
-        return _mean(samples.columns["score"], index)
 
 
 METRICS = Table(
@@ -643,7 +659,12 @@ def describe(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricResult:
-    """Model and engine on the same `n` samples; `low` and `high` bound engine − reference (paired bootstrap, 95 %)."""
+    """Model and engine on the same `n` samples.
+
+    `low` and `high` bound engine − reference, `drop_low` and `drop_high` the `drop` (paired bootstrap at `level`).
+    Where samples are right or wrong, `wilson` bounds either share, and `mcnemar` has the samples that only one of the
+    two gets right with the chance `p` of so uneven a split.
+    """
 
     name: str
     reference: float
@@ -651,11 +672,25 @@ class MetricResult:
     n: int
     low: float
     high: float
+    level: float
+    verdict: str
+    drop: float
+    drop_low: float
+    drop_high: float
+    relative: bool
     higher_is_better: bool
+    wilson: dict[str, list[float]] | None = None
+    mcnemar: dict[str, float] | None = None
 
 
-def compare(metric: Metric, reference: Samples, engine: Samples, seed: int = 0) -> MetricResult:
-    """The metric of both, with the interval of the difference."""
+def compare(
+    metric: Metric, reference: Samples, engine: Samples, *, seed: int = 0, level: float = 0.95
+) -> MetricResult:
+    """The metric of both, with the interval of the difference and what that says.
+
+    `better` and `worse` need an interval that leaves out 0, and, because a bootstrap of a handful of samples is too
+    sure, enough of them; where samples are right or wrong, McNemar's test too.
+    """
     n = len(reference)
     if len(engine) != n:
         raise CalibrationError(
@@ -667,18 +702,51 @@ def compare(metric: Metric, reference: Samples, engine: Samples, seed: int = 0) 
             f"metric {metric.name} over {n} samples is {values[0]} of the model, {values[1]} of the engine",
             hint=f"{metric.file} may hold too few samples, or ones that are all alike",
         )
-    rng = np.random.default_rng(seed)
-    gaps = np.empty(DRAWS)
-    for draw in range(DRAWS):
-        index = rng.integers(0, n, n)
-        gaps[draw] = metric.value(engine, index) - metric.value(reference, index)
-    low, high = np.nanpercentile(gaps, [2.5, 97.5])
+
+    def changes(index: Array) -> tuple[float, float]:
+        a, b = metric.value(reference, index), metric.value(engine, index)
+        return b - a, metric.drop(a, b)
+
+    drawn = stats.resample(changes, n, seed=seed)
+    gap, drop = (stats.percentiles(column, n, level) for column in drawn.T)
+    verdict = gap.verdict(higher_is_better=metric.higher_is_better)
+    if n < stats.fewest(level):
+        verdict = stats.SAME
+    wilson = mcnemar = None
+    if (right := _right(metric, reference, engine)) is not None:
+        shares = [stats.wilson(int(column.sum()), n, level) for column in right]
+        wilson = {
+            name: [share.low, share.high]
+            for name, share in zip(("reference", "engine"), shares, strict=True)
+        }
+        test = stats.mcnemar(*right)
+        mcnemar = {"only_reference": test.only_first, "only_engine": test.only_second, "p": test.p}
+        if test.p > 1 - level:
+            verdict = stats.SAME
     return MetricResult(
         name=metric.name,
         reference=values[0],
         engine=values[1],
         n=int(reference.columns["tokens"].sum()) if "tokens" in reference.columns else n,
-        low=float(low),
-        high=float(high),
+        low=gap.low,
+        high=gap.high,
+        level=level,
+        verdict=verdict,
+        drop=metric.drop(*values),
+        drop_low=drop.low,
+        drop_high=drop.high,
+        relative=metric.relative,
         higher_is_better=metric.higher_is_better,
+        wilson=wilson,
+        mcnemar=mcnemar,
     )
+
+
+def _right(metric: Metric, *both: Samples) -> list[Array] | None:
+    """Which samples either gets right, where a metric is a share of right ones."""
+    if not isinstance(metric, _Mean):
+        return None
+    columns = [samples.columns[metric.column] for samples in both]
+    if any(((column != 0) & (column != 1)).any() for column in columns):
+        return None
+    return [column > 0 for column in columns]

@@ -2,6 +2,10 @@
 
 Everything is staged beside its place and exchanged by one rename, so that an interrupted or failed run leaves the old
 directory untouched and nothing that looks finished. A directory that is not ours is never replaced.
+
+Every byte of a package is under a hash: files that two equal compiles write alike in the manifest, those with measured
+times in `volatile.json`, and these two in a digest of themselves. That tells harm and chance apart from what was
+written; it is no signature, since whoever writes a file can write its hash.
 """
 
 from __future__ import annotations
@@ -12,29 +16,35 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from effc import bounded, paths, scratch
 from effc.backends import TARGETS
 from effc.backends.base import Port
-from effc.errors import PackageError
+from effc.errors import PackageError, SourceError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-UNHASHED = ("bench.json", "local.json", "report.json", "report.txt", "timings.json")
+VOLATILE = "volatile.json"
+"""The sha256 of every unhashed file: kept out of the manifest, which is the same in two equal compiles."""
+UNHASHED = (
+    "bench.json", "local.json", "report.html", "report.json", "report.txt", "timings.json", VOLATILE,
+)  # fmt: skip
 """Files that hold measured times or this machine's paths, and differ from run to run."""
 _STAGE = ".effc-"
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-MOST_JSON_BYTES = 16 << 20
-MOST_JSON_DEPTH = 64
+MOST_RECORD_BYTES = 1 << 28
+"""Of decisions.json and origins.json, which grow with the model."""
+UNHARMED = "compile it again, or get an unharmed copy"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +77,7 @@ class EngineEntry:
     role: str
     target: str
     path: str
-    sha256: str
+    sha256: Sha256
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     opset: int
@@ -82,13 +92,14 @@ class Manifest:
     """What a package holds. `unhashed` files may differ between two equal compiles; all others may not."""
 
     schema: int = SCHEMA
+    digest: Sha256
     kind: str
     engines: Annotated[tuple[EngineEntry, ...], Field(min_length=1)]
     links: tuple[dict[str, Any], ...] = ()
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Sha256] = field(default_factory=dict)
     unhashed: tuple[str, ...] = ()
     source: dict[str, str] = field(default_factory=dict)
-    graph_digest: str = ""
+    graph_digest: Sha256
     data: dict[str, Any] | None = None
     passes: tuple[PassEntry, ...] = ()
     origins: str = "origins.json"
@@ -105,14 +116,14 @@ class Manifest:
         path = (engine or self.engines[0]).path
         try:
             return sum(
-                inside(root, name).stat().st_size
+                paths.inside(root, name).stat().st_size
                 for name in dict.fromkeys((path, *self.files))
                 if name in (path, f"{path}.data")
             )
         except OSError as error:
             raise PackageError(
                 f"{error.filename} is in the manifest and cannot be read: {error.strerror}",
-                hint="compile it again, or get an unharmed copy",
+                hint=UNHARMED,
             ) from error
 
 
@@ -131,6 +142,31 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} is not plain JSON")
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """JSON that holds its own sha256: `digest` is that of the same text without the line of `digest`."""
+    plain = json.loads(dump({k: v for k, v in content.items() if k != "digest"}))
+    return dump({**plain, "digest": hashlib.sha256(dump(plain).encode()).hexdigest()})
+
+
+def _unsealed(out: Path, name: str) -> Any:
+    """What `sealed` wrote, or any JSON of a later schema. Raises PackageError where a byte of it is another one."""
+    text = bounded.content(paths.opened(out, name), name, PackageError)
+    content = bounded.json_of(text, str(out / name), PackageError)
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+        raise PackageError(f"{out / name} was not written by effc", hint=UNHARMED)
+    if content["schema"] != SCHEMA:
+        raise PackageError(
+            f"{out / name} has schema {content['schema']!r}; this effc reads {SCHEMA}",
+            hint="use the effc that wrote it",
+        )
+    if sealed(content).encode() != text:
+        raise PackageError(
+            f"{out / name} is not as it was written: its digest is that of another text",
+            hint=UNHARMED,
+        )
+    return content
 
 
 def digest(path: Path) -> str:
@@ -181,64 +217,72 @@ def _check_replaceable(out: Path) -> None:
                 f"{out} is not replaced: {error.what}",
                 hint="choose another -o, or remove it yourself",
             ) from error
-        strange = [name for name in _files(out) if name not in names]
+        strange = [name for name in sorted(paths.below(out)) if name not in names]
     else:
         strange = sorted(p.name for p in out.iterdir())
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise PackageError(
-            f"{out} holds files that effc did not write: {', '.join(strange[:3])}{more}",
+            f"{out} holds files that effc did not write: {', '.join(map(paths.word, strange[:3]))}{more}",
             hint="choose another -o, or move them elsewhere",
         )
 
 
-def _files(out: Path) -> list[str]:
-    """Names of everything below `out` that is not a directory of its own."""
-    found = (p for p in out.rglob("*") if p.is_symlink() or not p.is_dir())
-    return sorted(p.relative_to(out).as_posix() for p in found)
-
-
 def _is_read_only(place: Path) -> bool:
     try:
-        with tempfile.TemporaryDirectory(prefix=_STAGE, dir=place):
+        with scratch.held(place, f"{_STAGE}check-"):
             return False
     except OSError:
         return True
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A directory to fill that becomes `out` when the block ends well, and vanishes when it does not."""
+def staged(out: Path) -> Iterator[Stage]:
+    """A directory to fill that becomes `out` when the block ends well, and vanishes when it does not.
+
+    What a killed run left beside `out` goes first.
+    """
     out = Path(os.path.abspath(out))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{out.name[:32]}-", dir=out.parent))
-        os.chmod(stage, 0o755)
-    except OSError as error:
-        raise PackageError(
-            f"{out} cannot be written: {error.strerror}", hint="choose another -o"
-        ) from error
-    try:
-        yield stage
-        if not (stage / MANIFEST).is_file():
-            raise PackageError("internal: a package was staged without its manifest")
-        _sync(stage)
-        _check_replaceable(
-            out
-        )  # again: a compile is long, and what was put there meanwhile is not ours
-        _exchange(stage, out)
-    except OSError as error:
-        if not _is_about(error, out):
-            raise
-        if error.errno in _NO_ROOM:
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            root = stack.enter_context(scratch.held(out.parent, f"{_STAGE}{out.name[:32]}-"))
+            stage = Stage(package=root / "package", work=root / "work")
+            stage.package.mkdir(mode=0o755)
+            stage.work.mkdir()
+        except OSError as error:
             raise PackageError(
-                f"no room for {out}: {error.strerror}",
-                hint="free some disk space, the old output is untouched",
+                f"{out} cannot be written: {error.strerror}", hint="choose another -o"
             ) from error
-        place = error.filename or out
-        raise PackageError(f"{place}: {error.strerror or error}", where=f"writing {out}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        try:
+            yield stage
+            if not (stage.package / MANIFEST).is_file():
+                raise PackageError("internal: a package was staged without its manifest")
+            _sync(stage.package)
+            _check_replaceable(
+                out
+            )  # again: a compile is long, and what was put there meanwhile is not ours
+            _exchange(stage.package, out)
+        except OSError as error:
+            if not _is_about(error, out):
+                raise
+            if error.errno in _NO_ROOM:
+                raise PackageError(
+                    f"no room for {out}: {error.strerror}",
+                    hint="free some disk space, the old output is untouched",
+                ) from error
+            place = error.filename or out
+            raise PackageError(
+                f"{place}: {error.strerror or error}", where=f"writing {out}"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Where a package is filled, and room beside it for what is on the way; both on the disk of the output."""
+
+    package: Path
+    work: Path
 
 
 def _is_about(error: OSError, out: Path) -> bool:
@@ -266,15 +310,13 @@ def _exchange(stage: Path, out: Path) -> None:
         return
     if _swap(stage, out):
         return
-    old = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{out.name[:32]}-old-", dir=out.parent))
-    os.rename(out, old / "package")
+    old = stage.with_name("old")
+    os.rename(out, old)
     try:
         os.rename(stage, out)
     except OSError:
-        os.rename(old / "package", out)
+        os.rename(old, out)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _swap(a: Path, b: Path) -> bool:
@@ -291,124 +333,159 @@ def _swap(a: Path, b: Path) -> bool:
 def copy_files(source: Path, names: Sequence[str], stage: Path) -> None:
     """Copy named files of a model directory; contents only, no links, no permissions."""
     for name in names:
-        target = inside(stage, name)
+        target = paths.inside(stage, name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target)
-
-
-def inside(root: Path, name: str) -> Path:
-    """`root / name` for a plain relative name. Raises PackageError for anything that could lead elsewhere."""
-    pure = PurePosixPath(name)
-    bad = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name
-    if bad or not pure.parts:
-        raise PackageError(f"{name!r} is not a file name inside a package")
-    path = root.joinpath(*pure.parts)
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-        raise PackageError(f"{name!r} leads out of the package")
-    return path
+        with paths.plain(source / name, SourceError) as given, target.open("xb") as taken:
+            shutil.copyfileobj(given, taken)
 
 
 def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:
-    """Hash what is there and write manifest.json, last."""
-    files = {}
-    present = sorted(p for p in stage.rglob("*") if p.is_file())
-    for file in present:
-        name = file.relative_to(stage).as_posix()
-        if name not in UNHASHED and name != MANIFEST:
-            files[name] = digest(file)
-    unhashed = [n for n in UNHASHED if (stage / n).exists()]
-    content = {**manifest, "files": files, "unhashed": unhashed}
-    (stage / MANIFEST).write_text(dump(content), encoding="utf-8")
+    """Hash what is there; write volatile.json, and manifest.json last."""
+    digests = {name: digest(stage / name) for name in sorted(paths.below(stage))}
+    files = {name: value for name, value in digests.items() if name not in UNHASHED}
+    volatile = {name: value for name, value in digests.items() if name in UNHASHED}
+    if pair := paths.twins(digests):
+        raise PackageError(
+            f"{pair[0]} and {pair[1]} are one file on some systems", hint="rename one of the two"
+        )
+    _write_volatile(stage, volatile)
+    content = {**manifest, "files": files, "unhashed": sorted({*volatile, VOLATILE})}
+    (stage / MANIFEST).write_text(sealed(content), encoding="utf-8")
 
 
-def read_json(file: Path) -> Any:
-    """JSON of a plain file. Raises PackageError for a link or a pipe, and for what is too big, too deep or no JSON."""
+def _write_volatile(out: Path, files: Mapping[str, str]) -> None:
+    (out / VOLATILE).write_text(sealed({"schema": SCHEMA, "files": files}), encoding="utf-8")
+
+
+def replace(out: Path, name: str, text: str) -> None:
+    """Another text in an unhashed file of a package, and its sha256 in volatile.json. Raises PackageError.
+
+    Each is exchanged by one rename; between the two the file differs from its sha256, and whoever is killed there does
+    it again.
+    """
+    out = Path(os.path.abspath(out))
+    manifest = read(out)
+    if name not in manifest.unhashed:
+        raise PackageError(
+            f"{out} was made by an effc that wrote no {name}, and its manifest does not list it",
+            hint=f"write it elsewhere: -o {name}",
+        )
+    digests = {**_volatile(out, manifest), name: hashlib.sha256(text.encode()).hexdigest()}
     try:
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            raise PackageError(f"{file} is not a plain file")
-        if found.st_size > MOST_JSON_BYTES:
-            raise PackageError(
-                f"{file} has {found.st_size} bytes, at most {MOST_JSON_BYTES} are read"
-            )
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if _is_deep(content):
-            raise PackageError(f"{file} is nested more than {MOST_JSON_DEPTH} deep")
-        json.dumps(content, ensure_ascii=False).encode()  # no half characters
-    except RecursionError as error:
-        raise PackageError(f"{file} is nested too deep") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise PackageError(f"{file} cannot be read: {reason}") from error
-    return content
+        with scratch.held(out.parent, f"{_STAGE}{out.name[:32]}-") as place:
+            (place / name).write_text(text, encoding="utf-8")
+            _write_volatile(place, digests)
+            _sync(place)
+            os.replace(place / name, out / name)
+            os.replace(place / VOLATILE, out / VOLATILE)
+    except OSError as error:
+        raise PackageError(
+            f"{out / name} cannot be written: {error.strerror}",
+            hint=f"write it elsewhere: -o {name}",
+        ) from error
 
 
-def _is_deep(value: Any, left: int = MOST_JSON_DEPTH) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not left or any(_is_deep(part, left - 1) for part in parts)
+def read_json(out: Path, name: str, most_bytes: int = bounded.MOST_BYTES) -> Any:
+    """JSON of a plain file of a package. Raises PackageError, also for what is too long or too deep."""
+    text = bounded.content(paths.opened(out, name), name, PackageError, most_bytes)
+    return bounded.json_of(text, str(out / name), PackageError)
 
 
 def read(out: Path) -> Manifest:
     """The manifest of a package. Raises PackageError where there is none, or one that this effc cannot read."""
     file = out / MANIFEST
     if not os.path.lexists(file):
-        raise PackageError(f"{out} is not a package: it has no {MANIFEST}")
-    content = read_json(file)
-    found = content.get("schema") if isinstance(content, dict) else None
-    if not isinstance(found, int):
-        raise PackageError(f"{file} is no manifest of effc")
-    if found != SCHEMA:
         raise PackageError(
-            f"{file} has schema {found!r}; this effc reads {SCHEMA}",
-            hint="use the effc that wrote it",
+            f"{out} is not a package: it has no {MANIFEST}",
+            hint="name a directory that effc compile wrote",
         )
+    content = _unsealed(out, MANIFEST)
     try:
         manifest = TypeAdapter(Manifest).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(p) for p in first["loc"])
-        raise PackageError(f"{file}: {place}: {first['msg']}") from error
+        raise PackageError(f"{file}: {place}: {first['msg']}", hint=UNHARMED) from error
     for engine in manifest.engines:
         if engine.target not in TARGETS:
             raise PackageError(
                 f"{file}: this effc knows no target {engine.target!r}",
                 hint=f"it knows {', '.join(TARGETS)}; use the effc that wrote it",
             )
-    for name in (*manifest.names, *(engine.path for engine in manifest.engines)):
-        inside(out, name)
+    records = (manifest.decisions, manifest.origins)
+    for name in (*manifest.names, *(engine.path for engine in manifest.engines), *records):
+        paths.parts(name)
+    if pair := paths.twins(manifest.names):
+        raise PackageError(
+            f"{file}: {pair[0]!r} and {pair[1]!r} are one file on some systems", hint=UNHARMED
+        )
     return manifest
 
 
 def check(out: Path) -> list[str]:
     """What of a package differs from its manifest, in words; an empty list where it is whole."""
     manifest = read(out)
+    digests = dict(manifest.files)
+    found = []
     try:
-        found = [word for name in sorted(manifest.files) if (word := _broken(out, manifest, name))]
-        names = manifest.names
-        for name in _files(out):
-            if name not in names:
-                found.append(f"{name} is not in the manifest")
-            elif name not in manifest.files and not _is_plain(out / name):
-                found.append(f"{name} is not a plain file")
+        digests |= _volatile(out, manifest)
+    except PackageError as error:
+        found.append(error.what)
+    found += [word for name in sorted(digests) if (word := _broken(out, name, digests[name]))]
+    try:
+        strange = sorted(set(paths.below(out)) - manifest.names)
     except OSError as error:
-        raise PackageError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise PackageError(
+            f"{error.filename} cannot be read: {error.strerror}", hint=UNHARMED
+        ) from error
+    found += [f"{paths.word(name)} is not in the manifest" for name in strange]
+    return found or _false_words(out, manifest)
+
+
+def _volatile(out: Path, manifest: Manifest) -> dict[str, str]:
+    """The sha256 of every unhashed file. Raises PackageError where volatile.json does not have just these."""
+    files = _unsealed(out, VOLATILE).get("files")
+    names = set(manifest.unhashed) - {VOLATILE}
+    if VOLATILE not in manifest.unhashed or not isinstance(files, dict) or set(files) != names:
+        raise PackageError(f"{VOLATILE} lists other files than the manifest", hint=UNHARMED)
+    return {name: str(value) for name, value in files.items()}
+
+
+def _broken(out: Path, name: str, expected: str) -> str | None:
+    try:
+        with paths.opened(out, name) as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    except PackageError as error:
+        return error.what
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None if found == expected else f"{name} differs from its sha256"
+
+
+def _false_words(out: Path, manifest: Manifest) -> list[str]:
+    """What a manifest says of files that are as it lists them, and is not so."""
+    from effc.backends import onnx_file
+
+    found = []
+    for name in (manifest.decisions, manifest.origins):
+        if name not in manifest.files:
+            found.append(f"{name} is not in the manifest")
+            continue
+        try:
+            record = read_json(out, name, MOST_RECORD_BYTES)
+            if not isinstance(record, dict):
+                found.append(f"{name} holds no entries by name")
+        except PackageError as error:
+            found.append(error.what)
     for engine in manifest.engines:
         if manifest.files.get(engine.path) != engine.sha256:
             found.append(f"{engine.path} is an engine but not a file of the manifest")
+        elif engine.path.endswith(".onnx"):
+            found += onnx_file.problems(
+                out, engine.path, inputs=engine.inputs, outputs=engine.outputs,
+                opset=engine.opset, listed=manifest.files,
+            )  # fmt: skip
     return found
-
-
-def _broken(out: Path, manifest: Manifest, name: str) -> str | None:
-    path = inside(out, name)
-    if not os.path.lexists(path):
-        return f"{name} is missing"
-    if not _is_plain(path):
-        return f"{name} is not a plain file"
-    return None if digest(path) == manifest.files[name] else f"{name} differs from its sha256"
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
 
 
 def engine_dir(

@@ -5,7 +5,6 @@ The same files travel with the engine, so a package is measured exactly as the m
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from effc import bounded
 from effc.calib.data import Batch, Record
-from effc.errors import CalibrationError, SourceError
+from effc.errors import CalibrationError, SourceError, first_line, is_failure
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,22 @@ LONGEST = 512
 
 TOGETHER = 1 << 22
 """Values in pictures of one size that are brought to the model's size together; larger ones are so one by one."""
+
+
+def whole(settings: Mapping[str, Any], key: str, absent: int) -> int:
+    """A whole number of a model's settings, `absent` where it is not there. Raises SourceError for anything else."""
+    value = settings.get(key)
+    if value is None:
+        return absent
+    is_whole = (
+        isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    )
+    if not is_whole or not 0 <= value < 2**31:
+        raise SourceError(
+            f"the model's settings say {key}: {str(value)[:40]}, which is no number of anything",
+            hint="repair config.json and its like in the model directory",
+        )
+    return int(value)
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -115,8 +131,10 @@ class Processor:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(self.directory), local_files_only=True, trust_remote_code=False
                 )
-            except Exception as error:
-                self._why_not = (str(error).strip() or type(error).__name__).splitlines()[0]
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                self._why_not = first_line(error)
         if self._tokenizer is None:
             raise SourceError(
                 f"the tokenizer in {self.directory} does not load: {self._why_not}",
@@ -138,19 +156,20 @@ class Processor:
     @property
     def bos_id(self) -> int | None:
         value = getattr(self.tokenizer, "bos_token_id", None)
-        return int(value) if value is not None else None
+        return value if isinstance(value, int) else None
 
     @property
     def max_length(self) -> int | None:
         """The longest input that the model takes, in tokens."""
-        limits = [self.config.get("max_position_embeddings")]
+        places = whole(self.config, "max_position_embeddings", 0)
         if self.config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
-            limits = [n - 2 for n in limits if n]
-        limits.append(_read(self.directory / "sentence_bert_config.json", {}).get("max_seq_length"))
+            places -= 2
+        own = _read(self.directory / "sentence_bert_config.json", {})
+        limits = [places, whole(own, "max_seq_length", 0)]
         if self._tokenizer is not None:
-            limits.append(self._tokenizer.model_max_length)
-        found = [int(n) for n in limits if n and 0 < n < 10**9]
-        return min(found) if found else None
+            given = self._tokenizer.model_max_length  # 10³⁰ where nobody said it
+            limits.append(int(given) if isinstance(given, int | float) and given < 10**9 else 0)
+        return min((n for n in limits if n > 0), default=None)
 
     def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> dict[str, Array]:
         """Token ids [batch, length] and their mask, padded at the right to the longest text."""
@@ -160,8 +179,7 @@ class Processor:
         """The tokens of each text with the model's marks around them, cut to the model's length."""
         begin = self.bos_id if self.kind == "causal-lm" else None
         limit = self._limit(max_length)
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=limit)
-        rows = [list(ids) for ids in encoded["input_ids"]]
+        rows = [list(ids) for ids in self._encoded(list(texts), max_length=limit)["input_ids"]]
         if begin is not None:
             rows = [ids if ids[:1] == [begin] else [begin, *ids][:limit] for ids in rows]
         return [ids or [begin or 0] for ids in rows]
@@ -178,17 +196,11 @@ class Processor:
                 f"the tokenizer in {self.directory} does not say which word a token is of",
                 hint="save it as tokenizer.json",
             )
-        try:
-            encoded = self.tokenizer(
-                [list(words) for words in sentences],
-                is_split_into_words=True,
-                truncation=True,
-                max_length=self._limit(None),
-            )
-        except AssertionError as error:
-            raise SourceError(
-                f"the tokenizer in {self.directory} takes no words: {error}"
-            ) from error
+        encoded = self._encoded(
+            [list(words) for words in sentences],
+            is_split_into_words=True,
+            max_length=self._limit(None),
+        )
         places: list[dict[int, int]] = []
         for i in range(len(sentences)):
             places.append({})
@@ -196,6 +208,18 @@ class Processor:
                 if word is not None:
                     places[-1].setdefault(word, place)
         return self.pad([list(ids) for ids in encoded["input_ids"]]), places
+
+    def _encoded(self, texts: list[Any], **options: Any) -> Any:
+        """What the tokenizer makes of texts. Raises SourceError where it fails: its files may not belong together."""
+        try:
+            return self.tokenizer(texts, truncation=True, **options)
+        except BaseException as error:
+            if isinstance(error, SourceError) or not is_failure(error):
+                raise
+            raise SourceError(
+                f"the tokenizer in {self.directory} fails on {texts[0]!r:.60}: {first_line(error)}",
+                hint="calibrate with an .npz of ready inputs, or repair the tokenizer files",
+            ) from error
 
     def _limit(self, max_length: int | None) -> int:
         return min(n for n in (max_length, self.max_length, LONGEST) if n)
@@ -239,11 +263,10 @@ class Processor:
             alike = [arrays]
         values = torch.cat([self._sized(np.stack(group), settings) for group in alike])
         if settings.get("do_rescale", True):
-            values = values * float(settings.get("rescale_factor", 1 / 255))
+            values = values * _numbers(settings, "rescale_factor", 1 / 255, values.shape[1])
         if settings.get("do_normalize", True):
-            mean = torch.tensor(settings.get("image_mean", [0.5])).view(1, -1, 1, 1)
-            std = torch.tensor(settings.get("image_std", [0.5])).view(1, -1, 1, 1)
-            values = (values - mean) / std
+            mean = _numbers(settings, "image_mean", 0.5, values.shape[1])
+            values = (values - mean) / _numbers(settings, "image_std", 0.5, values.shape[1])
         return {"pixel_values": values.contiguous().numpy()}
 
     def _sized(self, pictures: Array, settings: Mapping[str, Any]) -> Any:
@@ -252,7 +275,7 @@ class Processor:
 
         values = torch.from_numpy(pictures.astype(np.float32))
         values = values[:, None] if values.ndim == 3 else values.permute(0, 3, 1, 2)
-        values = _with_channels(values, int(self.config.get("num_channels", 3)))
+        values = _with_channels(values, whole(self.config, "num_channels", 3))
         resample = settings.get("resample", 2)
         size, crop = _steps(settings, *values.shape[2:])
         if size is not None:
@@ -263,7 +286,9 @@ class Processor:
 
     def _image_settings(self) -> dict[str, Any]:
         nested = _read(self.directory / "processor_config.json", {}).get("image_processor")
-        return dict(nested or _read(self.directory / "preprocessor_config.json", {}))
+        if isinstance(nested, dict) and nested:
+            return nested
+        return dict(_read(self.directory / "preprocessor_config.json", {}))
 
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model takes."""
@@ -310,12 +335,12 @@ def _read(file: Path, absent: Any) -> Any:
     """The settings in a JSON file. Raises SourceError where it is none."""
     if not file.exists():
         return absent
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file} cannot be read: {error}") from error
+    found = bounded.read_json(file, SourceError)
     if not isinstance(found, type(absent)):
-        raise SourceError(f"{file} holds a {type(found).__name__}, not a {type(absent).__name__}")
+        raise SourceError(
+            f"{file} holds a {type(found).__name__}, not a {type(absent).__name__}",
+            hint=bounded.HINT,
+        )
     return found
 
 
@@ -351,9 +376,38 @@ def _pair(size: Any) -> tuple[int, int]:
         size = size.get("height") or edge, size.get("width") or edge
     try:
         height, width = (size, size) if isinstance(size, int) else size
-        return int(height), int(width)
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{size} is no size of a picture that effc reads") from error
+        found = int(height), int(width)
+        if not 0 < min(found) <= max(found) <= LARGEST_SIDE:
+            raise ValueError(f"{found} is out of range")
+        return found
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SourceError(
+            f"{str(size)[:60]} is no size of a picture that effc reads",
+            hint="repair `size` and `crop_size` in preprocessor_config.json, `image_size` in config.json",
+        ) from error
+
+
+LARGEST_SIDE = 1 << 14
+LARGEST_PICTURE = 1 << 26
+"""Sides and values of a picture on its way to the model; settings that ask for more are taken for damaged."""
+
+
+def _numbers(settings: Mapping[str, Any], key: str, absent: float, channels: int) -> Any:
+    """A number, or one for each channel, as a tensor [1, channels or 1, 1, 1]. Raises SourceError."""
+    import torch
+
+    value = settings.get(key, absent)
+    try:
+        found = torch.tensor(value, dtype=torch.float32).reshape(1, -1, 1, 1)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.tensor([])
+    fits = found.numel() in (1, channels) and bool(torch.isfinite(found).all())
+    if not fits or (key == "image_std" and not bool(found.all())):
+        raise SourceError(
+            f"the model's settings say {key}: {str(value)[:40]}, which is no number for each of {channels} channels",
+            hint="repair preprocessor_config.json",
+        )
+    return found
 
 
 Size = tuple[int, int]
@@ -370,9 +424,9 @@ def _steps(settings: Mapping[str, Any], height: int, width: int) -> tuple[Size |
     if wanted is None or not settings.get("do_resize", True):
         return None, crop
     if isinstance(wanted, Mapping):
-        edge = wanted.get("shortest_edge")
+        edge = _pair(shortest)[0] if (shortest := wanted.get("shortest_edge")) else None
     else:
-        edge = wanted if isinstance(wanted, int) and (crop or percent) else None
+        edge = _pair(wanted)[0] if isinstance(wanted, int) and (crop or percent) else None
     if edge is None:
         return _pair(wanted), crop
     if percent and crop is None:  # ConvNeXT and ResNet
@@ -380,9 +434,19 @@ def _steps(settings: Mapping[str, Any], height: int, width: int) -> tuple[Size |
         if edge >= 384:
             return crop, None
     if percent:
-        edge = int(edge / percent)
+        edge = int(edge / _share(percent))
     short = min(height, width)
     return (int(edge * height / short), int(edge * width / short)), crop
+
+
+def _share(percent: Any) -> float:
+    """`crop_pct`, the share of a side that is kept."""
+    if isinstance(percent, int | float) and 0.01 <= percent <= 1:
+        return percent
+    raise SourceError(
+        f"the model's settings say crop_pct: {str(percent)[:40]}, which is no share",
+        hint="repair preprocessor_config.json",
+    )
 
 
 def _with_channels(values: Any, wanted: int) -> Any:
@@ -398,7 +462,8 @@ def _with_channels(values: Any, wanted: int) -> Any:
         values = values.expand(-1, wanted, -1, -1)
     if values.shape[1] != wanted:
         raise CalibrationError(
-            f"pictures have {values.shape[1]} channels, the model takes {wanted}"
+            f"pictures have {values.shape[1]} channels, the model takes {wanted}",
+            hint="feed the model with an .npz of ready inputs",
         )
     return values
 
@@ -410,7 +475,13 @@ def _resized(values: Any, size: Size, resample: int) -> Any:
     height, width = values.shape[2:]
     if (height, width) == size:
         return values
-    if resample not in RESAMPLE:
+    between = values.shape[1] * max(height, size[0]) * size[1]
+    if min(size) < 1 or between > LARGEST_PICTURE:
+        raise CalibrationError(
+            f"a picture of {width} × {height} would be made {size[1]} × {size[0]}",
+            hint="take out pictures that are much longer than wide, or repair preprocessor_config.json",
+        )
+    if not isinstance(resample, int) or resample not in RESAMPLE:
         raise SourceError(
             f"preprocessor_config.json: resample {resample} is not one of {', '.join(map(str, RESAMPLE))}",
             hint="feed the model with an .npz of ready inputs",

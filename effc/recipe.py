@@ -14,12 +14,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from effc import metrics
+from effc import bounded, metrics
 from effc.backends import TARGETS
 from effc.errors import RecipeError, UsageError
 from effc.passes import PASSES
@@ -28,6 +28,8 @@ from effc.source import import_code
 from effc.table import nearest, unknown
 
 VERSION = 1
+MOST_BYTES, MOST_VALUES = 1 << 18, 10_000
+"""Of a recipe, aliases written out; more is no recipe."""
 QUANTIZE_WORDS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "int8": {"bits": 8, "activation_bits": 8},
@@ -79,6 +81,28 @@ class BenchSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricGate:
+    """What a metric may lose: absolutely where higher is better, relatively where lower is (perplexity).
+
+    0.005 and 0.02 where nothing is said.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSpec:
+    """What an engine must meet to be shipped; `false` leaves a question out. `strict` refuses what cannot be told."""
+
+    latency: Literal["not-slower", False] = "not-slower"
+    metric: MetricGate | Literal[False] = field(default_factory=MetricGate)
+    size: Literal["smaller", False] = False
+    strict: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what comes out."""
 
@@ -88,6 +112,9 @@ class Recipe:
     targets: tuple[str, ...] = ("ort",)
     metric: str | None = None
     bench: BenchSpec | None = field(default_factory=BenchSpec)
+    gate: GateSpec | None = field(default_factory=GateSpec)
+    gate_is_asked: bool = False
+    """Whether the recipe itself has a gate; what that asks and nobody measured is a warning."""
     canonicalize: bool = True
     """Run the exact clean-up passes first."""
     plugins: tuple[str, ...] = ()
@@ -115,6 +142,7 @@ _SECTIONS = (
     "targets",
     "metric",
     "bench",
+    "gate",
     "canonicalize",
     "plugins",
 )
@@ -122,10 +150,7 @@ _SECTIONS = (
 
 def read(path: Path, overrides: Sequence[str] = (), *, replayed: bool = False) -> Recipe:
     """A recipe file. Relative paths in it are relative to it. Raises RecipeError with path and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
+    text = bounded.text_of(path, RecipeError, MOST_BYTES)
     return parse(text, name=str(path), base=path.parent, overrides=overrides, replayed=replayed)
 
 
@@ -169,10 +194,31 @@ def _load(text: str, name: str) -> tuple[yaml.Node | None, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(
-            f"{name}{line} is not YAML: {getattr(error, 'problem', error)}"
+            f"{name}{line} is not YAML: {getattr(error, 'problem', error)}",
+            hint="docs/recipes.md has an example with everything in it",
         ) from error
+    _refuse_growth(node, name)
     _refuse_twins(node, name)
     return node, data
+
+
+def _refuse_growth(root: yaml.Node | None, name: str) -> None:
+    """A few aliases of aliases stand for more values than fit into memory, and one may stand in itself."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_VALUES + 1  # for who meets it again on the way down
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            pairs = [part if isinstance(part, tuple) else (part,) for part in parts]
+            sizes[id(node)] = 1 + sum(size(inner) for pair in pairs for inner in pair)
+        return sizes[id(node)]
+
+    if root is not None and size(root) > MOST_VALUES:
+        raise RecipeError(
+            f"{name} holds more than {MOST_VALUES} values, or an alias that stands in itself",
+            hint="write it without aliases",
+        )
 
 
 def _refuse_twins(root: yaml.Node | None, name: str) -> None:
@@ -211,7 +257,10 @@ def _override(data: dict[str, Any], text: str) -> None:
             place = place[_index(part)] if isinstance(place, list) else place.setdefault(part, {})
         place[_index(last) if isinstance(place, list) else last] = new
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise RecipeError(f"--set {path}: the recipe has no such place") from error
+        raise RecipeError(
+            f"--set {path}: the recipe has no such place",
+            hint="passes.0.bits is a place where the first pass is a mapping",
+        ) from error
 
 
 def _index(text: str) -> int:
@@ -248,6 +297,8 @@ class _Reader:
             targets=self._targets(data.get("targets", ["ort"])),
             metric=":".join(*data["metric"].items()) if metric else None,
             bench=self._bench(data),
+            gate=self._gate(data),
+            gate_is_asked=bool(data.get("gate")),
             canonicalize=self._flag(data.get("canonicalize", True), "canonicalize"),
             plugins=tuple(plugins),
             text=canonical(data),
@@ -310,6 +361,26 @@ class _Reader:
         if value is False or value is None:
             return None
         made: BenchSpec = self._section(BenchSpec, value, ("bench",))
+        return made
+
+    def _gate(self, data: Mapping[str, Any]) -> GateSpec | None:
+        value = data.get("gate", {})
+        if value is False or value is None:
+            return None
+        made: GateSpec = self._section(GateSpec, value, ("gate",))
+        if value.get("latency") and data.get("bench", {}) in (False, None):
+            raise self._error(
+                ("gate", "latency"),
+                "the recipe asks for latency, and does not measure it",
+                hint="leave `bench: false` out",
+            )
+        from_factory = isinstance(data["source"], dict) and "python" in data["source"]
+        if value.get("metric") and data.get("metric") is None and not from_factory:
+            raise self._error(
+                ("gate", "metric"),
+                "the recipe asks what the metric loses, and names no metric",
+                hint="metric: {accuracy: FILE}",
+            )
         return made
 
     def _targets(self, value: Any) -> tuple[str, ...]:
@@ -499,8 +570,10 @@ def schema() -> dict[str, Any]:
         definitions.update(part.pop("$defs", {}))
         definitions[word] = part
     sections = {}
-    for name, kind in (("source", SourceSpec), ("calib", CalibSpec), ("bench", BenchSpec)):
+    kinds = {"source": SourceSpec, "calib": CalibSpec, "bench": BenchSpec, "gate": GateSpec}
+    for name, kind in kinds.items():
         section = adapter(kind).json_schema()
+        definitions.update(section.pop("$defs", {}))
         section["additionalProperties"] = False
         sections[name] = section
     null, text = {"type": "null"}, {"type": "string", "minLength": 1}
@@ -520,6 +593,7 @@ def schema() -> dict[str, Any]:
             "source": sections["source"],
             "calib": {"anyOf": [sections["calib"], null]},
             "bench": {"anyOf": [sections["bench"], {"const": False}, null]},
+            "gate": {"anyOf": [sections["gate"], {"const": False}, null]},
             "passes": {"type": ["array", "null"]},
             "targets": {"anyOf": [targets, {"type": "array", "minItems": 1, "items": targets}]},
             "metric": {"anyOf": [one, {"type": "string", "pattern": "^[^:]+:."}, null]},
@@ -546,7 +620,10 @@ def _dotted(place: Sequence[Any]) -> str:
 def _is_type_word(part: Any) -> bool:
     """Whether a step of pydantic's path names a branch of a union rather than a key."""
     return isinstance(part, str) and (
-        part in ("str", "int", "float", "bool", "none") or "[" in part or "(" in part
+        part[:1].isupper()  # a dataclass; keys are small
+        or part in ("str", "int", "float", "bool", "none")
+        or "[" in part
+        or "(" in part
     )
 
 
@@ -554,6 +631,9 @@ def _fields_of(kind: Any, path: Sequence[Any]) -> list[str]:
     """Names of the fields of the dataclass that lies at `path` inside `kind`."""
     for part in path:
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+        kind = next(
+            (k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None
+        )
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
@@ -563,6 +643,7 @@ def _plain(error: Any) -> str:
     context = error.get("ctx", {})
     if kind == "literal_error":
         words = str(context.get("expected", "")).replace(" or ", ", ").replace("'", "")
+        words = words.replace("False", "false")
         guess = nearest(str(given), words.split(", ")) if isinstance(given, str) else None
         tail = f"; did you mean {guess!r}?" if guess else ""
         return f"{given!r} is not one of {words}{tail}"

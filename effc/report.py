@@ -1,29 +1,82 @@
 """What a compile did, in words and numbers, for a person and for a script.
 
 A speed has its interval and a metric its sample count beside it; a site that does not run in integers is named with
-the reason. Times are in files that the manifest lists as not reproducible.
+the reason. Times are in files that the manifest lists as not reproducible. Here are the files and the text; the page
+for a browser is in `report_html`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from effc.bench import shape_word, verdict
+from effc import bounded, package, paths, report_html, report_shape
+from effc.bench import cpu_name, shape_word, verdict
+from effc.errors import PackageError
+from effc.machine import cpu_features
 from effc.package import dump
 from effc.passes import CANONICAL
 
 Json = dict[str, Any]
 
+REPORT, HTML, RECIPE = "report.json", "report.html", "recipe.yaml"
+
 
 def write(stage: Path, content: Mapping[str, Any]) -> None:
-    """bench.json, timings.json, report.json and report.txt of a package."""
+    """bench.json, timings.json, report.json, report.txt and report.html of a package; all else of it is there."""
     if content.get("bench"):
         (stage / "bench.json").write_text(dump(content["bench"]), encoding="utf-8")
     (stage / "timings.json").write_text(dump(content["timings"]), encoding="utf-8")
-    (stage / "report.json").write_text(dump(content), encoding="utf-8")
+    machine = {"cpu": cpu_name(), "features": cpu_features()}
+    written = dump({"machine": machine, **content})
+    (stage / REPORT).write_text(written, encoding="utf-8")
     (stage / "report.txt").write_text(text(content) + "\n", encoding="utf-8")
+    files = {
+        name: package.digest(stage / name)
+        for name in sorted(paths.below(stage))
+        if name not in (*package.UNHASHED, package.MANIFEST)
+    }
+    recipe = (stage / RECIPE).read_text(encoding="utf-8") if RECIPE in files else ""
+    found = json.loads(written)
+    report_shape.check(found, REPORT)
+    page = report_html.page(found, files=files, recipe=recipe, beside=True)
+    (stage / HTML).write_text(page, encoding="utf-8")
+
+
+def rebuilt(out: Path, *, beside: bool) -> str:
+    """report.html of a whole package, anew from its report.json; `beside` says whether it is to lie there.
+
+    Raises PackageError where the package is not whole, but for report.html itself, and where report.json is missing,
+    damaged, or of another package.
+    """
+    manifest = package.read(out)
+    if REPORT not in manifest.unhashed:
+        raise PackageError(f"{out} has no {REPORT}", hint="compile it again with this effc")
+    replaced = (f"{HTML} is missing", f"{HTML} differs from its sha256")
+    if broken := [word for word in package.check(out) if word not in replaced]:
+        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise PackageError(
+            f"{out} is not what it is said to be: {'; '.join(broken[:5])}{more}",
+            hint=package.UNHARMED,
+        )
+    content = package.read_json(out, REPORT)
+    report_shape.check(content, str(out / REPORT))
+    told = content["manifest"]
+    if [e["sha256"] for e in told["engines"]] != [e.sha256 for e in manifest.engines]:
+        raise PackageError(f"{out / REPORT} is that of another package", hint=package.UNHARMED)
+    recipe = _text(out, RECIPE) if RECIPE in manifest.files else ""
+    files = dict(sorted(manifest.files.items()))
+    return report_html.page(content, files=files, recipe=recipe, beside=beside)
+
+
+def _text(out: Path, name: str) -> str:
+    found = bounded.content(paths.opened(out, name), name, PackageError)
+    try:
+        return found.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PackageError(f"{out / name} is not UTF-8 text", hint=package.UNHARMED) from error
 
 
 def text(content: Mapping[str, Any]) -> str:
@@ -36,6 +89,7 @@ def text(content: Mapping[str, Any]) -> str:
         *_lowering(content),
         *_metric(content),
         *_bench(content),
+        *_gate(content),
     ]
     return "\n".join(lines)
 
@@ -149,3 +203,20 @@ def ratio_word(s: Mapping[str, Any]) -> str:
     if s.get("ratio") is None:
         return "no reference"
     return f"{s['ratio']:.2f}× [{s['low']:.2f}, {s['high']:.2f}] {verdict(s['low'], s['high'])}"
+
+
+def _gate(content: Mapping[str, Any]) -> list[str]:
+    """What was asked of the engine, how that went, and what of the passes was taken back for it."""
+    gate = content.get("gate")
+    if not gate or gate["verdict"] == "off":
+        return []
+    tried = f", {gate['tried']} tried" if (gate.get("tried") or 0) > 1 else ""
+    tried += ", out of time" if gate.get("ran_out_of_time") else ""
+    lines = [f"gate      {gate['verdict']}{tried}"]
+    lines += [f"          {check['text']}" for check in gate["checks"]]
+    for back in gate["rolled_back"]:
+        some = ", ".join(back["sites"][:3])
+        more = f" and {len(back['sites']) - 3} more" if len(back["sites"]) > 3 else ""
+        where = f": {some}{more}" if some else ""
+        lines.append(f"          rolled back {back['pass']}{where} ({back['why']})")
+    return lines

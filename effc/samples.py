@@ -20,6 +20,7 @@ from effc.calib.data import Batch, Record
 from effc.errors import CalibrationError, EffcError
 from effc.processor import stack
 from effc.recipe import CalibSpec
+from effc.room import Room
 from effc.source import Source, import_code
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,14 +29,22 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Samples:
     """Batches of one source under one calibration spec."""
 
-    def __init__(self, source: Source, spec: CalibSpec | None) -> None:
-        self.source, self.spec = source, spec
+    def __init__(self, source: Source, spec: CalibSpec | None, room: Room | None = None) -> None:
+        self.source, self.spec, self.room = source, spec, room
         self._tokens: Array | None = None
 
     def __call__(self, role: str) -> Iterator[Batch]:
         """Calibration batches in the model's own types. Raises CalibrationError where one does not fit."""
         for batch in self._drawn():
-            yield dataclasses.replace(batch, inputs=self._fitting(role, batch.inputs))
+            for inputs in self.pieces(self._fitting(role, batch.inputs)):
+                yield dataclasses.replace(batch, inputs=inputs)
+
+    def pieces(self, feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+        """Inputs in as many pieces as the memory asks for; one where it was not bounded."""
+        if self.room is None:
+            yield dict(feeds)
+        else:
+            yield from self.room.pieces(feeds)
 
     def _drawn(self) -> Iterator[Batch]:
         if self.spec is None:
@@ -71,7 +80,8 @@ class Samples:
             )
         if ids.ndim == 2 and longest is not None and ids.shape[1] > longest:
             raise CalibrationError(
-                f"calibration input 'input_ids' is {ids.shape[1]} long, the model takes at most {longest}"
+                f"calibration input 'input_ids' is {ids.shape[1]} long, the model takes at most {longest}",
+                hint="cut the rows",
             )
 
     def held_out(self, batches: int = 4) -> list[Batch]:
@@ -189,7 +199,10 @@ def _given(what: str, function: Callable[[], Iterable[Any]]) -> Iterator[Batch]:
     except EffcError:
         raise
     except Exception as error:
-        raise CalibrationError(f"{what} failed: {type(error).__name__}: {error}") from error
+        raise CalibrationError(
+            f"{what} failed: {type(error).__name__}: {error}",
+            hint="--debug shows where in your code",
+        ) from error
 
 
 EXPECTED = "yield mappings of arrays by the names of the model's inputs"
@@ -207,7 +220,9 @@ def _batch(what: str, item: Any) -> Batch:
         try:
             made[name] = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
         except Exception as error:
-            raise CalibrationError(f"input {name!r} of {what} is no array: {error}") from error
+            raise CalibrationError(
+                f"input {name!r} of {what} is no array: {error}", hint=EXPECTED
+            ) from error
     return dataclasses.replace(batch, inputs=made)
 
 

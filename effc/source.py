@@ -12,24 +12,26 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import logging
 import os
 import re
+import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from effc import bounded, paths
 from effc.calib.data import Batch
 from effc.errors import EffcError, SourceError, first_line
 from effc.ir.trace import named_inputs
-from effc.processor import Processor, kind_of, pools
+from effc.processor import Processor, kind_of, pools, whole
 from effc.table import nearest, unknown
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ COPIED = (
 TEXTS = (".json", ".txt", ".model", ".jinja", ".md")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_|block_)?layers?|depths?")
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 
 
@@ -147,18 +150,93 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise SourceError(f"{path} has no config.json", hint="give a transformers model directory")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise SourceError(f"{file} cannot be read: {error}") from error
+    _refuse_special(path)
+    config = bounded.read_json(file, SourceError)
     if not isinstance(config, dict):
-        raise SourceError(f"{file} holds no settings")
+        raise SourceError(f"{file} holds no settings", hint=bounded.HINT)
     if "auto_map" in config:
         raise SourceError(
             f"{path} wants to run code of its own (auto_map)",
             hint="effc runs no code from a model directory; use module:factory with code that you trust",
         )
+    for key, value in _settings(config):
+        if key.endswith("_implementation") and value not in (None, "", "eager", "sdpa"):
+            raise SourceError(
+                f"{file} asks for {key}: {str(value)[:60]}, which is code from elsewhere",
+                hint=f"take {key} out of it; the engine has kernels of its own",
+            )
+    if config.get("quantization_config") is not None:
+        raise SourceError(
+            f"the weights in {path} are quantised already (quantization_config)",
+            hint="give the model as it was trained; effc quantises it",
+        )
+    if (path / "adapter_config.json").exists():
+        raise SourceError(
+            f"{path} holds an adapter of another model (adapter_config.json)",
+            hint="merge it first: merge_and_unload() of peft, and save_pretrained",
+        )
     return config
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All settings that are no mapping, those of models inside the model too."""
+    for key, value in config.items():
+        if isinstance(value, dict) and not key.endswith("_implementation"):
+            yield from _settings(value)
+        else:
+            yield key, value
+
+
+def _refuse_special(path: Path) -> None:
+    """Raises SourceError for a pipe or a device in a model directory: whoever opens it waits, or reads for ever."""
+    for file in sorted(path.iterdir()):
+        try:
+            mode = file.stat().st_mode
+        except OSError:  # a link to nowhere is as good as no file
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise SourceError(
+                f"{file} is not a plain file", hint="move it out of the model directory"
+            )
+
+
+def _check_weights(path: Path, config: Mapping[str, Any]) -> None:
+    """Weights are plain files with tensors enough, and the names in an index lead nowhere but into the directory.
+
+    transformers makes all layers of config.json before it looks for their weights, however many they are.
+    """
+    tensors = 0
+    for file in sorted(path.glob("*.safetensors")):
+        paths.plain(file, SourceError).close()
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                tensors += len(weights.keys())
+        except Exception as error:
+            raise SourceError(
+                f"{file} does not load: {first_line(error)}",
+                hint="it is damaged or cut short; get a whole copy",
+            ) from error
+    for key, value in _settings(config):
+        for count in value if isinstance(value, list) else [value]:
+            if _LAYERS.fullmatch(key) and isinstance(count, int) and count > tensors:
+                raise SourceError(
+                    f"{path / 'config.json'} says {key}: {count}, and the weights have {tensors} tensors",
+                    hint="config.json and the weights are of two models",
+                )
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    content = bounded.read_json(index, SourceError)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+        raise SourceError(f"{index} has no `weight_map` of file names", hint=bounded.HINT)
+    for name in sorted(set(shards.values())):
+        paths.parts(name, SourceError)
+        if not (path / name).is_file():
+            raise SourceError(
+                f"{index} names {paths.shown(name)}, which is not there",
+                hint="put all files of the weights into the directory",
+            )
 
 
 def _download(name: Path) -> Path:
@@ -212,6 +290,7 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[
         raise SourceError(
             f"{path} has no weights (*.safetensors)", hint="put model.safetensors there"
         )
+    _check_weights(path, config)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -237,13 +316,24 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[
             output_loading_info=True,
         )
     except Exception as error:
-        raise SourceError(f"{names[0]} does not load from {path}: {first_line(error)}") from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise SourceError(
+                f"{path}: the weights have other shapes than config.json says",
+                hint="config.json and the weights are of two models",
+            ) from error
+        raise SourceError(
+            f"{names[0]} does not load from {path}: {first_line(error)}",
+            hint="config.json and the weights must be whole and of one model; --debug shows more",
+        ) from error
     missing = sorted(info["missing_keys"])
     if any(not key.startswith("pooler.") for key in missing):
         raise _lacks(path, model, missing)
     if info["mismatched_keys"]:
         key = str(sorted(map(str, info["mismatched_keys"]))[0])
-        raise SourceError(f"{path}: the shape of {key} differs from config.json")
+        raise SourceError(
+            f"{path}: the shape of {key} differs from config.json",
+            hint="config.json and the weights are of two models",
+        )
     check_finite(model)
     for name in ("use_cache", "output_attentions", "output_hidden_states"):
         if getattr(model.config, name, None):
@@ -263,7 +353,10 @@ def check_finite(model: nn.Module) -> None:
     """Raises SourceError naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise SourceError(f"weights hold values that are not numbers: {name}")
+            raise SourceError(
+                f"weights hold values that are not numbers: {name}",
+                hint="the file is damaged, or training went wrong; take an earlier checkpoint",
+            )
 
 
 def _example(
@@ -274,7 +367,7 @@ def _example(
     main = getattr(model, "main_input_name", "input_ids")
     draw = torch.Generator().manual_seed(0)
     if main == "pixel_values":
-        shape = (EXAMPLE_BATCH, int(config.get("num_channels", 3)), *processor.image_size())
+        shape = (EXAMPLE_BATCH, whole(config, "num_channels", 3), *processor.image_size())
         pixels = torch.rand(shape, generator=draw) * 2 - 1
         return {"pixel_values": pixels}, {"pixel_values": {0: "batch"}}
     if main != "input_ids":
@@ -283,7 +376,7 @@ def _example(
             hint="use module:factory, which gives its own example inputs",
         )
     names = ["input_ids", "attention_mask"]
-    types = int(config.get("type_vocab_size") or 0)
+    types = whole(config, "type_vocab_size", 0)
     if types > 0:
         asked = processor.tokenizer.model_input_names if processor.has_tokenizer else []
         if "token_type_ids" in asked or (not asked and types > 1):
@@ -291,7 +384,9 @@ def _example(
     names = [name for name in names if name in accepted]
     text = (EXAMPLE_BATCH, EXAMPLE_LENGTH)
     values = {
-        "input_ids": torch.randint(3, int(config.get("vocab_size", 1000)), text, generator=draw),
+        "input_ids": torch.randint(
+            3, max(4, whole(config, "vocab_size", 1000)), text, generator=draw
+        ),
         "attention_mask": torch.ones(text, dtype=torch.int64),
         "token_type_ids": torch.zeros(text, dtype=torch.int64),
     }
@@ -327,7 +422,8 @@ def _output_names(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, 
             made = model(**inputs)
     except Exception as error:
         raise SourceError(
-            f"{type(model).__name__} does not run on example inputs: {first_line(error)}"
+            f"{type(model).__name__} does not run on example inputs: {first_line(error)}",
+            hint="config.json may not be that of the weights; --debug shows where it stopped",
         ) from error
     return tuple(made) if isinstance(made, Mapping) else ()
 
@@ -382,7 +478,10 @@ def from_factory(word: str, options: Mapping[str, Any] | None = None) -> Source:
     except EffcError:
         raise
     except Exception as error:
-        raise SourceError(f"{word} failed: {type(error).__name__}: {first_line(error)}") from error
+        raise SourceError(
+            f"{word} failed: {type(error).__name__}: {first_line(error)}",
+            hint="--debug shows where in your code",
+        ) from error
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
         made = Source(modules={"main": made[0]}, inputs={"main": made[1]})
     if not isinstance(made, Source):
@@ -531,7 +630,7 @@ def import_code(place: str) -> Any:
             return importlib.import_module(place)
         path = Path(place).resolve()
         if not path.exists():
-            raise SourceError(f"there is no file {place}")
+            raise SourceError(f"there is no file {place}", hint="file.py:function, from here")
         name = f"effc_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
         if name in sys.modules:
             return sys.modules[name]
@@ -548,7 +647,10 @@ def import_code(place: str) -> Any:
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"{place} cannot be imported: {type(error).__name__}: {error}",
+            hint="--debug shows where in your code",
+        ) from error
 
 
 def _module_digest(modules: Mapping[str, nn.Module]) -> str:

@@ -24,7 +24,10 @@ def unknown(kind: str, word: str, known: Iterable[str]) -> str:
     """The sentence that refuses `word`: what is unknown, the nearest known word, or all of them."""
     known = sorted(known)
     guess = nearest(word, known)
-    tail = f"did you mean {guess!r}?" if guess else f"known: {', '.join(known) or 'none'}"
+    more = f" and {len(known) - 30} more" if len(known) > 30 else ""
+    tail = (
+        f"did you mean {guess!r}?" if guess else f"known: {', '.join(known[:30]) or 'none'}{more}"
+    )
     return f"unknown {kind} {word!r}; {tail}"
 
 

@@ -95,11 +95,14 @@ def parity(
         left, right = reference(feeds), engine(feeds)
         for name, a in left.items():
             if name not in right:
-                raise VerifyError(f"the engine has no output {name!r}")
+                raise VerifyError(
+                    f"the engine has no output {name!r}", hint="it was made from another model"
+                )
             b = right[name]
             if a.shape != b.shape:
                 raise VerifyError(
-                    f"output {name!r} is {list(b.shape)} where the model gives {list(a.shape)}"
+                    f"output {name!r} is {list(b.shape)} where the model gives {list(a.shape)}",
+                    hint="it was made from another model",
                 )
             seen = feeds.get(mask) if mask is not None else None
             a, b = _valid(a, seen), _valid(b, seen)

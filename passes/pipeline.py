@@ -76,7 +76,10 @@ def apply(
         raise
     except Exception as error:
         program.graphs = before.graphs
-        raise PassError(f"{pass_.name} failed: {type(error).__name__}: {error}") from error
+        raise PassError(
+            f"{pass_.name} failed: {type(error).__name__}: {error}",
+            hint="--debug shows where; leave out what it fails on by `select`, or the pass",
+        ) from error
     record = PassRecord(
         name=pass_.name,
         options=options_of(pass_),
@@ -145,9 +148,15 @@ def _rewrite(pass_: Pass, graph: Graph, stats: Stats) -> int:
     if sites:
         refresh(graph)
         if broken := problems(graph):
-            raise PassError(f"{pass_.name} left a broken graph: {'; '.join(broken[:5])}")
+            raise PassError(
+                f"{pass_.name} left a broken graph: {'; '.join(broken[:5])}",
+                hint="this is a fault of the pass; edit by effc.ir.edit",
+            )
     elif _fingerprint(graph) != version:
-        raise PassError(f"{pass_.name} says it changed nothing but edited graph {graph.role!r}")
+        raise PassError(
+            f"{pass_.name} says it changed nothing but edited graph {graph.role!r}",
+            hint="this is a fault of the pass; return the number of sites that it changed",
+        )
     return sites
 
 

@@ -20,8 +20,9 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors progress
-    table
+    errors progress scratch sizes machine
+    paths
+    bounded table stats
     quant
     dialect
     ir nn
@@ -30,18 +31,34 @@ LINES = [
     source
     passes backends
     metrics
-    recipe
-    samples verify bench gate
+    recipe room
+    samples verify bench cache
+    gate
     package
-    delta report cache
+    delta charts report_shape
+    report_numbers
+    report_html
+    report
+    measure build explain
+    trial
+    search
     compiler
-    inspection
+    inspection plan
     cli
     __init__ __main__
     """.strip().splitlines()
 ]
 LEVEL = {part: level for level, line in enumerate(LINES) for part in line}
-STANDARD_LIBRARY_ONLY = {"errors", "progress", "table"}
+STANDARD_LIBRARY_ONLY = {
+    "errors",
+    "progress",
+    "scratch",
+    "sizes",
+    "machine",
+    "paths",
+    "bounded",
+    "table",
+}
 
 # Training and the built-in models stand aside: all they may import, and who may import them.
 ASIDE = {

@@ -1,19 +1,21 @@
 """A package is whole or is told apart, is exchanged in one step, and needs no effc to run."""
 
 import errno
+import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from effc import package
+from effc import bounded, package
 from effc.errors import PackageError
+from effc.package import digest
 from kit import assert_letter, cli, content, leftovers, made
 
 
@@ -84,6 +86,54 @@ def test_one_flipped_bit_is_found(out):
     assert_letter(cli("verify", out), "VerifyError", 10, "model.onnx differs")
 
 
+def changed(content: bytes, draw: random.Random, how: str) -> bytes:
+    """The same bytes but for one, which is another, one more or gone."""
+    place = draw.randrange(len(content) + (how == "insert"))
+    if how == "delete":
+        return content[:place] + content[place + 1 :]
+    new = draw.randrange(256)
+    if how == "insert":
+        return content[:place] + bytes([new]) + content[place:]
+    return content[:place] + bytes([content[place] ^ (new or 1)]) + content[place + 1 :]
+
+
+@pytest.mark.slow
+def test_one_byte_of_any_file_that_is_another_is_found(out):
+    for name in content(out):
+        whole = (out / name).read_bytes()
+        draw = random.Random(name)
+        for how in ("flip", "insert", "delete") * 3:
+            (out / name).write_bytes(harmed := changed(whole, draw, how))
+            ran = cli("verify", out)
+            assert ran.code in (10, 12), (name, harmed, ran.out)
+            assert name in ran.err
+            assert "Traceback" not in ran.err
+        (out / name).write_bytes(whole)
+    assert cli("verify", out).code == 0
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "volatile.json"])
+@pytest.mark.parametrize("old", ["\n", " ", ": ", ",", "{", "1", '"'])
+def test_what_json_does_not_count_is_found_too(out, name, old):
+    text = (out / name).read_text(encoding="utf-8")
+    for new in (f"{old} ", f" {old}", f"{old}\n"):
+        (out / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+        assert cli("verify", out).code in (10, 12)
+
+
+def test_a_key_that_stands_twice_in_a_manifest_is_found(out):
+    text = (out / "manifest.json").read_text(encoding="utf-8")
+    (out / "manifest.json").write_text(text.replace("{", '{\n "kind": "module",', 1), "utf-8")
+    assert_letter(cli("verify", out), "PackageError", 12, "is not as it was written")
+
+
+def test_the_digest_of_a_manifest_can_be_found_without_effc(out):
+    content = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    said = content.pop("digest")
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    assert hashlib.sha256(text.encode()).hexdigest() == said
+
+
 def test_a_file_more_or_less_is_found(out):
     (out / "extra.bin").write_bytes(b"x")
     (out / "tokenizer.json").unlink()
@@ -102,18 +152,25 @@ def test_a_link_in_place_of_a_file_is_found(out, tmp_path):
     assert_letter(cli("verify", out), "VerifyError", 10, "LICENSE is not a plain file")
     (out / "LICENSE").unlink()
     (out / "LICENSE").symlink_to(tmp_path / "elsewhere")
-    assert_letter(cli("verify", out), "PackageError", 12, "'LICENSE' leads out of the package")
-
-
-def test_timing_files_may_differ(out):
-    (out / "timings.json").write_text("{}\n", encoding="utf-8")
-    assert package.check(out) == []
+    assert_letter(cli("verify", out), "VerifyError", 10, "LICENSE is not a plain file")
 
 
 def change_manifest(out: Path, change) -> None:
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    change(manifest)
-    (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    """A manifest that somebody changed and gave the right digest again, as a forger would."""
+    forge(out, "manifest.json", change)
+
+
+def forge(out: Path, name: str, change) -> None:
+    content = json.loads((out / name).read_text(encoding="utf-8"))
+    change(content)
+    (out / name).write_text(package.sealed(content), encoding="utf-8")
+
+
+def plant(out: Path, name: str, text: str) -> None:
+    """Another text in a file of a package, with all hashes right again."""
+    (out / name).write_text(text, encoding="utf-8")
+    kept = package.VOLATILE if name in package.UNHASHED else package.MANIFEST
+    forge(out, kept, lambda content: content["files"].update({name: digest(out / name)}))
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "bench"])
@@ -122,7 +179,9 @@ def test_a_manifest_of_another_schema_is_refused(out, command):
     assert_letter(cli(command, out), "PackageError", 12, "schema 99", "use the effc that wrote it")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', '"\\ud800"'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": 1, "kind": "\\ud800"}']
+)
 def test_a_manifest_that_is_none_is_refused(out, text):
     (out / "manifest.json").write_text(text, encoding="utf-8")
     assert_letter(cli("verify", out), "PackageError", 12, "manifest.json")
@@ -149,6 +208,153 @@ def test_a_name_that_leads_outside_is_refused_wherever_it_stands(out, command, n
     assert_letter(cli(command, out), "PackageError", 12, repr(name))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda e: e["inputs"][0].update(name="ids"), "has inputs input_ids: int64"),
+        (lambda e: e["inputs"][0].update(dtype="int32"), "has inputs input_ids: int64"),
+        (lambda e: e["inputs"][0].update(shape=["batch", 7]), "has inputs input_ids: int64"),
+        (lambda e: e["outputs"].clear(), "has outputs last_hidden_state: float32"),
+        (lambda e: e.update(opset=21), "has opset 23, and not 21"),
+        (lambda e: e.update(path="README.md"), "README.md is an engine but not a file"),
+        (lambda e: e.update(sha256="0" * 64), "model.onnx is an engine but not a file"),
+    ],
+)
+def test_an_engine_that_is_not_what_the_manifest_says(out, change, said):
+    change_manifest(out, lambda m: change(m["engines"][0]))
+    assert_letter(cli("verify", out), "VerifyError", 10, said)
+
+
+def plant_engine(out: Path, model: onnx.ModelProto) -> None:
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+
+    def change(manifest):
+        found = digest(out / "model.onnx")
+        manifest["files"]["model.onnx"] = manifest["engines"][0]["sha256"] = found
+
+    change_manifest(out, change)
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+@pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "unlisted.bin", "link.bin"])
+def test_an_engine_whose_data_lie_elsewhere_is_not_opened(out, tmp_path, command, location):
+    (tmp_path / "secret").write_bytes(bytes(1 << 16))
+    model = onnx.load(out / "model.onnx")
+    tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    plant_engine(out, model)
+    if location == "link.bin":
+        (out / location).symlink_to(tmp_path / "secret")
+        change_manifest(out, lambda m: m["files"].update({location: digest(tmp_path / "secret")}))
+    ran = cli(command, out, "--model", made().model)
+    assert_letter(ran, "VerifyError", 10, location)
+
+
+def test_a_backup_by_hard_links_is_as_good_as_a_copy(out, tmp_path):
+    shutil.copytree(out, tmp_path / "backup", copy_function=os.link)
+    assert cli("verify", tmp_path / "backup").code == 0
+
+
+@pytest.mark.parametrize("name", ["decisions.json", "origins.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "3", '"a"', "[" * 1000])
+def test_records_that_are_none_are_found(out, name, text):
+    plant(out, name, text)
+    assert_letter(cli("verify", out), "VerifyError", 10, name)
+
+
+FORMS = {
+    "a hash that is none": lambda m: m["files"].update({"README.md": "0" * 63}),
+    "a hash in capitals": lambda m: m["files"].update({"README.md": "A" * 64}),
+    "a graph without digest": lambda m: m.pop("graph_digest"),
+    "a graph's digest that is none": lambda m: m.update(graph_digest="x" * 64),
+    "an engine's hash that is none": lambda m: m["engines"][0].update(sha256=""),
+    "names that are one file elsewhere": lambda m: m["files"].update({"readme.MD": "0" * 64}),
+    "records elsewhere": lambda m: m.update(decisions="../decisions.json"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_words_of_a_wrong_form_in_a_manifest(out, case):
+    change_manifest(out, FORMS[case])
+    assert_letter(cli("verify", out), "PackageError", 12)
+
+
+@pytest.mark.parametrize("change", [lambda f: f.clear(), lambda f: f.update({"LICENSE": "0" * 64})])
+def test_the_list_of_unhashed_files_is_that_of_the_manifest(out, change):
+    forge(out, "volatile.json", lambda content: change(content["files"]))
+    assert_letter(cli("verify", out), "VerifyError", 10, "volatile.json lists other files")
+
+
+def test_a_manifest_may_not_leave_out_the_list_of_unhashed_files(out):
+    (out / "volatile.json").unlink()
+    change_manifest(out, lambda m: m["unhashed"].remove("volatile.json"))
+    assert_letter(cli("verify", out), "VerifyError", 10, "volatile.json")
+
+
+# Trust
+
+COMMANDS = [
+    ("verify", "OUT"),
+    ("verify", "OUT", "--model", "MODEL"),
+    ("bench", "OUT", "--shapes", "1x4", "--budget", "0.1"),
+    ("bench", "OUT", "--model", "MODEL", "--shapes", "1x4", "--budget", "0.1"),
+    ("inspect", "OUT"),
+    ("inspect", "OUT", "--graph"),
+    ("explain", "OUT"),
+    ("report", "OUT"),
+]
+
+
+@pytest.fixture
+def trapped(out, tmp_path, monkeypatch):
+    """A package with all hashes right that names, wherever code can be named, a module that leaves a mark."""
+    monkeypatch.chdir(tmp_path)
+    trap = f"open({str(tmp_path / 'sprung')!r}, 'w')\n"
+    for place in (tmp_path / "trap.py", tmp_path / "evil" / "trap.py"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(f"{trap}def build(**_):\n    {trap}", encoding="utf-8")
+    shutil.copytree(made().model, tmp_path / "evil", dirs_exist_ok=True)
+    for name, key in (("config.json", "AutoModel"), ("tokenizer_config.json", "AutoTokenizer")):
+        settings = json.loads((out / name).read_text(encoding="utf-8"))
+        text = json.dumps({**settings, "auto_map": {key: "trap.build"}})
+        (tmp_path / "evil" / name).write_text(text, encoding="utf-8")
+        plant(out, name, text)
+    plant(out, "recipe.yaml", EVIL_RECIPE)
+    return out
+
+
+EVIL_RECIPE = """
+source: {python: "trap.py:build"}
+plugins: [trap, trap.py]
+metric: {"trap.py:build": x}
+calib: {callable: "trap:build"}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [{"python": "trap.py:build"}, {"transformers": "EVIL"}])
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_no_command_on_a_package_runs_code_that_it_names(trapped, tmp_path, words, source):
+    remembered = {k: str(tmp_path / "evil") if v == "EVIL" else v for k, v in source.items()}
+    plant(trapped, "local.json", json.dumps({"source": remembered}))
+    assert package.check(trapped) == []
+    real = {"OUT": trapped, "MODEL": made().model}
+    ran = cli(*(real.get(word, word) for word in words))
+    assert not (tmp_path / "sprung").exists()
+    assert "trap" not in sys.modules
+    assert "Traceback" not in ran.err
+    assert ran.code in (0, 2, 4, 10, 12)
+
+
+@pytest.mark.slow
+def test_with_trust_code_the_factory_that_a_package_remembers_is_run(trapped, tmp_path):
+    plant(trapped, "local.json", json.dumps({"source": {"python": "trap.py:build"}}))
+    assert_letter(cli("verify", trapped, "--trust-code"), "SourceError", 4)
+    assert (tmp_path / "sprung").exists()
+
+
 def nested(depth: int) -> object:
     found: object = 0
     for _ in range(depth):
@@ -168,7 +374,6 @@ DAMAGE = {
         lambda m: m["engines"][0].update(float_sites=[{"name": "a"}]),
         "float_sites.0",
     ),
-    "half a character": (lambda m: m.update(kind="\ud800"), "surrogates"),
     "deep": (lambda m: m.update(data={"x": nested(100)}), "deep"),
     "a long number": (lambda m: m.update(data={"x": 10**4000}), None),
     "a source without a name": (lambda m: m.update(source={}), None),
@@ -190,7 +395,7 @@ def test_a_damaged_manifest_is_one_clear_error(out, case):
 DAMAGED = {
     "not UTF-8": b'{"schema": 1, "kind": "\xff"}',
     "too deep to parse": b"[" * 100_000,
-    "too long": b" " * (package.MOST_JSON_BYTES + 1),
+    "too long": b" " * (bounded.MOST_BYTES + 1),
 }
 
 
@@ -224,68 +429,22 @@ def test_inspect_of_a_package_without_its_engine(out):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"source": 3}', '{"source": {"python": 3}}', "\x00"])
 def test_a_damaged_memory_of_the_source_is_as_good_as_none(out, text):
-    (out / "local.json").write_text(text, encoding="utf-8")
+    plant(out, "local.json", text)
     ran = cli("bench", out, "--trust-code")
     assert_letter(ran, "UsageError", 2, "remembers none", "--model MODEL")
-
-
-# Names
-
-
-def leads_outside(name: str) -> bool:
-    parts = name.split("/")
-    drive = len(name) > 1 and name[1] == ":"
-    return name.startswith("/") or ".." in parts or "\0" in name or "\\" in name or drive
-
-
-HOSTILE = st.lists(
-    st.sampled_from(["..", ".", "", "a", "b.txt", "C:", "\\", "\0", "~", "..\\x", "é", " "]),
-    max_size=6,
-).map("/".join)
-
-
-@given(name=HOSTILE | st.text(max_size=30))
-def test_a_name_stays_inside_or_is_refused(name):
-    root = Path("/nowhere/root")
-    try:
-        path = package.inside(root, name)
-    except PackageError:
-        return
-    assert not leads_outside(name)
-    assert path != root
-    assert Path(os.path.normpath(path)).is_relative_to(root)
-
-
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "../a", "a/../../b", "/a", "C:/a", "C:a", "a\\b", "a\0b", "//a"]
-)
-def test_names_that_are_refused(tmp_path, name):
-    with pytest.raises(PackageError):
-        package.inside(tmp_path, name)
-
-
-@pytest.mark.parametrize("name", ["a", "a/b.json", "1_Pooling/config.json", ".hidden", "a..b"])
-def test_names_that_are_taken(tmp_path, name):
-    assert package.inside(tmp_path, name) == tmp_path / name
-
-
-def test_a_name_may_not_follow_a_link_out(tmp_path):
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "link").symlink_to(tmp_path)
-    with pytest.raises(PackageError):
-        package.inside(tmp_path / "root", "link/a")
 
 
 # Staging
 
 
-def fill(stage: Path, text: str) -> None:
-    (stage / "file").write_text(text, encoding="utf-8")
+def fill(stage: package.Stage, text: str) -> None:
+    (stage.package / "file").write_text(text, encoding="utf-8")
     engine = {
-        "role": "main", "target": "ort", "path": "file", "sha256": "", "inputs": [], "outputs": [],
-        "opset": 21,
+        "role": "main", "target": "ort", "path": "file", "sha256": "0" * 64, "inputs": [],
+        "outputs": [], "opset": 21,
     }  # fmt: skip
-    package.write_manifest(stage, {"schema": 1, "kind": "module", "engines": [engine]})
+    manifest = {"schema": 1, "kind": "module", "engines": [engine], "graph_digest": "0" * 64}
+    package.write_manifest(stage.package, manifest)
 
 
 def refuse_to_replace(out: Path, *parts: str) -> None:
@@ -304,7 +463,7 @@ def test_a_folder_with_a_manifest_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "extension").mkdir()
     (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}', "utf-8")
     (tmp_path / "extension" / "background.js").write_text("years of work", "utf-8")
-    refuse_to_replace(tmp_path / "extension", "no manifest of effc", "choose another -o")
+    refuse_to_replace(tmp_path / "extension", "was not written by effc", "choose another -o")
 
 
 def test_a_package_with_files_of_the_user_is_not_replaced(out):
@@ -354,7 +513,7 @@ def test_only_an_error_about_the_output_is_one_of_the_package(tmp_path, error, i
     def write() -> None:
         with package.staged(tmp_path / "out") as stage:
             if error.filename:
-                named = error.filename.replace("STAGE", str(stage))
+                named = error.filename.replace("STAGE", str(stage.package))
                 error.filename = named.replace("PARENT", str(tmp_path))
             raise error
 
@@ -368,7 +527,7 @@ def test_a_new_package_takes_the_place_of_the_old(tmp_path):
     for text in ("old", "new"):
         with package.staged(out) as stage:
             fill(stage, text)
-            assert stage.parent == out.parent
+            assert stage.package.parent.parent == stage.work.parent.parent == out.parent
         assert (out / "file").read_text(encoding="utf-8") == text
         assert leftovers(out.parent) == []
     assert os.listdir(out.parent) == ["out"]
@@ -402,7 +561,7 @@ def test_a_block_that_fails_leaves_the_old_package(tmp_path, error):
 
 def test_a_package_without_manifest_is_not_put_in_place(tmp_path):
     with pytest.raises(PackageError), package.staged(tmp_path / "out") as stage:
-        (stage / "file").write_text("x", encoding="utf-8")
+        (stage.package / "file").write_text("x", encoding="utf-8")
     assert os.listdir(tmp_path) == []
 
 

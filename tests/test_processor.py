@@ -236,3 +236,41 @@ def test_what_is_not_done_behind_the_engine_matters_to_who_pools(
     with pytest.raises(SourceError, match=match) as caught:
         mine.pool(HIDDEN, MASK)
     assert caught.value.what == warned
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 10**9},
+        {"size": -3},
+        {"size": {"height": "a", "width": 3}},
+        {"size": float("inf")},
+        {"size": {"shortest_edge": "a"}},
+        {"size": {"shortest_edge": 10**9}},
+        {"size": 20, "crop_pct": "a"},
+        {"size": 20, "crop_pct": 1e-300},
+        {"do_center_crop": True, "crop_size": [1, 2, 3]},
+        {"image_mean": "a"},
+        {"image_mean": [0.5, 0.5]},
+        {"image_mean": [float("nan")] * 3},
+        {"image_std": [0, 1, 1]},
+        {"image_std": [[1], [1, 2]]},
+        {"rescale_factor": None},
+        {"rescale_factor": 10**400},
+        {"size": 20, "resample": []},
+        {"size": 20, "resample": 99},
+    ],
+)
+def test_settings_of_pictures_that_cannot_be_are_one_clear_error(tmp_path, settings):
+    made = processor(tmp_path, settings, image_size=16)
+    with pytest.raises(SourceError) as found:
+        made.images([picture(20, 30, 3)])
+    assert found.value.hint
+
+
+def test_a_picture_that_would_be_made_huge_is_refused(tmp_path):
+    made = processor(tmp_path, {"size": {"shortest_edge": 200}}, image_size=16)
+    with pytest.raises(CalibrationError, match="much longer than wide"):
+        made.images([picture(1, 4000, 3)])
+    made = processor(tmp_path, {"size": {"shortest_edge": 2}}, image_size=16)
+    made.images([picture(20, 30, 3)])

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -98,6 +99,10 @@ def test_the_error_of_an_option_names_its_pass():
     ]
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise(LETTERS))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -121,7 +126,10 @@ def test_the_error_of_an_option_names_its_pass():
         ("source: {transformers: D, options: {n: 1}}", "a model directory takes none"),
         ("source: {python: m:f, options: {python: n:g}}", "cannot be an option"),
         ("source: {python: m:f, options: {since: 2020-01-01}}", "options are text, numbers"),
-        ("source: {python: m:f, options: &o {o: *o}}", "Circular reference"),
+        ("source: {python: m:f, options: &o {o: *o}}", "stands in itself"),
+        ("source: &a {transformers: *a}", "stands in itself"),
+        (BOMB, "more than 10000 values"),
+        ("a: [" + "1, " * 10_001 + "]", "more than 10000 values"),
         ("effc: 2020-99-99", "is not YAML: month must be"),
     ],
 )

@@ -1,6 +1,7 @@
 """Where models come from: a directory with its own head, a factory, and never the network or code in a directory."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -329,3 +330,120 @@ def test_a_source_of_another_form_is_refused_at_the_door(tmp_path, code, match, 
         returned(tmp_path, code)
     assert caught.value.where == f"what {tmp_path / 'mine.py'}:make returned"
     assert hint is None or hint in caught.value.hint
+
+
+# A directory that is a trap
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "odd"]
+)
+def test_a_pipe_or_a_device_in_a_model_directory_is_not_opened(model, name):
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    with pytest.raises(SourceError, match=f"{name} is not a plain file"):
+        from_directory(model)
+    (model / name).unlink()
+    (model / name).symlink_to("/dev/zero")
+    with pytest.raises(SourceError, match=f"{name} is not a plain file"):
+        from_directory(model)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 70 + "]" * 70, '{"a": "\\ud800"}', "\udc80"])
+def test_settings_that_are_no_plain_json_are_refused(model, text):
+    (model / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(SourceError, match=r"config\.json"):
+        from_directory(model)
+
+
+def in_two_files(model: Path, name: object) -> None:
+    """Weights that an index says lie in a file of that name."""
+    whole = model / "model-00001-of-00001.safetensors"
+    (model / "model.safetensors").rename(whole)
+    index = {"metadata": {}, "weight_map": {"a": whole.name, "b": name}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("../secret.safetensors", "is refused as the name of a file"),
+        ("/etc/passwd", "is refused as the name of a file"),
+        ("C:\\a.safetensors", "is refused as the name of a file"),
+        ("nowhere.safetensors", "'nowhere.safetensors', which is not there"),
+        (3, "no `weight_map` of file names"),
+    ],
+)
+def test_an_index_of_weights_leads_nowhere_else(model, name, said):
+    (model.parent / "secret.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    in_two_files(model, name)
+    with pytest.raises(SourceError, match=said):
+        from_directory(model)
+
+
+def test_weights_that_are_a_link_to_nowhere_are_refused(model):
+    (model / "more.safetensors").symlink_to("nowhere")
+    with pytest.raises(SourceError, match=r"more\.safetensors cannot be read"):
+        from_directory(model)
+
+
+@pytest.mark.parametrize("key", ["type_vocab_size", "max_position_embeddings"])
+@pytest.mark.parametrize("value", ["a", -1, 2.5, 10**30, [], True])
+def test_a_setting_that_is_no_number_is_one_clear_error(model, key, value):
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**settings, key: value}), encoding="utf-8")
+    with pytest.raises(SourceError) as found:
+        from_directory(model)
+    assert found.value.hint
+
+
+def test_a_tokenizer_that_panics_or_fails_is_one_clear_error(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    Panic.__name__ = "PanicException"
+    processor = from_directory(made().model).processor
+    for error in (Panic("at the disco"), ValueError("odd")):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(type(processor), "tokenizer", property(lambda _, fail=fail: fail))
+        with pytest.raises(SourceError, match="fails on 'the cat'"):
+            processor._encoded(["the cat"], max_length=8)
+
+
+def setting(model: Path, **changes: object) -> None:
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**settings, **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attn_implementation": "owner/kernel"}, "asks for attn_implementation: owner/kernel"),
+        ({"_attn_implementation": "flash_attention_2"}, "which is code from elsewhere"),
+        ({"text_config": {"_experts_implementation": "owner/k"}}, "which is code from elsewhere"),
+        ({"attn_implementation": {"": "owner/kernel"}}, "which is code from elsewhere"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, and the weights have 37"),
+        ({"text_config": {"depths": [1, 10**9]}}, "says depths: 1000000000"),
+        ({"hidden_size": 10**9}, "other shapes than config.json says"),
+    ],
+)
+def test_settings_that_ask_for_code_or_for_more_than_the_weights_are_refused(model, change, said):
+    setting(model, **change)
+    with pytest.raises(SourceError, match=said) as found:
+        from_directory(model)
+    assert found.value.hint
+
+
+def test_attention_of_torch_itself_may_be_asked_for(model):
+    setting(model, _attn_implementation="eager")
+    assert from_directory(model).outputs["main"] == ("last_hidden_state",)
+
+
+def test_an_adapter_is_no_model(model):
+    (model / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SourceError, match="an adapter of another model"):
+        from_directory(model)

@@ -30,28 +30,30 @@ _SHORT = {
 }
 
 
-def show(item: Program | Graph) -> str:
-    """The graphs of a program, or one graph, one line per node."""
+def show(item: Program | Graph, *, exact: bool = False) -> str:
+    """The graphs of a program, or one graph, one line per node; numbers in six digits unless `exact`."""
     if isinstance(item, Program):
         graphs = list(item)
         if len(graphs) == 1:
-            return show(graphs[0])
-        return "\n\n".join(f"# {graph.role}\n{show(graph)}" for graph in graphs)
+            return show(graphs[0], exact=exact)
+        return "\n\n".join(f"# {graph.role}\n{show(graph, exact=exact)}" for graph in graphs)
     names = dict(zip(item.exported.graph_signature.user_inputs, item.inputs, strict=True))
     lifted = {n.name: name for n in item.fx.nodes if (name := tensor_name(item, n)) is not None}
     lines = []
+
+    def word(value: Any) -> str:
+        return _value(value, lifted, exact)
+
     for node in item.fx.nodes:
         if node.op == "placeholder" and node.name in names:
             lines.append(f"%{node.name}{_type(item, node)} = input")
         elif node.op == "call_function":
-            parts = [_value(a, lifted) for a in node.args]
-            parts += [f"{k}={_value(v, lifted)}" for k, v in node.kwargs.items()]
+            parts = [word(a) for a in node.args]
+            parts += [f"{k}={word(v)}" for k, v in node.kwargs.items()]
             lines.append(f"%{node.name}{_type(item, node)} = {op_name(node)}({', '.join(parts)})")
         elif node.op == "output":
             outputs = zip(item.outputs, node.args[0], strict=True)
-            lines.append(
-                "return " + ", ".join(f"{name}={_value(v, lifted)}" for name, v in outputs)
-            )
+            lines.append("return " + ", ".join(f"{name}={word(v)}" for name, v in outputs))
     return "\n".join(lines)
 
 
@@ -72,11 +74,11 @@ def _type(graph: Graph, node: fx.Node) -> str:
     return f": {short}[{', '.join(shape_words(graph, value.shape))}]"
 
 
-def _value(value: Any, lifted: dict[str, str]) -> str:
+def _value(value: Any, lifted: dict[str, str], exact: bool) -> str:
     if isinstance(value, fx.Node):
         return "@" + lifted[value.name] if value.name in lifted else "%" + value.name
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(v, lifted) for v in value) + "]"
+        return "[" + ", ".join(_value(v, lifted, exact) for v in value) + "]"
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value) if exact else f"{value:g}"
     return str(value).removeprefix("torch.")

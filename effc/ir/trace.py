@@ -78,7 +78,10 @@ def named_inputs(
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     if len(names) < len(inputs):
-        raise TraceError(f"forward takes {len(names)} inputs but {len(inputs)} examples were given")
+        raise TraceError(
+            f"forward takes {len(names)} inputs but {len(inputs)} examples were given",
+            hint="give example inputs by name, or in the order of forward's parameters",
+        )
     return dict(zip(names, inputs, strict=False))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import struct
 import tracemalloc
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from effc.calib import data
 from effc.calib.data import Record, digest, parse, read
 from effc.errors import CalibrationError
 
@@ -424,3 +426,104 @@ def test_a_zipped_text_is_a_text(write, tmp_path):
     assert texts(tmp_path) == ["one", "two"]
     refused(write("a.txt.gz", packed[:-9]), r"a\.txt\.gz cannot be read")
     refused(write("a.txt.gz", b"plain"), r"a\.txt\.gz cannot be read")
+
+
+# What is a trap
+
+
+def test_a_line_without_end_is_not_read_to_its_end(write, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_LINE", 100)
+    refused(write("a.txt", "x" * 101), "line 1 has more than 100 bytes")
+    assert texts(write("b.txt", "x" * 100)) == ["x" * 100]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt.gz", bytes(1 << 24)),
+        ("a.csv.gz", b"\n" * (1 << 24)),
+        ("a.tsv.gz", b"a\n" * (1 << 23)),
+        ("a-images-idx3-ubyte.gz", idx(np.zeros((4, 2000, 2000)))),
+    ],
+)
+def test_what_unpacks_to_far_more_than_it_is_is_refused(write, name, content):
+    refused(write(name, gzip.compress(content)), "unpacks to more than 200 times its size")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((4, 1 << 18)))
+    refused(tmp_path / "a.npz", "more than 200 times its size")
+
+
+def test_a_mask_of_ones_beside_real_numbers_is_no_trap(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 30000, (2000, 256))
+    np.savez_compressed(tmp_path / "a.npz", ids=ids, mask=np.ones_like(ids), types=0 * ids)
+    assert len(list(read(tmp_path / "a.npz"))) == 2000
+
+
+def archive(path: Path, **heads: str) -> Path:
+    """An .npz of arrays whose headers are as given, with 64 bytes each."""
+    with zipfile.ZipFile(path, "w") as made:
+        for name, head in heads.items():
+            text = f"{{'descr': {head}, }}\n".encode()
+            size = struct.pack("<H", len(text))
+            made.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + size + text + bytes(64))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        ("'<i8', 'fortran_order': False, 'shape': (1 << 60, 8)", "is no array"),
+        ("'<i8', 'fortran_order': False, 'shape': (1000000000000, 8)", "is cut short"),
+        ("'<i8', 'fortran_order': True, 'shape': (1000000000000, 8)", "is cut short"),
+        ("'<i8', 'fortran_order': False, 'shape': (-1, 8)", "is cut short"),
+        ("'<i8', 'fortran_order': False, 'shape': (1000000000000, 0)", "samples of nothing"),
+        ("'|S0', 'fortran_order': False, 'shape': (1000000000000, 8)", "not numbers"),
+        ("'|O', 'fortran_order': False, 'shape': (1, 8)", "holds Python objects"),
+        ("[('a', '<i8')], 'fortran_order': False, 'shape': (1, 8)", "not numbers"),
+        ("'<M8[s]', 'fortran_order': False, 'shape': (1, 8)", "not numbers"),
+        ("__import__('os').abort(), 'fortran_order': False, 'shape': (1, 8)", "is no array"),
+        ("'<i8', 'fortran_order': False, 'shape': " + "(" * 900 + ")" * 900, "is no array"),
+    ],
+)
+def test_an_array_that_claims_what_it_has_not_is_refused(tmp_path, head, match):
+    refused(archive(tmp_path / "a.npz", x=head), match)
+
+
+@pytest.mark.parametrize("shape", [(2**31, 0, 5), (4, 2**16, 2**16), (4, 0, 0)])
+def test_idx_pictures_of_no_size_or_of_any_are_refused(write, shape):
+    head = bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape)
+    refused(write("a-images-idx3-ubyte", head), "claims pictures")
+
+
+def test_a_picture_that_says_it_is_huge_is_not_unpacked(write, tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.new("RGB", (11_000, 9_000)).save(tmp_path / "a.png")
+    refused(tmp_path, "says it has 11000 × 9000 pixels")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.npz", "a.txt.gz", "a-images-idx3-ubyte"])
+def test_a_pipe_or_a_device_is_not_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    refused(tmp_path / name, "is not a plain file")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    refused(tmp_path / name, "is not a plain file")
+
+
+def test_a_pipe_among_pictures_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    refused(tmp_path, "is not a plain file")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_a_folder_that_lies_in_itself_is_empty(tmp_path, name):
+    (tmp_path / name).symlink_to(".")
+    refused(tmp_path, "0 files that could be samples")
+
+
+@pytest.mark.parametrize("word", ["x" * 5000, "a\0b", "x" * 5000 + "#1", "a#" + "9" * 5000])
+def test_a_word_that_no_file_can_have_is_one_that_is_not_there(word):
+    path, _ = parse(word)
+    refused(path, "there is no calibration file")

@@ -1,0 +1,199 @@
+"""Every node of an ONNX file on the values of the graph that it was made from: which of them computes something else?
+
+torch's exporter names values after the nodes of the graph that it translates, and no rewrite gives a name away. So a
+copy of the file is cut wherever a name is known: each value becomes an output, and who reads it reads an input that is
+fed from the graph. One run of the copy then gives what every node makes of exact inputs, and a fault stays where it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor, fx
+
+from effc.backends import onnx
+from effc.backends.base import Array
+from effc.backends.ort import session_options
+from effc.errors import LoweringError, first_line
+from effc.ir.align import is_weight
+from effc.ir.program import Graph
+from effc.ir.select import site_names
+from effc.ir.values import Values
+
+EXACT = 1e-3
+"""Relative L2 that a node of a file may be from the same node in torch."""
+BLOCKWISE = 0.05
+"""The same for products that round their float input to 8 bit, block by block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Off:
+    """A value of a file that is not what the graph has under its name."""
+
+    value: str
+    site: str
+    nodes: tuple[str, ...]
+    """What computes it from known values: names of nodes of the file, the last first."""
+    op: str
+    rel_l2: float
+    most: float
+    """What it may be."""
+    place: int
+
+    @property
+    def reason(self) -> str:
+        return f"on the same inputs {self.value} is {self.rel_l2:.2g} (relative L2) from the graph, at most {self.most:g}"
+
+
+def exported(graph: Graph, opset: int) -> Graph:
+    """The graph as torch's exporter decomposes it, under the names that values have in a file."""
+    from torch.onnx._internal.exporter import _core
+
+    with onnx._quiet():
+        program = _core._prepare_exported_program_for_export(
+            graph.clone().exported, registry=onnx._registry(opset, ours=True)
+        )
+    return Graph(graph.role, program, graph.inputs, graph.outputs, dict(graph.dims), dict(graph.origins))
+
+
+def off(
+    path: Path, graph: Graph, feeds: Mapping[str, Tensor], opset: int, *, optimized: bool = False
+) -> list[Off]:
+    """The values of the ONNX file at `path` that differ from the graph it was made from, in order of execution.
+
+    `optimized` lets onnxruntime fuse, as far as that does not cross a known value.
+    """
+    lowered = exported(graph, opset)
+    known = _known(lowered, feeds)
+    model = ir.load(path)
+    cut = _cut(model, known, lowered)
+    mine = _run(model, cut, known, feeds, optimized)
+    names = site_names(lowered)
+    found = []
+    for place, (value, nodes) in enumerate(cut.items()):
+        theirs = known[value]
+        most = BLOCKWISE if any(_is_blockwise(n) for n in nodes) else EXACT
+        gap = _gap(mine[value], theirs.numpy())
+        if not gap <= most:
+            node = next(n for n in lowered.nodes if n.name == value)
+            found.append(
+                Off(
+                    value=value, site=names[node], nodes=tuple(n.name or n.op_type for n in nodes),
+                    op=nodes[0].op_type, rel_l2=gap, most=most, place=place,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _known(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every computed tensor of the graph by name, but what depends on constants alone."""
+    fixed: set[fx.Node] = set()
+    inputs = {str(name) for name in graph.exported.graph_signature.user_inputs}
+    for node in graph.fx.nodes:
+        if node.op == "placeholder" and node.name not in inputs:
+            fixed.add(node)
+        elif node.op == "call_function" and fixed.issuperset(node.all_input_nodes):
+            fixed.add(node)
+    wanted = [n for n in graph.nodes if n not in fixed and not is_weight(n)]
+    values = Values(graph, feeds, more=dict.fromkeys(wanted, 1))
+    with torch.no_grad():
+        found = {node.name: values(node) for node in wanted}
+    return {name: v.contiguous() for name, v in found.items() if isinstance(v, Tensor)}
+
+
+def _cut(
+    model: ir.Model, known: Mapping[str, Tensor], graph: Graph
+) -> dict[str, list[ir.Node]]:
+    """Cut a model at its known values, in place; gives those that it computes, with the nodes that do."""
+    (output,) = [n for n in graph.fx.nodes if n.op == "output"]
+    returned = dict(zip(graph.outputs, output.args[0], strict=True))
+    names = {name: node.name for name, node in returned.items()}
+    values: dict[str, ir.Value] = {}
+    for node in model.graph:
+        for value in node.outputs:
+            name = (value.name or "").removesuffix("_inner")
+            name = names.get(name, name) if value.is_graph_output() else name
+            if name in known and name not in values:
+                values[name] = value
+    ours = set(values.values())
+    nodes = {name: _region(value, ours) for name, value in values.items()}
+    model.graph.outputs.clear()
+    for name, value in values.items():
+        kind = ir.TensorType(ir.DataType.from_numpy(known[name].numpy().dtype))
+        fed = ir.Value(name=f"{name}::fed", type=kind, shape=ir.Shape(known[name].shape))
+        value.replace_all_uses_with(fed)
+        value.name, value.type, value.shape = f"{name}::made", kind, None
+        model.graph.inputs.append(fed)
+        model.graph.outputs.append(value)
+    return nodes
+
+
+def _region(value: ir.Value, known: set[ir.Value]) -> list[ir.Node]:
+    """The nodes that compute a value from known ones and constants."""
+    found: list[ir.Node] = []
+    todo = [value.producer()]
+    while todo:
+        node = todo.pop(0)
+        if node is None or node in found:
+            continue
+        found.append(node)
+        todo += [v.producer() for v in node.inputs if v is not None and v not in known]
+    return found
+
+
+def _run(
+    model: ir.Model,
+    cut: Mapping[str, list[ir.Node]],
+    known: Mapping[str, Tensor],
+    feeds: Mapping[str, Tensor],
+    optimized: bool,
+) -> dict[str, Array]:
+    options = session_options()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with tempfile.TemporaryDirectory(prefix="effc-") as place:
+        files = onnx.save(model, Path(place))
+        try:
+            session = onnxruntime.InferenceSession(
+                str(Path(place) / files[0]), options, providers=["CPUExecutionProvider"]
+            )
+            wanted = {v.name for v in session.get_inputs()}
+            given = {f"{name}::fed": known[name].numpy() for name in cut}
+            given |= {name: value.numpy() for name, value in feeds.items()}
+            made = session.run(
+                [f"{name}::made" for name in cut], {k: v for k, v in given.items() if k in wanted}
+            )
+        except Exception as error:
+            raise LoweringError(
+                f"onnxruntime cannot run the nodes of the file one by one: {first_line(error)}"
+            ) from error
+    return dict(zip(cut, made, strict=True))
+
+
+def _is_blockwise(node: ir.Node) -> bool:
+    return node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) == 4
+
+
+def _gap(mine: Any, theirs: Array) -> float:
+    """‖mine − theirs‖ / ‖theirs‖; codes may be one step off, since a sum may lie on the border of two."""
+    a, b = np.asarray(mine), np.asarray(theirs)
+    if a.shape != b.shape:
+        return float("inf")
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, x - y)
+    if not np.isfinite(gap).all():
+        return float("inf")
+    if a.dtype in (np.uint8, np.int8) and np.abs(gap).max(initial=0) <= 1:
+        return 0.0
+    norm = float(np.linalg.norm(np.where(np.isfinite(y), y, 0.0)))
+    return float(np.linalg.norm(gap)) / norm if norm else float(np.linalg.norm(gap))

@@ -1,0 +1,254 @@
+"""Naive int8 against gated int8: the same recipe with the gate off and on, on real and on random models.
+
+    python benchmarks/gate.py [--only NAME]     # an hour; writes benchmarks/results/gate-FEATURES.json row by row
+
+Wherever the naive engine is slower than its reference or loses more than it may, the gated one must not. Both are
+judged anew by `effc bench` with a budget of its own, not by what their compile measured. Random models have no task:
+they are judged by how often their largest output is that of the float model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from torch import nn
+
+import effc
+from effc import gate
+from effc.recipe import GateSpec
+
+HERE = Path(__file__).resolve()
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model with its calibration data and metric."""
+
+    source: Json
+    calib: Json
+    metric: Json
+    shapes: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 128))
+    quantize: Json | None = None
+
+
+def data() -> Path:
+    found = common.data_root()
+    if found is None:
+        raise SystemExit("skipped: there are no data sets; set EFFC_DATA")
+    return found
+
+
+def minilm(place: Path) -> Task:
+    return Task(
+        source={"transformers": str(common.minilm())},
+        calib={"file": str(common.SENTENCES)},
+        metric={"sts": str(data() / "stsb" / "stsb-en-test.csv")},
+    )
+
+
+def vit(place: Path) -> Task:
+    return Task(
+        source={"transformers": str(data() / "vit-fashion-mnist")},
+        calib={"file": str(data() / "fashion-mnist")},
+        metric={"accuracy": str(data() / "fashion-mnist")},
+    )
+
+
+def vit_4bit(place: Path) -> Task:
+    made = vit(place)
+    return Task(
+        source=made.source, calib=made.calib, metric=made.metric,
+        quantize={"pass": "quantize", "bits": 4, "activation_bits": 4, "weight_range": "mse"},
+    )  # fmt: skip
+
+
+def stories(place: Path) -> Task:
+    return Task(
+        source={"transformers": str(data() / "stories260k-llama")},
+        calib={"file": str(data() / "tinystories" / "train_head.txt")},
+        metric={"perplexity": str(data() / "tinystories" / "valid_sample.txt")},
+    )
+
+
+def convnet(place: Path) -> Task:
+    import convnet as made
+
+    if not made.WEIGHTS.exists():
+        made.train()
+    calib, test = made.write_arrays(place)
+    return Task(
+        source={"python": f"{HERE.with_name('convnet.py')}:net"},
+        calib={"file": str(calib)},
+        metric={"accuracy": str(test)},
+        shapes=((1, 1), (8, 1), (32, 1)),
+    )
+
+
+def resnet() -> effc.Source:
+    """ResNet-18's shape on 64×64 pictures."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2],
+        layer_type="basic", num_labels=100,
+    )  # fmt: skip
+    return _seen(ResNetForImageClassification(config))
+
+
+def mobilenet() -> effc.Source:
+    """MobileNetV2 on 64×64 pictures: depthwise convolutions, which few integer kernels are made for."""
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    torch.manual_seed(0)
+    config = MobileNetV2Config(image_size=64, num_labels=100)
+    return _seen(MobileNetV2ForImageClassification(config))
+
+
+def _seen(model: nn.Module) -> effc.Source:
+    """A random net whose norms have seen data, so that its values are of a usual size."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    model.train()
+    with torch.no_grad():
+        model(torch.from_numpy(_pixels(64, 1)))
+    model.eval()
+    example = torch.from_numpy(_pixels(2, 2))
+    return effc.Source(modules={"main": model}, inputs={"main": {"pixel_values": example}})
+
+
+def _pixels(count: int, seed: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """Smooth random pictures [count, 3, 64, 64]."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.standard_normal((count, 3, 8, 8)).astype(np.float32)
+    return np.repeat(np.repeat(coarse, 8, axis=2), 8, axis=3)
+
+
+def random(name: str) -> Callable[[Path], Task]:
+    """A random model, labelled by its own float answers."""
+
+    def make(place: Path) -> Task:
+        source = globals()[name]()
+        pixels = _pixels(2000, 3)
+        with torch.no_grad():
+            found = [
+                source.module(torch.from_numpy(p)).logits.argmax(-1) for p in np.split(pixels, 40)
+            ]
+        np.savez(place / "test.npz", pixel_values=pixels, label=torch.cat(found).numpy())
+        np.savez(place / "calib.npz", pixel_values=_pixels(256, 4))
+        return Task(
+            source={"python": f"{HERE}:{name}"},
+            calib={"file": str(place / "calib.npz")},
+            metric={"accuracy": str(place / "test.npz")},
+            shapes=((1, 1), (8, 1)),
+        )
+
+    return make
+
+
+MODELS: dict[str, Callable[[Path], Task]] = {
+    "MiniLM-L6, int8": minilm,
+    "ViT on Fashion-MNIST, int8": vit,
+    "ViT on Fashion-MNIST, 4 bit": vit_4bit,
+    "separable conv net, int8": convnet,
+    "stories260K Llama, int8": stories,
+    "ResNet-18, random, int8": random("resnet"),
+    "MobileNetV2, random, int8": random("mobilenet"),
+}
+
+
+def row(name: str, make: Callable[[Path], Task]) -> Json:
+    with tempfile.TemporaryDirectory(prefix="effc-gate-") as folder:
+        place = Path(folder)
+        task = make(place)
+        recipe: Json = {
+            "source": task.source,
+            "calib": task.calib,
+            "metric": task.metric,
+            "passes": [task.quantize or {"pass": "quantize"}],
+            "bench": {"shapes": [list(s) for s in task.shapes], "threads": 2},
+        }
+        found: Json = {"name": name}
+        for word, spec in (("naive", False), ("gated", {"latency": "not-slower", "metric": {}})):
+            (place / f"{word}.yaml").write_text(json.dumps({**recipe, "gate": spec}))
+            report = place / f"{word}.json"
+            words = ["compile", place / f"{word}.yaml", "-o", place / word, "--json", report]
+            seconds, _ = common.run_cli(*words)
+            compiled = json.loads(report.read_text())
+            judged = _judge(place, word, task)
+            found[word] = {
+                "compile_s": round(seconds, 1),
+                "gate": {
+                    k: compiled["gate"][k] for k in ("verdict", "rolled_back", "tried", "seconds")
+                },
+                "bytes": compiled["model_bytes"],
+                **judged,
+            }
+        return found
+
+
+def _judge(place: Path, word: str, task: Task) -> Json:
+    """Speed and metric of a package, measured anew."""
+    file = place / f"{word}-bench.json"
+    shapes = ",".join(f"{b}x{n}" for b, n in task.shapes)
+    ((metric, path),) = task.metric.items()
+    words = ["bench", place / word, "--shapes", shapes, "--threads", "2", "--json", file]
+    model = task.source.get("transformers") or task.source["python"]
+    common.run_cli(
+        *words, "--model", model, "--metric", f"{metric}:{path}", "--calib", task.calib["file"]
+    )
+    found = json.loads(file.read_text())
+    checks = gate.checks(
+        GateSpec(), bench=found, metric=found["metric"], sizes=None, asked=False
+    )  # fmt: skip
+    return {
+        "shapes": [
+            {
+                k: s[k]
+                for k in ("batch", "length", "engine_ms", "reference", "ratio", "low", "high", "n")
+            }
+            for s in found["shapes"]
+        ],
+        "metric": found["metric"],
+        "failed": [check.text for check in gate.fails(GateSpec(), checks)],
+        "beyond": [check.text for check in checks if check.is_beyond],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=sorted(MODELS))
+    only = parser.parse_args().only
+    file = common.RESULTS / f"gate-{common.features()}.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    for name, make in MODELS.items():
+        if only in (None, name) and (only or name not in [r["name"] for r in rows]):
+            rows = [r for r in rows if r["name"] != name] + [row(name, make)]
+            rows.sort(key=lambda r: list(MODELS).index(r["name"]))
+            print(common.write(file.stem, {"name": "gate", "rows": rows}))
+    missed = [r["name"] for r in rows if r["gated"]["failed"]]
+    for r in rows:
+        print(
+            r["name"],
+            "naive:",
+            r["naive"]["failed"] or "holds",
+            "gated:",
+            r["gated"]["failed"] or "holds",
+        )
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

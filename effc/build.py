@@ -1,0 +1,370 @@
+"""From a traced program to engine files: passes in the dialect of a target, then its backend.
+
+Everything that takes long and always comes out the same is looked for in the cache first, under the sha256 of what it
+is made from: ranges under the graph and the data, engine files under the rewritten graph. So a compile that was killed
+repeats what is quick and takes the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from effc import package
+from effc.backends import BACKENDS
+from effc.backends.base import Lowered, Port, Site
+from effc.backends.dialect import DIALECTS
+from effc.cache import Cache, key_of
+from effc.calib import data
+from effc.calib.calibrator import MASK, tensors_for
+from effc.errors import CalibrationError
+from effc.ir.program import Program
+from effc.ir.show import show
+from effc.machine import cpu_features
+from effc.passes import CANONICAL, PASSES
+from effc.passes.base import Pass, PassRecord
+from effc.passes.pipeline import apply, options_of
+from effc.progress import Progress
+from effc.recipe import Recipe
+from effc.samples import Samples
+from effc.source import Source
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """What of a recipe's passes is not done: whole passes by their place, and modules left out of others."""
+
+    dropped: frozenset[int] = frozenset()
+    excluded: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(sorted(self.dropped)), tuple(sorted(self.excluded.items()))
+
+    def without(self, index: int, modules: Sequence[str]) -> Rollback:
+        """This and those modules left out of the pass at `index`."""
+        known = self.excluded.get(index, ())
+        wider = tuple(sorted({*known, *modules}))
+        return dataclasses.replace(self, excluded={**self.excluded, index: wider})
+
+    def apply(self, index: int, pass_: Pass) -> Pass | None:
+        """The pass as it is done; None where it is not."""
+        if index in self.dropped:
+            return None
+        modules = self.excluded.get(index, ())
+        if not modules:
+            return pass_
+        select: Any = pass_.select  # type: ignore[attr-defined]  # only passes with a choice of sites lose some
+        words = (select.exclude,) if isinstance(select.exclude, str) else tuple(select.exclude)
+        narrower = dataclasses.replace(select, exclude=(*words, *modules))
+        return dataclasses.replace(pass_, select=narrower)  # type: ignore[call-arg]
+
+    def to_json(self, passes: Sequence[Pass]) -> Json:
+        """As it stands in decisions.json, by the key of the pass."""
+        return {
+            f"{i}:{pass_.name}": {"dropped": True}
+            if i in self.dropped
+            else {"exclude": list(self.excluded[i])}
+            for i, pass_ in enumerate(passes)
+            if i in self.dropped or self.excluded.get(i)
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Rollback:
+        """Raises CalibrationError where the record is none."""
+        dropped, excluded = set(), {}
+        try:
+            for key, what in content.items():
+                index = int(key.partition(":")[0])
+                if what.get("dropped"):
+                    dropped.add(index)
+                else:
+                    excluded[index] = tuple(map(str, what["exclude"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CalibrationError(
+                f"the recorded decisions of the gate are damaged: {error}",
+                hint="compile again without --decisions",
+            ) from error
+        return cls(dropped=frozenset(dropped), excluded=excluded)
+
+
+NOTHING = Rollback()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What the passes made of a program for one target, and the files that came of it."""
+
+    target: str
+    program: Program
+    records: tuple[PassRecord, ...]
+    lowered: tuple[Lowered, ...]
+    rollback: Rollback = NOTHING
+    steps: Mapping[int, PassRecord] = field(default_factory=dict)
+    """Records of the recipe's own passes by their place in it; one that was rolled back is missing."""
+    before: Mapping[int, Program] = field(default_factory=dict)
+    """The program as each of them found it."""
+
+    @property
+    def lossy(self) -> bool:
+        return any(r.effect == "lossy" and r.sites for r in self.records)
+
+    @property
+    def first(self) -> Lowered:
+        return self.lowered[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builder:
+    """One source under one recipe, ready to be built for any target and any rollback."""
+
+    recipe: Recipe
+    source: Source
+    samples: Samples
+    original: Program
+    progress: Progress
+    cache: Cache
+    decisions: Mapping[str, Any] | None = None
+    """Those of an earlier compile that are replayed; None where this one makes its own."""
+    _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of the model as it was traced."""
+        return graph_digest([self.original])
+
+    @cached_property
+    def samples_key(self) -> str | None:
+        """What the samples are, or None where somebody's code makes them or what is made of them."""
+        spec, source = self.samples.spec, self.source
+        if source.processor is not None and source.directory is None:
+            return None
+        files = (
+            [package.digest(source.directory / n) for n in source.files] if source.directory else []
+        )
+        if spec is None or spec.file is None:
+            is_code = source.batches is not None or spec is not None
+            return None if is_code else key_of("samples", files=files)
+        path, column = data.parse(spec.file)
+        found = {"data": data.digest(path), "spec": {**dataclasses.asdict(spec), "file": column}}
+        return key_of("samples", files=files, **found)
+
+    @cached_property
+    def first_batch(self) -> dict[str, list[Any]]:
+        """The first calibration batch of every role, for measuring drift on real data."""
+        found = {}
+        for graph in self.original:
+            first = next(iter(self.samples(graph.role)), None)
+            found[graph.role] = [tensors_for(graph, first.inputs)] if first is not None else []
+        return found
+
+    @cached_property
+    def _probes(self) -> dict[str, list[dict[str, Any]]]:
+        return {role: _exact_probes(inputs) for role, inputs in self.source.inputs.items()}
+
+    def build(
+        self,
+        target: str,
+        place: Path,
+        rollback: Rollback | None = None,
+        known: Mapping[int, Json] | None = None,
+    ) -> Built:
+        """Rewrite and lower into `place`. `known` are decisions that a build with less rolled back has made."""
+        if rollback is None:
+            rollback = self._recorded_rollback(target)
+        built = self.rewrite(target, rollback, known)
+        return dataclasses.replace(built, lowered=tuple(self._lower(built, place)))
+
+    def rewrite(
+        self, target: str, rollback: Rollback = NOTHING, known: Mapping[int, Json] | None = None
+    ) -> Built:
+        """All passes of the recipe in the dialect of one target, on a clone; nothing is lowered yet."""
+        program, records = self.cleaned(target)
+        program, records = program.clone(), list(records)
+        steps, before = {}, {}
+        for index, given in enumerate(self.recipe.passes):
+            pass_ = rollback.apply(index, given)
+            if pass_ is None:
+                continue
+            before[index] = program.clone()
+            steps[index] = self._step(pass_, index, program, target, (known or {}).get(index))
+            records.append(steps[index])
+        return Built(
+            target=target, program=program, records=tuple(records), lowered=(), rollback=rollback,
+            steps=steps, before=before,
+        )  # fmt: skip
+
+    def cleaned(self, target: str) -> tuple[Program, list[PassRecord]]:
+        """The program after the exact clean-up passes; it is made once."""
+        if target not in self._canonical:
+            program, records = self.original.clone(), []
+            for word in CANONICAL if self.recipe.canonicalize else ():
+                with self.progress.stage(word):
+                    records.append(
+                        apply(
+                            PASSES[word](), program, dialect=DIALECTS[target], probes=self._probes
+                        )
+                    )
+            self._canonical[target] = program, records
+        return self._canonical[target]
+
+    def _step(
+        self, pass_: Pass, index: int, program: Program, target: str, known: Json | None
+    ) -> PassRecord:
+        """One pass of the recipe: its decisions replayed, or known, or in the cache, or made now."""
+        replayed = self._recorded(target, f"{index}:{pass_.name}")
+        key = self._decisions_key(pass_, program, target) if replayed is None else None
+        stored = self.cache.get(key) if key is not None and known is None else None
+        recorded = replayed if replayed is not None else known
+        if stored is not None:
+            recorded = stored.value
+            self.progress.reuse(pass_.name)
+        with self.progress.stage(pass_.name) as step:
+            try:
+                record = self._apply(pass_, program, target, recorded, replayed is not None, step)
+            except CalibrationError:
+                if recorded is None or replayed is not None:
+                    raise
+                record = self._apply(pass_, program, target, None, False, step)
+        if key is not None and stored is None and known is None:
+            self.cache.put(key, record.decisions)
+        return record
+
+    def _apply(
+        self,
+        pass_: Pass,
+        program: Program,
+        target: str,
+        recorded: Json | None,
+        replayed: bool,
+        step: Any,
+    ) -> PassRecord:
+        lossy = pass_.effect == "lossy"
+        spec = self.recipe.calib
+        total = math.ceil(spec.samples / spec.batch) if spec is not None else None
+        return apply(
+            pass_,
+            program,
+            self.samples if lossy and recorded is None else None,
+            dialect=DIALECTS[target],
+            probes=self.first_batch if lossy and not replayed else self._probes,
+            recorded=recorded,
+            progress=lambda _, done: step(done, total),
+        )
+
+    def _decisions_key(self, pass_: Pass, program: Program, target: str) -> str | None:
+        is_ours = type(pass_).__module__.startswith("effc.")  # of others the code may change
+        if self.samples_key is None or not pass_.measures or not is_ours:
+            return None
+        pass_ = pass_.resolve(DIALECTS[target])
+        return key_of(
+            "decisions", graph=graph_digest([program]), name=pass_.name, options=options_of(pass_),
+            samples=self.samples_key, target=target, versions=versions(),
+        )  # fmt: skip
+
+    def _recorded(self, target: str, key: str) -> Any:
+        """What an earlier compile decided in a step; None where nothing is replayed. Raises CalibrationError."""
+        if self.decisions is None:
+            return None
+        for name in (f"{target}/{key}", key):
+            if name in self.decisions:
+                return self.decisions[name]
+        raise CalibrationError(
+            f"the recorded decisions know no step {key!r}",
+            hint=f"they know {', '.join(sorted(self.decisions)) or 'none'}; compile again without --decisions",
+        )
+
+    def _recorded_rollback(self, target: str) -> Rollback:
+        for name in (f"{target}/gate", "gate"):
+            if self.decisions is not None and name in self.decisions:
+                return Rollback.from_json(self.decisions[name])
+        return NOTHING
+
+    def _lower(self, built: Built, place: Path) -> list[Lowered]:
+        backend = BACKENDS[built.target]()
+        roles = list(built.program.graphs)
+        made = []
+        for graph in built.program:
+            directory = package.engine_dir(
+                place, graph.role, built.target, roles, self.recipe.targets
+            )
+            key = key_of(
+                "lower", graph=graph_digest([Program({graph.role: graph})]), target=built.target,
+                ports=[list(graph.inputs), list(graph.outputs)], cpu=cpu_features(), versions=versions(),
+            )  # fmt: skip
+            entry = self.cache.get(key)
+            if entry is not None and entry.copy_to(directory):
+                self.progress.reuse("lower")
+                made.append(_lowered(entry.value, directory))
+                continue
+            with self.progress.stage("lower"):
+                lowered = backend.lower(graph, directory)
+            self.cache.put(key, _plain(lowered), {name: directory / name for name in lowered.files})
+            made.append(lowered)
+        return made
+
+
+def _plain(lowered: Lowered) -> Json:
+    return {k: v for k, v in dataclasses.asdict(lowered).items() if k != "directory"}
+
+
+def _lowered(content: Json, directory: Path) -> Lowered:
+    """What `_plain` made plain."""
+
+    def ports(side: str) -> tuple[Port, ...]:
+        return tuple(Port(**{**p, "shape": tuple(p["shape"])}) for p in content[side])
+
+    return Lowered(**{
+        **content,
+        "directory": directory,
+        "files": tuple(content["files"]),
+        "inputs": ports("inputs"),
+        "outputs": ports("outputs"),
+        "sites": tuple(Site(**s) for s in content["sites"]),
+        "requires": tuple(content["requires"]),
+    })  # fmt: skip
+
+
+def _exact_probes(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What exact passes are held to: the example, and the example with half of its first row masked."""
+    probes = [dict(inputs)]
+    mask = inputs.get(MASK)
+    if mask is not None and mask.dim() == 2 and mask.shape[1] > 1:
+        padded = mask.clone()
+        padded[0, mask.shape[1] // 2 :] = 0
+        probes.append({**inputs, MASK: padded})
+    return probes
+
+
+def graph_digest(programs: Sequence[Program]) -> str:
+    """sha256 over the text of the graphs and every tensor in them."""
+    import torch
+
+    total = hashlib.sha256()
+    for graph in (graph for program in programs for graph in program):
+        total.update(show(graph, exact=True).encode())
+        for name, tensor in sorted(graph.tensors().items()):
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the bytes of an output."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("effc", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = version(name).split("+")[0]
+        except PackageNotFoundError:
+            continue
+    return found

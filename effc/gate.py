@@ -1,0 +1,182 @@
+"""Whether an engine is worth shipping, decided from intervals and never from one number.
+
+    latency   engine ÷ reference of every shape at most 1.02
+    metric    what the task metric loses at most `max_drop`
+    size      engine ÷ plain float export below 1
+
+A check passes where the whole interval lies within its bound, and fails where the whole interval lies beyond it. What
+lies across the bound the sample is too small to tell: that is a warning, or a refusal where the gate is strict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from effc.bench import shape_word
+from effc.errors import GateRefused
+from effc.recipe import GateSpec
+
+Json = dict[str, Any]
+Verdict = Literal["pass", "fail", "undecided"]
+
+NOT_SLOWER = 1.02
+MAX_DROP = 0.005
+MAX_RELATIVE_DROP = 0.02
+"""What a metric may lose where a recipe does not say: half a point of a share, 2 % of a perplexity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One question to an engine: a value with its interval, the bound, and what follows from them."""
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    bound: float
+    verdict: Verdict
+    text: str
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether the value itself is not within the bound, whatever its interval allows."""
+        return self.value is not None and self.value > self.bound
+
+    @property
+    def excess(self) -> float:
+        """How far the value is beyond its bound; 0 within it."""
+        return max(0.0, self.value - self.bound) if self.value is not None else 0.0
+
+
+def checks(
+    spec: GateSpec, *, bench: Mapping[str, Any] | None, metric: Mapping[str, Any] | None,
+    sizes: tuple[int, int] | None, asked: bool,
+) -> tuple[Check, ...]:  # fmt: skip
+    """Every question of a gate, answered from what was measured; `sizes` are bytes of engine and float export.
+
+    What was not measured is undecided where somebody `asked` for it, and no question where the gate is the default.
+    """
+    found: list[Check] = []
+    if spec.latency and (bench is not None or asked):
+        found += _latency(bench)
+    if spec.metric and (metric is not None or asked):
+        found.append(_metric(spec.metric.max_drop, metric))
+    if spec.size:
+        found.append(_size(sizes))
+    return tuple(found)
+
+
+def _latency(bench: Mapping[str, Any] | None) -> list[Check]:
+    if bench is None:
+        return [_unmeasured("latency", NOT_SLOWER)]
+    return [
+        _judged(
+            f"latency {shape_word(s['batch'], s['length'])}", 1 / s["ratio"], 1 / s["high"],
+            1 / s["low"], NOT_SLOWER, f"engine ÷ {s['reference']}", 3,
+        )
+        for s in bench["shapes"] if s["ratio"] is not None
+    ]  # fmt: skip
+
+
+def _metric(wanted: float | None, metric: Mapping[str, Any] | None) -> Check:
+    relative = metric is not None and bool(metric["relative"])
+    usual = MAX_RELATIVE_DROP if relative else MAX_DROP
+    bound = usual if wanted is None else wanted
+    if metric is None:
+        return _unmeasured("metric", bound)
+    return _judged(
+        f"metric {metric['name']}", metric["drop"], metric["drop_low"], metric["drop_high"],
+        bound, "relative loss" if relative else "loss", 4,
+    )  # fmt: skip
+
+
+def _size(sizes: tuple[int, int] | None) -> Check:
+    if sizes is None:
+        return _unmeasured("size", 1.0)
+    ratio = sizes[0] / max(sizes[1], 1)
+    verdict: Verdict = "pass" if ratio < 1 else "fail"
+    text = f"size: engine ÷ float export {ratio:.3f}, below 1 is asked: {verdict}"
+    return Check(
+        name="size", value=ratio, low=ratio, high=ratio, bound=1.0, verdict=verdict, text=text
+    )
+
+
+def _judged(
+    name: str, value: float, low: float, high: float, bound: float, what: str, digits: int
+) -> Check:
+    verdict: Verdict = "pass" if high <= bound else "fail" if low > bound else "undecided"
+    word = {"undecided": "too few samples to tell"}.get(verdict, verdict)
+    numbers = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    text = f"{name}: {what} {numbers}, at most {bound:g} is asked: {word}"
+    return Check(
+        name=name, value=value, low=low, high=high, bound=bound, verdict=verdict, text=text
+    )
+
+
+def _unmeasured(name: str, bound: float) -> Check:
+    text = f"{name}: asked for and not measured"
+    return Check(
+        name=name, value=None, low=None, high=None, bound=bound, verdict="undecided", text=text
+    )
+
+
+def fails(spec: GateSpec, found: Sequence[Check]) -> list[Check]:
+    """The checks that refuse an engine."""
+    bad = ("fail", "undecided") if spec.strict else ("fail",)
+    return [check for check in found if check.verdict in bad]
+
+
+def is_content(spec: GateSpec, found: Sequence[Check]) -> bool:
+    """Whether nothing is left to improve: no check refuses, and no value lies beyond its bound."""
+    return not fails(spec, found) and not any(check.is_beyond for check in found)
+
+
+def rank(spec: GateSpec, found: Sequence[Check]) -> tuple[int, int, float]:
+    """The less the better: checks that refuse, values beyond their bounds, how far beyond they are in all."""
+    return (
+        len(fails(spec, found)),
+        sum(check.is_beyond for check in found),
+        sum(check.excess for check in found),
+    )
+
+
+def verdict(spec: GateSpec | None, found: Sequence[Check]) -> str:
+    """`passed`, `passed with warnings`, `refused`, or `off` where nothing was asked."""
+    if spec is None or not found:
+        return "off"
+    if fails(spec, found):
+        return "refused"
+    warned = any(check.verdict == "undecided" for check in found)
+    return "passed with warnings" if warned else "passed"
+
+
+def refusal(spec: GateSpec, found: Sequence[Check], *, tried: int) -> GateRefused:
+    """The letter of a compile that cannot meet its gate: what was reached."""
+    bad = fails(spec, found)
+    others = [check.text for check in found if check not in bad]
+    reached = "; ".join(check.text for check in bad)
+    tries = f", the best of {tried} tried" if tried > 1 else ""
+    return GateRefused(
+        f"the engine does not meet its gate{tries}: {reached}",
+        where="; ".join(others) or None,
+        hint="nothing was written; --allow-worse writes it all the same, and the recipe's section `gate` "
+        "says what is asked",
+    )
+
+
+def to_json(
+    spec: GateSpec | None, found: Sequence[Check], *, rolled_back: Sequence[Json], tried: int,
+    seconds: float, ran_out: bool,
+) -> Json:  # fmt: skip
+    """What the report says of the gate."""
+    return {
+        "verdict": verdict(spec, found),
+        "strict": bool(spec and spec.strict),
+        "checks": [asdict(check) for check in found],
+        "rolled_back": list(rolled_back),
+        "tried": tried,
+        "seconds": round(seconds, 1),
+        "ran_out_of_time": ran_out,
+    }

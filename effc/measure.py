@@ -1,0 +1,305 @@
+"""What an engine is worth, measured against the user's own module: drift, the task's metric, time.
+
+Compile, verify and bench ask the same questions; here is where each is answered, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effc import bench as benchmark
+from effc import metrics, scratch
+from effc.backends import BACKENDS
+from effc.backends.base import Engine, Lowered, Port
+from effc.backends.eager import GraphEngine, ModuleEngine
+from effc.calib.calibrator import MASK
+from effc.errors import VerifyError
+from effc.ir.program import Graph, Program
+from effc.progress import Counted, Step, silent
+from effc.recipe import BenchSpec
+from effc.samples import LENGTHS, Samples
+from effc.source import Source
+from effc.verify import OutputDrift, Tolerance, parity
+
+Json = dict[str, Any]
+
+
+def verify_engine(
+    source: Source,
+    graph: Graph,
+    lowered: Lowered,
+    samples: Samples,
+    lossy: bool,
+    threads: int,
+    step: Step = silent,
+) -> dict[str, Json]:
+    """Drift of an engine from the user's module, by kind of data and output.
+
+    Raises VerifyError where an engine that should be exact is not, or gives values that are not numbers.
+    """
+    found: dict[str, Json] = {}
+    with (
+        ModuleEngine(source.module, graph) as reference,
+        BACKENDS[lowered.target]().open(lowered, threads=threads) as engine,
+    ):
+        found_cases = cases(source, samples, engine.inputs, longest(source, graph))
+        for number, (label, batches) in enumerate(found_cases, 1):
+            drifts = parity(reference, engine, batches)
+            if not lossy:
+                Tolerance().check(drifts, where=f"{lowered.target}, {label}")
+            found[label] = {name: dataclasses.asdict(d) for name, d in drifts.items()}
+            step(number, len(found_cases))
+    return found
+
+
+MOST_LOWERED = 0.25
+"""Relative L2 that an engine may be from the graph that it was made of: codes flip at the borders of rounding."""
+
+
+def check_lowering(graph: Graph, lowered: Lowered, samples: Samples, threads: int) -> OutputDrift:
+    """How far an engine is from its own rewritten graph, the worst output; quantisation is in both.
+
+    Raises VerifyError where that is more than rounding can do: then the lowering is wrong, whatever the drift of
+    quantisation hides.
+    """
+    with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
+        shapes = [(2, 32)] if samples.has_length() else [(2, 1)]
+        cases = shaped_cases(samples, shapes, engine.inputs, longest(samples.source, graph))
+        feeds = [case.feeds for case in cases]
+        feeds += [dict(b.inputs) for b in itertools.islice(samples(graph.role), 1)]
+        drifts = parity(GraphEngine(graph), engine, feeds)
+    name, worst = max(drifts.items(), key=lambda item: item[1].rel_l2)
+    if not worst.rel_l2 <= MOST_LOWERED:
+        raise VerifyError(
+            f"output {name!r} of the engine is {worst.rel_l2:.2g} (relative L2) from the graph that it was made of",
+            where=lowered.target,
+            hint="this is a fault of the lowering, not of quantisation; please report the model",
+        )
+    return worst
+
+
+def longest(source: Source, graph: Graph) -> int:
+    """The longest input that a model takes, as its settings and its graph say."""
+    limits = [source.processor.max_length if source.processor is not None else None]
+    limits += [graph.largest(word) for word in LENGTHS]
+    return min((n for n in limits if n is not None), default=sys.maxsize)
+
+
+def cases(
+    source: Source, samples: Samples, ports: Sequence[Port], most: int
+) -> list[tuple[str, list[Any]]]:
+    """What an engine is compared on, by kind of data, in pieces where memory is bounded.
+
+    Calibration data, held-out data of the same file, shapes of 1 and 8 rows, and a padded batch.
+    """
+    found: list[tuple[str, list[Any]]] = []
+    (role,) = source.inputs
+    first = [dict(batch.inputs) for batch in itertools.islice(samples(role), 4)]
+    if first:
+        found.append(("calibration", first))
+    if fresh := samples.held_out():
+        found.append(("held out", [dict(b.inputs) for b in fresh]))
+    shapes = [(rows, length) for rows in (1, 8) for length in (4, 32, 128)]
+    found += [(c.word, [c.feeds]) for c in shaped_cases(samples, shapes, ports, most)]
+    padded = _padded(samples, min(32, most)) if samples.has_length() else None
+    if padded is not None and fits(ports, padded):
+        found.append(("padded", [padded]))
+    return [
+        (label, [p for feeds in whole for p in samples.pieces(feeds)]) for label, whole in found
+    ]
+
+
+def _padded(samples: Samples, length: int) -> Json | None:
+    """One short and one long row in a batch, the short one padded."""
+    feeds = samples.shaped(2, length)
+    if MASK not in feeds:
+        return None
+    for name in {MASK, "input_ids"} & set(feeds):
+        feeds[name][0, length // 4 + 1 :] = 0
+    return feeds
+
+
+def fits(ports: Sequence[Port], feeds: Mapping[str, Any]) -> bool:
+    """Whether feeds have the sizes that an engine's fixed dimensions want."""
+    for port in ports:
+        if port.name not in feeds:
+            raise VerifyError(
+                f"the engine takes {port.name!r}, which the model does not",
+                hint="it was made from another model",
+            )
+        shape = feeds[port.name].shape
+        if len(shape) != len(port.shape):
+            return False
+        if any(
+            isinstance(want, int) and want != have
+            for want, have in zip(port.shape, shape, strict=True)
+        ):
+            return False
+    return True
+
+
+def task_metric(
+    source: Source,
+    graph: Graph,
+    lowered: Lowered,
+    metric: metrics.Metric,
+    threads: int,
+    step: Step = silent,
+) -> Json:
+    """The task metric of model and engine on the same samples, with the interval of their difference."""
+    reference = of_model(source, graph, metric, threads, step)
+    mine = of_engine(source, lowered, metric, threads, step)
+    compared = metrics.compare(metric, reference, mine)
+    return {**dataclasses.asdict(compared), "data": metrics.describe(metric.file)}
+
+
+def of_model(
+    source: Source,
+    graph: Graph,
+    metric: metrics.Metric,
+    threads: int,
+    step: Step = silent,
+    samples: Samples | None = None,
+) -> metrics.Samples:
+    """Per-sample results of the user's own module."""
+    with _torch_threads(threads), ModuleEngine(source.module, graph) as model:
+        return metric.measure(Counted(_pieced(model, samples), step), source.processor)
+
+
+def of_engine(
+    source: Source,
+    lowered: Lowered,
+    metric: metrics.Metric,
+    threads: int,
+    step: Step = silent,
+    samples: Samples | None = None,
+) -> metrics.Samples:
+    """Per-sample results of an engine."""
+    with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
+        return metric.measure(Counted(_pieced(engine, samples), step), source.processor)
+
+
+class _Pieced:
+    """An engine that takes its inputs in pieces, where memory is bounded, and puts the outputs together again."""
+
+    def __init__(self, engine: Any, samples: Samples) -> None:
+        self._engine, self._samples = engine, samples
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        parts = [self._engine(piece) for piece in self._samples.pieces(feeds)]
+        if len(parts) == 1:
+            return dict(parts[0])
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def _pieced(engine: Any, samples: Samples | None) -> Any:
+    return engine if samples is None or samples.room is None else _Pieced(engine, samples)
+
+
+def opener(lowered: Lowered, threads: int) -> Callable[[], Engine]:
+    """What opens an engine, for a comparison."""
+    return lambda: BACKENDS[lowered.target]().open(lowered, threads=threads)
+
+
+def plain_export(graph: Graph, place: Path) -> Path:
+    """torch's own float export into a directory: what everybody has without effc."""
+    from effc.backends.onnx import save, to_onnx
+
+    return place / save(to_onnx(graph, 21, translate=False), place)[0]
+
+
+def time_engine(
+    source: Source,
+    original: Program,
+    lowered: Lowered,
+    samples: Samples,
+    spec: BenchSpec,
+    threads: int,
+    step: Any = None,
+    against: Mapping[str, Any] | None = None,
+    streams: int = 1,
+    plain: Path | None = None,
+) -> benchmark.BenchResult:
+    """Engine against the user's module in torch and against the plain float export, in one interleaved run.
+
+    `plain` is that export where it has been made.
+    """
+    from effc.backends.ort import OrtEngine, peak_rss_mb
+
+    graph = original.only()
+    with _torch_threads(threads), scratch.held() as place:
+        plain = plain or plain_export(graph, place)
+        openers = {
+            "engine": opener(lowered, threads),
+            "float": lambda: OrtEngine(plain, threads=threads),
+            "torch": lambda: ModuleEngine(source.module, graph),
+            **(against or {}),
+        }
+        cases = shaped_cases(samples, spec.shapes, lowered.inputs, longest(source, graph))
+        timed = benchmark.compare(
+            openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed,
+            streams=streams, references=("float", "torch"), progress=step,
+        )  # fmt: skip
+        largest = max(cases, key=lambda c: c.batch * (c.length or 1), default=None)
+        if largest is None or not lowered.files:
+            return timed
+        places = {"engine": lowered.directory / lowered.files[0], "float": plain}
+        memory = {n: peak_rss_mb(p, largest.feeds, threads) for n, p in places.items()}
+        return dataclasses.replace(timed, peak_rss_mb=memory)
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def shaped_cases(
+    samples: Samples,
+    shapes: Iterable[tuple[int, int]],
+    ports: Sequence[Port],
+    most: int = sys.maxsize,
+) -> list[benchmark.Case]:
+    """Inputs of those shapes that an engine can take, each once; the example's shape where it takes none of them.
+
+    Lengths above `most` are cut to it.
+    """
+    cases: dict[str, benchmark.Case] = {}
+    for batch, wanted in shapes:
+        feeds = samples.shaped(batch, min(wanted, most))
+        rows, length = samples.shape_of(feeds)
+        case = benchmark.Case(batch=rows, length=length, feeds=feeds)
+        if fits(ports, feeds):
+            cases.setdefault(case.word, case)
+    if not cases:
+        feeds = samples.example()
+        rows, length = samples.shape_of(feeds)
+        cases["example"] = benchmark.Case(batch=rows, length=length, feeds=feeds)
+    return list(cases.values())
+
+
+def worst_known(cases: Mapping[str, Json]) -> Json:
+    """Per output, the drift over held-out data where there is any, else over calibration data or the largest case."""
+
+    def samples(label: str) -> int:
+        return sum(int(d["n"]) for d in cases[label].values())
+
+    label = next((n for n in ("held out", "calibration") if n in cases), max(cases, key=samples))
+    return dict(cases[label])

@@ -1,0 +1,246 @@
+"""What a compile will take, stage by stage, before it is run: seconds, memory, disk.
+
+Loading, tracing and the exact passes are done for real, since they are quick. Everything over data is probed with two
+batches and multiplied: the rate of the second batch, in values of input, holds for calibration, verification and the
+metric. Writing the engine is estimated from the number of nodes and the speed that tracing showed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effc import measure, metrics, package
+from effc.backends.base import EngineBase, Port
+from effc.backends.dialect import DIALECTS
+from effc.backends.eager import GraphEngine, ports
+from effc.build import Builder
+from effc.cache import Cache
+from effc.ir.memory import peak_bytes
+from effc.ir.program import Graph, Program
+from effc.machine import default_threads
+from effc.passes.pipeline import apply
+from effc.progress import Progress, resident_mb
+from effc.recipe import Recipe
+from effc.room import KERNELS
+from effc.samples import Samples
+from effc.source import Source
+
+Json = dict[str, Any]
+
+LOWER_PER_TRACE = 1.5
+"""Seconds of writing a node as ONNX and opening the file, per second of tracing one (benchmarks/plan.py)."""
+COPIES = 3.0
+"""Copies of the weights that are alive while an engine is written."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a compile as it is expected: `how` is `measured`, `probed`, `estimated` or `given`."""
+
+    name: str
+    seconds: float
+    memory_mb: float
+    disk_mb: float
+    how: str
+
+
+def plan(recipe: Recipe, out: Path, *, progress: Progress, threads: int | None = None) -> Json:
+    """Every stage of a compile with what it will take, and what it will write. Writes nothing.
+
+    Raises what the compile itself would raise before its first long stage.
+    """
+    from effc.compiler import opened
+
+    package.check_output(Path(os.path.abspath(out)))
+    threads = threads or (recipe.bench.threads if recipe.bench else None) or default_threads()
+    metric = metrics.parse(recipe.metric) if recipe.metric else None
+    source, original = opened(recipe, progress)
+    metric = metric or source.metric
+    if metric is not None:
+        metric.check(source)
+    samples = Samples(source, recipe.calib)
+    with progress.stage("probe"):
+        return _Probe(recipe, source, samples, original, metric, progress, threads).result()
+
+
+class _Probe:
+    def __init__(
+        self, recipe: Recipe, source: Source, samples: Samples, original: Program,
+        metric: metrics.Metric | None, progress: Progress, threads: int,
+    ) -> None:  # fmt: skip
+        self.recipe, self.source, self.samples, self.original = recipe, source, samples, original
+        self.metric, self.progress, self.threads = metric, progress, threads
+        self.graph = original.only()
+        self.base_mb = resident_mb() or 0.0
+        self.stages: list[Stage] = []
+
+    def result(self) -> Json:
+        for name in ("load", "trace"):
+            self._add(name, self.progress.stages[name].seconds, how="measured")
+        trace_s = self.progress.stages["trace"].seconds
+        self.rate = self._rate()
+        sizes = [self._target(target, trace_s) for target in self.recipe.targets]
+        self._verify()
+        self._metric()
+        self._bench(trace_s)
+        total = sum(stage.seconds for stage in self.stages)
+        return {
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "seconds": round(total, 1),
+            "memory_mb": max(stage.memory_mb for stage in self.stages),
+            "disk_mb": round(sum(stage.disk_mb for stage in self.stages), 1),
+            "model_bytes": sizes[0],
+            "threads": self.threads,
+        }
+
+    def _add(
+        self, name: str, seconds: float, *, extra_mb: float = 0.0, disk_mb: float = 0.0, how: str
+    ) -> None:
+        self.stages.append(
+            Stage(
+                name=name, seconds=round(seconds, 1), memory_mb=round(self.base_mb + extra_mb),
+                disk_mb=round(disk_mb, 1), how=how,
+            )
+        )  # fmt: skip
+
+    def _rate(self) -> float:
+        """Seconds per value of input of the model in torch, from the second of two runs."""
+        first = [dict(b.inputs) for b in itertools.islice(self.samples(self.graph.role), 2)]
+        feeds = (first or [self.samples.example()])[-1]
+        engine = GraphEngine(self.graph)
+        engine(feeds)
+        started = time.perf_counter()
+        engine(feeds)
+        return (time.perf_counter() - started) / _values(feeds)
+
+    def _target(self, target: str, trace_s: float) -> int:
+        """The passes of one target on two batches, and its engine; gives the bytes that it will have."""
+        builder = Builder(
+            recipe=self.recipe, source=self.source, samples=self.samples, original=self.original,
+            progress=Progress(), cache=Cache(None),
+        )  # fmt: skip
+        started = time.perf_counter()
+        program, records = builder.cleaned(target)
+        program = program.clone()
+        self._add("exact passes", time.perf_counter() - started, how="measured")
+        spec = self.recipe.calib
+        for pass_ in self.recipe.passes:
+            data = list(itertools.islice(self.samples(self.graph.role), 2))
+            started = time.perf_counter()
+            record = apply(pass_, program, data or None, dialect=DIALECTS[target])
+            seconds, need = time.perf_counter() - started, 0.0
+            if data and pass_.resolve(DIALECTS[target]).measures and spec is not None:
+                count = max(0, math.ceil(spec.samples / spec.batch) - 2)
+                seconds += count * self.rate * _values(data[-1].inputs) * 1.5
+                need = self._activations_mb(data[-1].inputs)
+            self._add(pass_.name, seconds, extra_mb=need, how="probed")
+            records = [*records, record]
+        growth = sum(1 for _ in program.only().nodes) / max(sum(1 for _ in self.graph.nodes), 1)
+        weights_mb = program.weight_bytes() / 1e6
+        self._add(
+            "lower", LOWER_PER_TRACE * trace_s * growth, extra_mb=COPIES * weights_mb,
+            disk_mb=2 * weights_mb, how="estimated",
+        )  # fmt: skip
+        return program.weight_bytes()
+
+    def _activations_mb(self, feeds: Mapping[str, Any]) -> float:
+        sizes: dict[str, int] = {}
+        dims = self.source.dims.get(self.graph.role, {})
+        for name, value in feeds.items():
+            for axis, word in dims.get(name, {0: "batch"}).items():
+                sizes.setdefault(word, value.shape[axis])
+        return KERNELS * peak_bytes(self.graph, sizes) / 1e6
+
+    def _verify(self) -> None:
+        inputs, _ = ports(self.graph)
+        most = measure.longest(self.source, self.graph)
+        found = [
+            f for _, feeds in measure.cases(self.source, self.samples, inputs, most) for f in feeds
+        ]
+        values = sum(map(_values, found))
+        need = max(map(self._activations_mb, found), default=0.0)
+        engines = len(self.recipe.targets) * (2 + bool(self.recipe.passes))
+        self._add("verify", values * self.rate * engines, extra_mb=2 * need, how="probed")
+
+    def _metric(self) -> None:
+        """The metric over an engine that answers nothing, to see what it would ask: all but the answers is real."""
+        if self.metric is None or isinstance(self.metric, metrics.Own):
+            return
+        _, outputs = ports(self.graph)
+        silent = _Silent(self.graph, outputs, self.source)
+        started = time.perf_counter()
+        self.metric.measure(silent, self.source.processor)
+        reading = time.perf_counter() - started
+        seconds = 2 * (reading + silent.values * self.rate)
+        self._add("metric", seconds, extra_mb=2 * silent.most_bytes / 1e6, how="probed")
+
+    def _bench(self, trace_s: float) -> None:
+        spec = self.recipe.bench
+        if spec is None:
+            return
+        weights_mb = self.original.weight_bytes() / 1e6
+        cases = measure.shaped_cases(
+            self.samples,
+            spec.shapes,
+            ports(self.graph)[0],
+            measure.longest(self.source, self.graph),
+        )
+        need = max(self._activations_mb(case.feeds) for case in cases)
+        self._add(
+            "lower (float reference)", LOWER_PER_TRACE * trace_s, extra_mb=COPIES * weights_mb,
+            disk_mb=2 * weights_mb, how="estimated",
+        )  # fmt: skip
+        seconds = len(cases) * spec.budget_s * 1.05 + 4
+        self._add("bench", seconds, extra_mb=2 * weights_mb + 2 * need, how="given")
+
+
+class _Silent(EngineBase):
+    """An engine that gives zeros of the right shape and counts what it is asked."""
+
+    def __init__(self, graph: Graph, outputs: tuple[Port, ...], source: Source) -> None:
+        self.graph, self.outputs = graph, outputs
+        self.inputs = ports(graph)[0]
+        self.dims = source.dims.get(graph.role, {})
+        self.values = 0
+        self.most_bytes = 0
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        self.values += _values(feeds)
+        sizes: dict[str, int] = {}
+        for name, value in feeds.items():
+            for axis, word in self.dims.get(name, {0: "batch"}).items():
+                sizes.setdefault(word, value.shape[axis])
+        made = {}
+        for port in self.outputs:
+            shape = [sizes.get(s, 1) if isinstance(s, str) else s for s in port.shape]
+            made[port.name] = np.broadcast_to(np.zeros((), port.dtype), shape)
+        self.most_bytes = max(self.most_bytes, peak_bytes(self.graph, sizes))
+        return made
+
+
+def _values(feeds: Mapping[str, Any]) -> int:
+    """Values of the first input: tokens, or pixels."""
+    return max(1, int(next(iter(feeds.values())).size))
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """The plan as a table."""
+    made = [f"{'stage':24} {'time':>8} {'memory':>9} {'disk':>9}  how"]
+    for s in found["stages"]:
+        made.append(
+            f"{s['name']:24} {s['seconds']:6.1f} s {s['memory_mb']:6.0f} MB {s['disk_mb']:6.1f} MB  {s['how']}"
+        )
+    made.append(
+        f"{'in all':24} {found['seconds']:6.1f} s {found['memory_mb']:6.0f} MB {found['disk_mb']:6.1f} MB  "
+        f"{found['threads']} threads; the engine will have about {found['model_bytes'] / 1e6:.1f} MB"
+    )
+    return made

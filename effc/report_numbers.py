@@ -1,0 +1,133 @@
+"""A number on a page, and the place in report.json that it comes from.
+
+`At` walks through a report and remembers the way, so that what is printed carries its path: `data-key` where it stands
+there as it is, with `data-over` or `data-less` where it is divided by another one or another one is taken off.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from effc.charts import Html, tag
+
+
+class At:
+    """A place in a report: what stands there, and the path that leads to it. Beyond a leaf there is nothing."""
+
+    __slots__ = ("raw", "trail")
+
+    def __init__(self, raw: Any, trail: tuple[str | int, ...] = ()) -> None:
+        self.raw, self.trail = raw, trail
+
+    def __getitem__(self, step: str | int) -> At:
+        inside = isinstance(self.raw, dict if isinstance(step, str) else list)
+        try:
+            found = self.raw[step] if inside else None
+        except (KeyError, IndexError):
+            found = None
+        return At(found, (*self.trail, step))
+
+    def __iter__(self) -> Iterator[At]:
+        return (self[i] for i in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.raw) if isinstance(self.raw, dict | list) else 0
+
+    def __bool__(self) -> bool:
+        return self.raw is not None and self.raw is not False and self.raw not in ("", [], {})
+
+    def __str__(self) -> str:
+        return "—" if self.raw is None else str(self.raw)
+
+    def pairs(self) -> list[tuple[str, At]]:
+        return [(key, self[key]) for key in self.raw or ()]
+
+    @property
+    def key(self) -> str:
+        """`bench.shapes.0.ratio`; a dot in a name has a backslash before it."""
+        return ".".join(re.sub(r"([\\.])", r"\\\1", str(step)) for step in self.trail)
+
+
+def find(content: Any, key: str) -> Any:
+    """What stands in a report under the key of a place; None where there is nothing."""
+    for step in re.findall(r"(?:[^\\.]|\\.)+", key):
+        name = re.sub(r"\\(.)", r"\1", step)
+        if isinstance(content, list):
+            content = content[int(name)] if int(name) < len(content) else None
+        else:
+            content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _digits(value: float, pattern: str) -> str:
+    """A number as people write it: a true minus, groups of three, a sign for what has no end, powers for the absurd."""
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if abs(value) >= 1e15:
+        pattern = ".3e"
+    return f"{value:{pattern}}".replace(",", "\u202f").replace("-", "−")
+
+
+def _significant(value: float) -> str:
+    """Three digits that count, in a column as well."""
+    return _digits(value, "#.3g").removesuffix(".") if value else "0"
+
+
+def _bytes(value: float) -> str:
+    for power, unit, pattern in ((3, "GB", ".2f"), (2, "MB", ".1f"), (1, "kB", ".1f")):
+        if value >= 1000**power:
+            return f"{_digits(value / 1000**power, pattern)} {unit}"
+    return f"{_digits(value, '.0f')} B"
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "count": partial(_digits, pattern=",.0f"),
+    "bytes": _bytes,
+    "ms": partial(_digits, pattern=",.2f"),
+    "mb": partial(_digits, pattern=",.0f"),
+    "seconds": lambda value: _digits(value, ".3f" if abs(value) < 0.1 else ",.1f"),
+    "ratio": lambda value: _digits(value, ",.2f") + "×",
+    "smaller": lambda value: _digits(value, ",.1f") + "×",
+    "end": partial(_digits, pattern=",.2f"),
+    "drift": _significant,
+    "cosine": partial(_digits, pattern=".5f"),
+    "metric": partial(_digits, pattern=".4f"),
+    "signed": partial(_digits, pattern="+.4f"),
+    "bound": partial(_digits, pattern=".4g"),
+    "db": partial(_digits, pattern=".1f"),
+    "share": lambda value: _digits(100 * value, ".1f") + " %",
+    "level": lambda value: _digits(100 * value, ".0f") + " %",
+}
+
+
+def number(
+    kind: str, value: At, over: At | None = None, less: At | None = None, *, element: str = "span"
+) -> Html:
+    """A number of the report, or what it is beside another one, in an element that says so."""
+    found = value.raw
+    for other, act in ((over, _divided), (less, _difference)):
+        if other is not None:
+            found = None if None in (found, other.raw) else act(found, other.raw)
+    return tag(
+        element,
+        "—" if found is None else FORMATS[kind](found),
+        class_="n",
+        data_key=value.key,
+        data_as=kind,
+        data_over=over.key if over is not None else None,
+        data_less=less.key if less is not None else None,
+    )
+
+
+def _divided(a: float, b: float) -> float:
+    return a / max(b, 1)
+
+
+def _difference(a: float, b: float) -> float:
+    return a - b

@@ -1,0 +1,319 @@
+"""What of a lossy compile to take back until its gate is met: greedily, the worst first, while there is time.
+
+Accuracy: every group of sites is quantised alone, and the error that it makes at the outputs ranks it. The worst are
+left in float, 1, 2, 4 … of them until the metric holds, and then as few as still do (bisection).
+Speed: sites of one operator and weight size run alike. The candidate is timed against itself without each such class,
+and every class without which it is faster is left in float.
+Last of all every lossy pass is taken back; then the engine is the model itself, written for the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from effc import gate
+from effc.backends.dialect import DIALECTS
+from effc.build import NOTHING, Built, Rollback, graph_digest, versions
+from effc.cache import key_of
+from effc.errors import CalibrationError
+from effc.ir.edit import is_constant
+from effc.ir.program import Graph, Program
+from effc.ir.select import module_path, op_name
+from effc.passes.base import Pass
+from effc.passes.pipeline import apply, options_of
+from effc.trial import Lab, Trial
+
+log = logging.getLogger("effc")
+
+MOST_GROUPS = 40
+"""Above this many layers' worth of groups, sites are grouped by block."""
+MOST_CLASSES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Sites that are taken back together: the place of their pass, and their modules."""
+
+    index: int
+    name: str
+    modules: tuple[str, ...]
+    error: float = 0.0
+    """Relative L2 at the outputs where nothing else is quantised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search ended with: the candidate to ship, and how many were tried."""
+
+    trial: Trial
+    tried: int
+    seconds: float
+    ran_out: bool = False
+
+
+def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Found:
+    """The best candidate with something of `base` taken back; `base` itself where that is content with its gate.
+
+    A search that runs out of time gives the best so far; what was tried is in the cache, and the same compile goes on
+    from there.
+    """
+    started = time.monotonic()
+    spec = lab.spec
+    if spec is None or gate.is_content(spec, base.checks):
+        return Found(trial=base, tried=1, seconds=0.0)
+    deadline = started + time_budget_s if time_budget_s is not None else float("inf")
+    best, tried, ran_out = base, 1, False
+    for trial in _candidates(lab, base):
+        tried += 1
+        best = min((best, trial), key=lambda t: (*gate.rank(spec, t.checks), _size(t.rollback)))
+        log.info("tried %d: %s", tried, "; ".join(check.text for check in trial.checks))
+        if time.monotonic() > deadline:
+            ran_out = not gate.is_content(spec, best.checks)
+            break
+    if not gate.is_content(spec, best.checks):
+        last = _everything(lab, base)
+        if last is not None:
+            tried += 1
+            best = min((best, last), key=lambda t: gate.rank(spec, t.checks))
+    return Found(trial=best, tried=tried, seconds=time.monotonic() - started, ran_out=ran_out)
+
+
+def _size(rollback: Rollback) -> tuple[int, int]:
+    return len(rollback.dropped), sum(len(m) for m in rollback.excluded.values())
+
+
+def _candidates(lab: Lab, base: Trial) -> Iterator[Trial]:
+    """Whole candidates, each with all its checks; the later build on what the earlier showed."""
+    current = base
+    if _is_bad(lab, base, "metric"):
+        for trial in _for_accuracy(lab, base):
+            current = trial
+            yield trial
+    if _is_bad(lab, current, "latency"):
+        yield from _for_speed(lab, base, current)
+
+
+def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
+    """Whether a check of that kind refuses, or its value is beyond its bound."""
+    assert lab.spec is not None
+    mine = [check for check in trial.checks if check.name.startswith(word)]
+    return not gate.is_content(lab.spec, mine)
+
+
+def _everything(lab: Lab, base: Trial) -> Trial | None:
+    """Every lossy pass taken back; None where there is none left."""
+    lossy = frozenset(
+        i for i, record in base.built.steps.items() if record.effect == "lossy" and record.sites
+    )
+    if not lossy:
+        return None
+    rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | lossy)
+    return lab.attempt(base.built, rollback, timed=True)
+
+
+# Accuracy
+
+
+def _for_accuracy(lab: Lab, base: Trial) -> Iterator[Trial]:
+    ranked = sensitivity(lab, base.built)
+    good: int | None = None
+    bad, count = 0, 1
+    while ranked and count < len(ranked):
+        if _holds(lab, base, ranked, count):
+            good = count
+            break
+        bad, count = count, 2 * count
+    if good is None:
+        return
+    yield lab.attempt(base.built, _without(base, ranked, good), timed=True)
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        if _holds(lab, base, ranked, middle):
+            good = middle
+            yield lab.attempt(base.built, _without(base, ranked, good), timed=True)
+        else:
+            bad = middle
+
+
+def _holds(lab: Lab, base: Trial, ranked: Sequence[Group], count: int) -> bool:
+    """Whether the metric is within its bound without the worst `count` groups."""
+    trial = lab.attempt(base.built, _without(base, ranked, count), timed=False)
+    return not _is_bad(lab, trial, "metric")
+
+
+def _without(base: Trial, ranked: Sequence[Group], count: int) -> Rollback:
+    """The first `count` groups taken back; a pass that loses all of its groups is dropped."""
+    made, kept = base.rollback, {group.index for group in ranked[count:]}
+    for group in ranked[:count]:
+        if group.index in kept:
+            made = made.without(group.index, group.modules)
+        else:
+            made = dataclasses.replace(made, dropped=made.dropped | {group.index})
+    return made
+
+
+def sensitivity(lab: Lab, built: Built) -> list[Group]:
+    """Every group of sites with the error that it makes alone, the worst first. Each is measured once and kept."""
+    found = []
+    for index, record in built.steps.items():
+        pass_ = lab.recipe.passes[index]
+        if record.effect != "lossy" or not record.sites or not is_partial(pass_):
+            continue
+        narrowed = built.rollback.apply(index, pass_)
+        assert narrowed is not None
+        groups = by_layer(narrowed, built, index)
+        with lab.progress.stage("sensitivity") as step:
+            for number, group in enumerate(groups, 1):
+                error = _alone(lab, built, index, narrowed, group)
+                found.append(dataclasses.replace(group, error=error))
+                step(number, len(groups))
+    return sorted(found, key=lambda g: (-g.error, g.name))
+
+
+def _alone(lab: Lab, built: Built, index: int, pass_: Pass, group: Group) -> float:
+    """Relative L2 at the outputs where only one group of sites is quantised."""
+    before, decisions = built.before[index], built.steps[index].decisions
+    key = key_of(
+        "sensitivity", graph=graph_digest([before]), name=pass_.name, options=options_of(pass_),
+        modules=group.modules, decisions=json.dumps(decisions, sort_keys=True),
+        samples=lab.builder.samples_key, versions=versions(),
+    )  # fmt: skip
+    entry = lab.cache.get(key)
+    if entry is not None:
+        return float(entry.value)
+    select = dataclasses.replace(pass_.select, module=group.modules)  # type: ignore[attr-defined]
+    only = dataclasses.replace(pass_, select=select)  # type: ignore[call-arg]
+    options: Any = {"dialect": DIALECTS[built.target], "probes": lab.builder.first_batch}
+    try:
+        record = apply(only, before.clone(), recorded=decisions, **options)
+    except CalibrationError:  # alone it reads a value that nobody measured
+        record = apply(only, before.clone(), lab.samples, **options)
+    error = record.drift.rel_l2 if record.drift is not None else 0.0
+    lab.cache.put(key, error)
+    return error
+
+
+# Speed
+
+
+def _for_speed(lab: Lab, base: Trial, current: Trial) -> Iterator[Trial]:
+    """The candidate without the classes of sites that make it slower."""
+    classes = [
+        group
+        for index, record in current.built.steps.items()
+        if record.effect == "lossy" and record.sites and is_partial(lab.recipe.passes[index])
+        for group in by_kind(lab, current.built, index)
+    ]
+    slow = _slower_with(lab, base, current, classes[:MOST_CLASSES]) if len(classes) > 1 else []
+    if 0 < len(slow) < len(classes):
+        ranked = [*slow, *(group for group in classes if group not in slow)]
+        yield lab.attempt(base.built, _without(current, ranked, len(slow)), timed=True)
+
+
+def _slower_with(lab: Lab, base: Trial, current: Trial, classes: Sequence[Group]) -> list[Group]:
+    """Classes of sites without which the candidate is faster at some shape, and slower at none."""
+    assert lab.recipe.bench is not None
+    others = {}
+    for place, group in enumerate(classes):
+        ranked = [group, *classes[:place], *classes[place + 1 :]]
+        trial = lab.attempt(base.built, _without(current, ranked, 1), timed=False)
+        others[group.name] = trial.built.first
+    found = lab.bench(current.built.first, lab.recipe.bench, others)
+    slow = []
+    for group in classes:
+        against = [shape["against"][group.name] for shape in found["shapes"]]  # without ÷ with
+        faster = any(a["high"] < 1 for a in against)
+        if faster and not any(a["low"] > 1 for a in against):
+            slow.append(group)
+    return slow
+
+
+# Groups of sites
+
+
+def is_partial(pass_: Pass) -> bool:
+    """Whether a pass can leave sites out: it chooses them by `select`, and says which they are."""
+    return hasattr(pass_, "select") and hasattr(pass_, "sites")
+
+
+def _sites(pass_: Pass, program: Program) -> Iterator[tuple[Graph, fx.Node]]:
+    for graph in program:
+        if not pass_.graphs or graph.role in pass_.graphs:
+            for node in pass_.sites(graph):  # type: ignore[attr-defined]
+                yield graph, node
+
+
+def by_layer(pass_: Pass, built: Built, index: int) -> list[Group]:
+    """Sites that lie in one module together; by block where these are too many."""
+    resolved = pass_.resolve(DIALECTS[built.target])
+    paths = [module_path(node) for _, node in _sites(resolved, built.before[index])]
+    parents = {path.rpartition(".")[0] for path in paths}
+    name = _parent if len(parents) <= MOST_GROUPS else _block
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(name(path), []).append(literal(path))
+    return [
+        Group(index=index, name=word, modules=tuple(sorted(set(modules))))
+        for word, modules in groups.items()
+    ]
+
+
+def _parent(path: str) -> str:
+    parent, _, last = path.rpartition(".")
+    return path if not parent or last.isdigit() else parent
+
+
+def _block(path: str) -> str:
+    """`encoder.layer.3` of `encoder.layer.3.output.dense`; the path itself where no part is a number."""
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else path
+
+
+def by_kind(lab: Lab, built: Built, index: int) -> list[Group]:
+    """Sites of one operator and one size of weight, the largest share of sites first."""
+    pass_ = built.rollback.apply(index, lab.recipe.passes[index])
+    assert pass_ is not None
+    groups: dict[str, list[str]] = {}
+    for graph, node in _sites(pass_.resolve(DIALECTS[built.target]), built.before[index]):
+        weights = [list(n.meta["val"].shape) for n in node.all_input_nodes if is_constant(graph, n)]
+        largest = max(weights, key=lambda shape: (len(shape), shape), default=[])
+        word = f"{op_name(node)} {'×'.join(map(str, largest))}"
+        groups.setdefault(word, []).append(literal(module_path(node)))
+    found = [
+        Group(index=index, name=word, modules=tuple(sorted(set(modules))))
+        for word, modules in groups.items()
+    ]
+    return sorted(found, key=lambda g: (-len(g.modules), g.name))
+
+
+def literal(path: str) -> str:
+    """A shell pattern that matches a path and nothing else."""
+    return re.sub(r"([*?\[])", r"[\1]", path)
+
+
+def rolled_back(lab: Lab, base: Trial, chosen: Trial) -> list[dict[str, Any]]:
+    """What was taken back, and the checks of the whole recipe that made it so."""
+    assert lab.spec is not None
+    why = "; ".join(
+        check.text
+        for check in base.checks
+        if check.is_beyond or check in gate.fails(lab.spec, base.checks)
+    )
+    made = []
+    for index, pass_ in enumerate(lab.recipe.passes):
+        modules = chosen.rollback.excluded.get(index, ())
+        if index in chosen.rollback.dropped:
+            made.append({"pass": f"{index}:{pass_.name}", "sites": ["all"], "why": why})
+        elif modules:
+            made.append({"pass": f"{index}:{pass_.name}", "sites": list(modules), "why": why})
+    return made

@@ -1,0 +1,294 @@
+"""One candidate: built, compared with the model, measured on its task, timed, and asked what the gate asks.
+
+What always comes out the same is kept in the cache. Timings are kept only as long as the compile that made them is
+unfinished: one that was killed takes them up again, and the next compile measures anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effc import gate, measure, metrics
+from effc.backends.base import Lowered
+from effc.bench import cpu_name
+from effc.build import Builder, Built, Rollback, versions
+from effc.cache import key_of
+from effc.explain import layer_errors
+from effc.gate import Check
+from effc.machine import cpu_features
+from effc.package import digest
+from effc.recipe import BenchSpec, GateSpec
+
+Json = dict[str, Any]
+
+KEPT_S = 86400.0
+"""A timing of an unfinished compile that is older than a day is taken again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate and what is known of it; `bench` is None where it was not timed, or not yet."""
+
+    built: Built
+    metric: Json | None = None
+    bench: Json | None = None
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def rollback(self) -> Rollback:
+        return self.built.rollback
+
+
+@dataclass(kw_only=True)
+class Lab:
+    """Where candidates are tried: one builder, one target, room on disk, and the questions of the gate."""
+
+    builder: Builder
+    work: Path
+    threads: int
+    metric: metrics.Metric | None
+    spec: GateSpec | None
+    _tried: dict[Any, Trial] = field(default_factory=dict)
+    _timings: list[str] = field(default_factory=list)
+    _reference: metrics.Samples | None = None
+    _calls: int | None = None
+    """How often the metric runs an engine, once that is known."""
+
+    def __post_init__(self) -> None:
+        self.progress, self.cache = self.builder.progress, self.builder.cache
+        self.source, self.samples = self.builder.source, self.builder.samples
+        self.recipe, self.original = self.builder.recipe, self.builder.original
+
+    def build(
+        self, target: str, rollback: Rollback | None = None, known: Mapping[int, Json] | None = None
+    ) -> Built:
+        """A candidate's files, in a directory of its own."""
+        place = self.work / f"trial-{len(list(self.work.glob('trial-*')))}"
+        place.mkdir()
+        return self.builder.build(target, place, rollback, known)
+
+    def drifts(self, built: Built) -> dict[str, Json]:
+        """Drift of every engine from the model, by target. Raises VerifyError; see `measure.verify_engine`."""
+        found = {}
+        for low in built.lowered:
+            key = self._key("verify", low, lossy=built.lossy, samples=self.builder.samples_key)
+
+            def run(low: Lowered = low) -> Json:
+                with self.progress.stage("verify") as step:
+                    return measure.verify_engine(
+                        self.source, self.original.only(), low, self.samples, built.lossy,
+                        self.threads, step,
+                    )  # fmt: skip
+
+            found[built.target] = self._value("verify", key, run)
+        return found
+
+    def lowering(self, built: Built) -> Json | None:
+        """How far an engine is from its own graph; None where nothing lossy was done."""
+        if not built.lossy:
+            return None
+        key = self._key("lowering", built.first, samples=self.builder.samples_key)
+
+        def run() -> Json:
+            with self.progress.stage("verify"):
+                graph = built.program.only()
+                return dataclasses.asdict(
+                    measure.check_lowering(graph, built.first, self.samples, self.threads)
+                )
+
+        made: Json = self._value("verify", key, run)
+        return made
+
+    def layers(self, built: Built) -> list[Json]:
+        """Every quantised layer with the error that it makes, over one batch; see `explain.layer_errors`."""
+        first = next((i for i, r in built.steps.items() if r.effect == "lossy" and r.sites), None)
+        if first is None:
+            return []
+        before, after = built.before[first].only(), built.program.only()
+        feeds = self.builder.first_batch[after.role] or [dict(self.source.inputs[after.role])]
+        with self.progress.stage("layers"):
+            return layer_errors(before, after, feeds[0])
+
+    def measured(self, built: Built) -> Trial:
+        """A candidate with its metric, and the checks that follow from that."""
+        trial = Trial(built=built, metric=self._metric(built.first))
+        return dataclasses.replace(trial, checks=self._checks(trial))
+
+    def timed(self, trial: Trial) -> Trial:
+        """A measured candidate with its timing, and all checks."""
+        if self.recipe.bench is None:
+            return trial
+        trial = dataclasses.replace(trial, bench=self.bench(trial.built.first, self.recipe.bench))
+        return dataclasses.replace(trial, checks=self._checks(trial))
+
+    def finish(self) -> None:
+        """Forget the timings: the compile is over, and the next one measures anew."""
+        for key in self._timings:
+            self.cache.forget(key)
+
+    def _checks(self, trial: Trial) -> tuple[Check, ...]:
+        if self.spec is None:
+            return ()
+        sizes = None
+        if self.spec.size:
+            sizes = model_bytes(trial.built.first), self.plain.stat().st_size
+        return gate.checks(
+            self.spec, bench=trial.bench, metric=trial.metric, sizes=sizes,
+            asked=self.recipe.gate_is_asked,
+        )  # fmt: skip
+
+    # The metric: samples of model and engine are kept, so that a search measures the model once.
+
+    def _metric(self, lowered: Lowered) -> Json | None:
+        if self.metric is None:
+            return None
+        described = metrics.describe(self.metric.file)
+        names = {"metric": self.metric.name, "data": described, "samples": self.builder.samples_key}
+        if self._reference is None:
+            model = key_of("metric", **self._model, **names)
+            self._reference = self._samples(model, lambda step: self._of_model(step))
+        engine = self._key("metric", lowered, **names)
+        mine = self._samples(engine, lambda step: self._of_engine(lowered, step))
+        compared = metrics.compare(self.metric, self._reference, mine)
+        return {**dataclasses.asdict(compared), "data": described}
+
+    def _of_model(self, step: Any) -> metrics.Samples:
+        assert self.metric is not None
+
+        def count(done: int, total: int | None) -> None:
+            self._calls = done
+            step(done, total)
+
+        return measure.of_model(
+            self.source, self.original.only(), self.metric, self.threads, count, self.samples
+        )
+
+    def _of_engine(self, lowered: Lowered, step: Any) -> metrics.Samples:
+        assert self.metric is not None
+        calls = self._calls
+        return measure.of_engine(
+            self.source, lowered, self.metric, self.threads, lambda done, _: step(done, calls),
+            self.samples,
+        )  # fmt: skip
+
+    def _samples(self, key: str, make: Callable[[Any], metrics.Samples]) -> metrics.Samples:
+        """Per-sample results from the cache, or made and put there. Those of somebody's own code are always made."""
+        own = isinstance(self.metric, metrics.Own) or self.builder.samples_key is None
+        entry = None if own else self.cache.get(key)
+        if entry is not None:
+            try:
+                with np.load(entry.directory / "columns.npz", allow_pickle=False) as arrays:
+                    found = metrics.Samples({name: arrays[name] for name in arrays.files})
+            except (OSError, ValueError):
+                pass  # it was dropped meanwhile
+            else:
+                self.progress.reuse("metric")
+                return found
+        with self.progress.stage("metric") as step:
+            made = make(step)
+        if not own:
+            file = self.work / "columns.npz"
+            np.savez(file, **made.columns)  # type: ignore[arg-type]
+            self.cache.put(key, None, {"columns.npz": file})
+        return made
+
+    # Time
+
+    @cached_property
+    def plain(self) -> Path:
+        """The plain float export."""
+        place = self.work / "plain"
+        key = key_of("plain", graph=self.builder.identity, versions=versions())
+        entry = self.cache.get(key)
+        if entry is not None and entry.copy_to(place):
+            return place / str(entry.value)
+        with self.progress.stage("lower"):
+            made = measure.plain_export(self.original.only(), place)
+        self.cache.put(key, made.name, {file.name: file for file in place.iterdir()})
+        return made
+
+    def bench(
+        self,
+        lowered: Lowered,
+        spec: BenchSpec,
+        against: Mapping[str, Lowered] | None = None,
+    ) -> Json:
+        """Timing of an engine beside its references, and beside other candidates where there are any."""
+        others = {name: self._engine(low) for name, low in (against or {}).items()}
+        key = self._key(
+            "bench", lowered, spec=dataclasses.asdict(spec), others=others, cpu_name=cpu_name(),
+            threads=self.threads, samples=self.builder.samples_key,
+        )  # fmt: skip
+        self._timings.append(key)
+        entry = self.cache.get(key)
+        if entry is not None and time.time() - entry.value["time"] < KEPT_S:
+            self.progress.reuse("bench")
+            kept: Json = entry.value["bench"]
+            return kept
+        plain = self.plain
+        with self.progress.stage("bench") as step:
+            timed = measure.time_engine(
+                self.source, self.original, lowered, self.samples, spec, self.threads, step,
+                {name: measure.opener(low, self.threads) for name, low in (against or {}).items()},
+                plain=plain,
+            )  # fmt: skip
+        made = json.loads(json.dumps(timed.to_json()))
+        self.cache.put(key, {"bench": made, "time": time.time()})
+        return dict(made)
+
+    # Keys
+
+    @cached_property
+    def _model(self) -> Json:
+        return {
+            "model": self.builder.identity,
+            "cpu": cpu_features(),
+            "versions": versions(),
+        }
+
+    def _engine(self, lowered: Lowered) -> list[str]:
+        return [digest(lowered.directory / name) for name in lowered.files]
+
+    def _key(self, stage: str, lowered: Lowered, **parts: Any) -> str:
+        return key_of(
+            stage, **self._model, engine=self._engine(lowered), target=lowered.target, **parts
+        )
+
+    def _value(self, stage: str, key: str, run: Callable[[], Any]) -> Any:
+        """A result from the cache, or made and put there."""
+        if self.builder.samples_key is None:  # data out of somebody's code: who knows
+            return run()
+        entry = self.cache.get(key)
+        if entry is not None:
+            self.progress.reuse(stage)
+            return entry.value
+        made = run()
+        self.cache.put(key, made)
+        return made
+
+    # What the search asks for
+
+    def attempt(self, base: Built, rollback: Rollback, *, timed: bool) -> Trial:
+        """A candidate with more rolled back than `base`, whose decisions it takes over."""
+        known = {index: record.decisions for index, record in base.steps.items()}
+        trial = self._tried.get(rollback.key)
+        if trial is None:
+            trial = self.measured(self.build(base.target, rollback, known))
+        if timed and trial.bench is None:
+            self.drifts(trial.built)  # verified before it is timed
+            trial = self.timed(trial)
+        self._tried[rollback.key] = trial
+        return trial
+
+
+def model_bytes(lowered: Lowered) -> int:
+    return sum((lowered.directory / name).stat().st_size for name in lowered.files)

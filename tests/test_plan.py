@@ -1,0 +1,152 @@
+"""What a compile will take is said before; what it may take at most is kept to."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import effc
+from effc import compiler, plan, recipe
+from effc.cache import Cache
+from effc.errors import CalibrationError
+from effc.ir.memory import peak_bytes
+from effc.progress import Progress, peak_mb, resident_mb
+from effc.room import KERNELS, Room
+from kit import assert_letter, cli, made
+
+
+class Chain(nn.Module):
+    """[batch, 8] → [batch, 32] → [batch, 2]."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 2)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def graph():
+    return effc.trace(Chain(), torch.randn(4, 8)).only()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_the_peak_is_that_of_the_two_largest_neighbours(batch):
+    assert peak_bytes(graph(), {"batch": batch}) == batch * (32 + 32) * 4
+
+
+def test_a_view_needs_no_memory_but_keeps_what_it_looks_at():
+    class Views(nn.Module):
+        def forward(self, x):
+            y = x * 2  # 32 values, alive until the last line
+            z = y.view(-1).unsqueeze(0)
+            return (x + 1).sum() + z.sum()
+
+    found = peak_bytes(effc.trace(Views(), torch.randn(4, 8), dims={}).only(), {})
+    assert found == (32 + 32) * 4 or found == (32 + 32 + 1) * 4
+
+
+def room(left_bytes, count=8):
+    return Room(graph(), {"x": {0: "batch"}}, left_bytes, int(left_bytes) or 1)
+
+
+def test_rows_are_halved_until_they_fit():
+    feeds = {"x": np.arange(64, dtype=np.float32).reshape(8, 8)}
+    needed = KERNELS * 8 * 64 * 4
+    assert [p["x"].shape[0] for p in room(needed).pieces(feeds)] == [8]
+    pieces = list(room(needed / 2).pieces(feeds))
+    assert [p["x"].shape[0] for p in pieces] == [4, 4]
+    assert np.array_equal(np.concatenate([p["x"] for p in pieces]), feeds["x"])
+    assert [p["x"].shape[0] for p in room(needed / 8).pieces(feeds)] == [1] * 8
+
+
+def test_a_row_that_does_not_fit_is_refused():
+    with pytest.raises(CalibrationError, match="one sample of shape batch 1 needs about"):
+        list(room(100).pieces({"x": np.zeros((8, 8), np.float32)}))
+
+
+def spec(**changes):
+    data = {
+        "source": {"transformers": str(made().model)},
+        "calib": {"file": str(made().sentences), "samples": 16},
+        "passes": ["quantize"],
+        "bench": False,
+    }
+    return recipe.build({**data, **changes})
+
+
+def test_bounded_memory_changes_no_byte(tmp_path, monkeypatch):
+    """Rows at a time, down to one, through calibration and verification."""
+    compiler.run(spec(), tmp_path / "A", kept=Cache(None))
+    seen = []
+    real = Room.rows
+
+    def tight(self, feeds):
+        rows = min(real(self, feeds), 3)
+        seen.append(rows)
+        return rows
+
+    monkeypatch.setattr(Room, "rows", tight)
+    compiler.run(spec(), tmp_path / "B", kept=Cache(None), max_ram_bytes=64 << 30)
+    assert set(seen) == {1, 2, 3} or set(seen) == {3, 2} or 3 in seen
+    for name in ("model.onnx", "decisions.json", "manifest.json"):
+        assert (tmp_path / "A" / name).read_bytes() == (tmp_path / "B" / name).read_bytes()
+
+
+def test_too_little_memory_is_said_at_once(tmp_path):
+    ran = cli(
+        "compile", made().model, "-o", tmp_path / "OUT", "--quantize", "int8", "--calib",
+        made().sentences, "--no-bench", "--max-ram", "1MB",
+    )  # fmt: skip
+    assert_letter(ran, "CalibrationError", 7, "--max-ram 1 MB", "shorter samples")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["little", "-1GB", "0"])
+def test_a_memory_bound_is_a_size(word):
+    assert_letter(cli("compile", "x", "-o", "y", "--max-ram", word), "UsageError", 2, "--max-ram")
+
+
+def test_a_plan_names_every_stage_and_writes_nothing(tmp_path):
+    file = tmp_path / "plan.json"
+    ran = cli(
+        "compile", made().model, "-o", tmp_path / "OUT", "--quantize", "int8", "--calib",
+        made().sentences, "--plan", "--json", file,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = json.loads(file.read_text())
+    names = [s["name"] for s in found["stages"]]
+    assert names == [
+        "load", "trace", "exact passes", "quantize", "lower", "verify", "lower (float reference)", "bench",
+    ]  # fmt: skip
+    assert all(s["seconds"] >= 0 and s["memory_mb"] > 0 for s in found["stages"])
+    assert found["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"]), abs=0.1)
+    assert "in all" in ran.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
+
+
+def test_a_plan_says_how_large_the_engine_will_be(tmp_path):
+    found = plan.plan(spec(), tmp_path / "OUT", progress=Progress())
+    made_ = compiler.run(spec(), tmp_path / "OUT", kept=Cache(None))
+    graph_bytes = 60_000  # a small model is mostly graph
+    assert 0 <= made_.report["model_bytes"] - found["model_bytes"] < graph_bytes
+
+
+def test_a_plan_refuses_what_the_compile_would(tmp_path):
+    ran = cli("compile", tmp_path / "none", "-o", tmp_path / "OUT", "--plan")
+    assert_letter(ran, "SourceError", 4)
+
+
+def test_a_stage_remembers_its_time_and_memory():
+    progress = Progress()
+    with progress.stage("a"):
+        held = np.ones(40_000_000, np.uint8)
+    with progress.stage("a"):
+        pass
+    progress.reuse("b")
+    assert list(progress.stages) == ["a", "b"]
+    if peak_mb() is not None:
+        assert progress.stages["a"].peak_mb >= resident_mb() - 1
+    assert progress.stages["b"].cached == 1 and held[0] == 1

@@ -1,0 +1,123 @@
+"""A compile that was ended takes up what it had finished, and comes to the same bytes."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+
+from effc import cache, compiler, recipe
+from effc.cache import Cache
+from effc.package import UNHASHED
+from effc.progress import Progress
+from kit import content, leftovers, made
+
+TIMED = set(UNHASHED)
+
+
+class Ended(BaseException):
+    """As a signal would: nobody catches it."""
+
+
+class Ending(Progress):
+    """Ends the run before, or in, the `number`th stage."""
+
+    def __init__(self, number, *, within=False):
+        super().__init__()
+        self.number, self.within, self.seen = number, within, []
+
+    @contextmanager
+    def draw(self, name):
+        self.seen.append(name)
+        if len(self.seen) == self.number and not self.within:
+            raise Ended
+        with super().draw(name) as step:
+            yield step
+        if len(self.seen) == self.number:
+            raise Ended
+
+
+def spec(**changes):
+    data = {
+        "source": {"transformers": str(made().model)},
+        "calib": {"file": str(made().sentences), "samples": 16},
+        "passes": ["quantize"],
+        "bench": {"shapes": [[1, 8]], "budget_s": 0.2},
+        "gate": False,
+    }
+    return recipe.build({**data, **changes})
+
+
+def stable(out):
+    return {name: digest for name, digest in content(out).items() if name not in TIMED}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A compile that nothing disturbed, without any cache."""
+    place = tmp_path_factory.mktemp("whole")
+    watched = Ending(0)
+    compiler.run(spec(), place / "OUT", kept=Cache(None), progress=watched)
+    return stable(place / "OUT"), watched.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 19, 2))
+def test_it_goes_on_wherever_it_was_ended(number, whole, tmp_path):
+    expected, stages = whole
+    kept = Cache(tmp_path / "cache")
+    if number > len(stages):
+        pytest.skip(f"there are {len(stages)} stages")
+    ending = Ending(number, within=number % 4 == 1)
+    with pytest.raises(Ended):
+        compiler.run(spec(), tmp_path / "place" / "OUT", kept=kept, progress=ending)
+    assert leftovers(tmp_path / "place") == [] if (tmp_path / "place").exists() else True
+    assert not (tmp_path / "place" / "OUT").exists()
+    compiler.run(spec(), tmp_path / "place" / "OUT", kept=kept)
+    assert stable(tmp_path / "place" / "OUT") == expected
+    assert cache.check(kept.root) == []
+
+
+def test_what_is_finished_is_not_done_again(whole, tmp_path):
+    expected, stages = whole
+    kept = Cache(tmp_path / "cache")
+    ending = Ending(len(stages))  # in the last stage, the bench
+    with pytest.raises(Ended):
+        compiler.run(spec(), tmp_path / "OUT", kept=kept, progress=ending)
+    again = Ending(0)
+    compiler.run(spec(), tmp_path / "OUT", kept=kept, progress=again)
+    assert {"lower", "verify"}.isdisjoint(again.seen)
+    assert again.stages["quantize"].cached == 1 and again.stages["lower"].cached >= 1
+    assert stable(tmp_path / "OUT") == expected
+
+
+def test_a_timing_is_taken_up_only_by_the_compile_that_was_ended(tmp_path):
+    kept = Cache(tmp_path / "cache")
+    compiler.run(spec(), tmp_path / "A", kept=kept)
+    again = Ending(0)
+    compiler.run(spec(), tmp_path / "B", kept=kept, progress=again)
+    assert "bench" in again.seen
+    stages = {
+        s["name"]: s for s in json.loads((tmp_path / "B" / "report.json").read_text())["stages"]
+    }
+    assert stages["lower"]["cached"] >= 1 and stages["bench"]["cached"] == 0
+
+
+def test_other_data_is_other_work(tmp_path):
+    kept = Cache(tmp_path / "cache")
+    compiler.run(spec(bench=False), tmp_path / "A", kept=kept)
+    again = Ending(0)
+    other = {"file": str(made().sentences), "samples": 16, "seed": 1}
+    compiler.run(spec(bench=False, calib=other), tmp_path / "B", kept=kept, progress=again)
+    assert again.stages["quantize"].cached == 0
+
+
+def test_an_entry_that_was_harmed_is_made_anew(whole, tmp_path):
+    expected, _ = whole
+    kept = Cache(tmp_path / "cache")
+    compiler.run(spec(bench=False), tmp_path / "A", kept=kept)
+    for file in kept.root.glob("entries/??/*/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 3] ^= 4
+        file.write_bytes(data)
+    compiler.run(spec(), tmp_path / "B", kept=kept)
+    assert stable(tmp_path / "B") == expected

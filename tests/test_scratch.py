@@ -1,0 +1,62 @@
+"""Directories that vanish with their maker."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from effc import scratch
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from effc import scratch
+with scratch.held(Path(sys.argv[1]), "effc-t-") as place:
+    (place / "file").write_text("x")
+    print(place, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_it_is_gone_afterwards(tmp_path):
+    with scratch.held(tmp_path, "effc-t-") as place:
+        (place / "file").write_text("x")
+        assert place.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_may_be_renamed_away(tmp_path):
+    with scratch.held(tmp_path, "effc-t-") as place:
+        (place / "inner").mkdir()
+        os.rename(place / "inner", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_that_is_held_is_left_alone(tmp_path):
+    with scratch.held(tmp_path, "effc-t-") as mine:
+        with scratch.held(tmp_path, "effc-t-"):
+            pass
+        assert mine.is_dir()
+        assert scratch.sweep(tmp_path, "effc-t-") == 0
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    place = child.stdout.readline().strip()
+    assert scratch.sweep(tmp_path, "effc-t-") == 0
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert os.path.isdir(place)
+    (tmp_path / "effc-other").mkdir()
+    with scratch.held(tmp_path, "effc-t-"):
+        assert not os.path.exists(place)
+    assert [p.name for p in tmp_path.iterdir()] == ["effc-other"]
+
+
+def test_a_link_is_no_directory_of_ours(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "effc-t-link").symlink_to(tmp_path / "target")
+    assert scratch.sweep(tmp_path, "effc-t-") == 0
+    assert (tmp_path / "target").is_dir()

@@ -1,0 +1,349 @@
+"""A compile that is killed at any moment, and one that the disk has no room for: what is there, and what comes next.
+
+A trial starts a compile into a place of its own with a cache of its own, kills its whole process group after a time
+drawn from the seed, and asks what a user would: is OUT not there or whole, is the cache whole, and does the same
+command again give the same bytes as one that nobody disturbed, and leave nothing behind?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one compile has everything that it writes."""
+
+    root: Path
+
+    @property
+    def out(self) -> Path:
+        return self.root / "place" / "out"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / "tmp"
+
+    def env(self) -> dict[str, str]:
+        for folder in (self.out.parent, self.cache, self.tmp):
+            folder.mkdir(parents=True, exist_ok=True)
+        own = {"EFFC_CACHE": self.cache, "TMPDIR": self.tmp, "HOME": self.root}
+        return {**os.environ, **{k: str(v) for k, v in own.items()}, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def leftovers(self) -> list[str]:
+        """What a run left beside OUT and among the temporary files."""
+        beside = [p for p in self.out.parent.iterdir() if p != self.out]
+        mine = [p for p in self.tmp.iterdir() if "effc" in p.name]
+        return sorted(str(p.relative_to(self.root)) for p in [*beside, *mine])
+
+
+def command(model: str, out: Path, words: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "effc",
+        "-v",
+        "compile",
+        model,
+        "-o",
+        str(out),
+        *shlex.split(words),
+    ]
+
+
+def run(
+    model: str,
+    place: Place,
+    words: str,
+    *,
+    kill_after_s: float | None = None,
+    before: Callable[[], None] | None = None,
+) -> tuple[int, float, str]:
+    """Exit code, seconds and stderr of a compile; its group is killed where it takes longer than `kill_after_s`."""
+    started = time.monotonic()
+    with subprocess.Popen(
+        command(model, place.out, words),
+        env=place.env(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,  # a file would be cut by a limit of `before`
+        start_new_session=True,
+        preexec_fn=before,
+    ) as process:
+        try:
+            _, text = process.communicate(timeout=kill_after_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            _, text = process.communicate()
+    taken = time.monotonic() - started
+    return process.returncode, taken, text.decode("utf-8", "replace")
+
+
+def hashed(out: Path) -> dict[str, str]:
+    """sha256 of every file of a package that two equal compiles write alike, and of the manifest."""
+    from effc import package
+
+    manifest = package.read(out)
+    return {**manifest.files, package.MANIFEST: package.digest(out / package.MANIFEST)}
+
+
+def not_whole(out: Path) -> list[str]:
+    """Why a place is neither free nor a whole package."""
+    from effc import package
+    from effc.errors import EffcError
+
+    if not os.path.lexists(out):
+        return []
+    try:
+        return [f"OUT: {word}" for word in package.check(out)]
+    except EffcError as error:
+        return [f"OUT: {error.what}"]
+
+
+def broken_cache(root: Path) -> list[str]:
+    from effc import cache
+
+    return [f"cache: {word}" for word in cache.check(root)] if root.exists() else []
+
+
+def stage_of(log: str) -> str:
+    """The stage that a compile was in when it ended."""
+    stages = [ln.removeprefix("stage ") for ln in log.splitlines() if ln.startswith("stage ")]
+    return stages[-1].strip() if stages else "start"
+
+
+def trial(number: int, args: argparse.Namespace, reference: Json) -> Json:
+    """One compile, killed, looked at, and run again."""
+    draw = random.Random(f"{args.seed}:{number}")
+    after = draw.uniform(0, reference["seconds"])
+    replaces = draw.random() < 0.5
+    with tempfile.TemporaryDirectory(prefix="torture-kill-", dir=args.place) as folder:
+        place = Place(root=Path(folder).resolve())
+        if replaces:
+            shutil.copytree(reference["out"], place.out)
+        code, _, log = run(args.model, place, args.words, kill_after_s=after)
+        faults = [f"after the kill, {word}" for word in not_whole(place.out)]
+        if replaces and not place.out.exists():
+            faults.append("after the kill, the old package is gone")
+        code_again, seconds, text = run(args.model, place, args.words)
+        if code_again:
+            faults.append(f"again: {code_again}, {text.strip().splitlines()[-1:]}")
+        else:
+            faults += not_whole(place.out)
+            if (found := hashed(place.out)) != reference["files"]:
+                names = sorted(
+                    n
+                    for n in found.keys() | reference["files"].keys()
+                    if found.get(n) != reference["files"].get(n)
+                )
+                faults.append(f"other bytes than undisturbed in {', '.join(names)}")
+        faults += [f"left {name}" for name in place.leftovers()]
+        faults += broken_cache(place.cache)
+        if faults and args.keep:
+            shutil.copytree(place.root, Path(args.keep) / str(number), symlinks=True)
+    return {
+        "after_s": round(after, 2), "was_killed": code == -signal.SIGKILL, "stage": stage_of(log),
+        "replaced": replaces, "again_s": round(seconds, 2), "faults": faults,
+    }  # fmt: skip
+
+
+def undisturbed(args: argparse.Namespace, out: Path) -> Json:
+    """Seconds and bytes of a compile that nobody kills; its package is copied to `out`."""
+    with tempfile.TemporaryDirectory(prefix="torture-whole-", dir=args.place) as folder:
+        place = Place(root=Path(folder).resolve())
+        code, seconds, text = run(args.model, place, args.words)
+        if code:
+            raise SystemExit(f"the compile itself ends with {code}:\n{text[-2000:]}")
+        faults = [*not_whole(place.out), *place.leftovers(), *broken_cache(place.cache)]
+        if faults:
+            raise SystemExit(f"the compile itself is not in order: {faults}")
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(place.out, out)
+        return {"seconds": seconds, "files": hashed(out), "out": str(out)}
+
+
+def kills_main(args: argparse.Namespace) -> int:
+    """Trials from 1 on; with --state those that are done are not done again."""
+    with tempfile.TemporaryDirectory(prefix="torture-reference-", dir=args.place) as folder:
+        state_file = Path(args.state).resolve() if args.state else None
+        key = {"model": args.model, "words": args.words, "seed": args.seed}
+        state: Json = {"key": key, "reference": None, "done": {}}
+        if state_file and state_file.exists():
+            state = json.loads(state_file.read_text(encoding="utf-8"))
+            if state["key"] != key:
+                raise SystemExit(f"{state_file} is of other trials: {state['key']}")
+        out = state_file.with_suffix(".out") if state_file else Path(folder) / "out"
+        if state["reference"] is None or not out.exists():
+            state["reference"] = undisturbed(args, out)
+            _keep(state_file, state)
+        print(f"undisturbed: {state['reference']['seconds']:.1f} s", flush=True)
+        for number in range(1, args.trials + 1):
+            if str(number) in state["done"]:
+                continue
+            found = trial(number, args, state["reference"])
+            state["done"][str(number)] = found
+            _keep(state_file, state)
+            print(_line(number, found), flush=True)
+    done = {n: t for n, t in state["done"].items() if int(n) <= args.trials}
+    summary = {
+        **key,
+        "trials": len(done),
+        "killed": sum(t["was_killed"] for t in done.values()),
+        "undisturbed_s": round(state["reference"]["seconds"], 1),
+        "stages": dict(Counter(t["stage"] for t in done.values() if t["was_killed"])),
+        "again_s_mean": round(sum(t["again_s"] for t in done.values()) / max(1, len(done)), 1),
+        "failed": {n: t["faults"] for n, t in done.items() if t["faults"]},
+    }
+    print(
+        f"{summary['trials']} trials, seed {args.seed}: {summary['killed']} killed, "
+        f"{len(summary['failed'])} failed"
+    )
+    write_json(args.json, summary)
+    return 1 if summary["failed"] else 0
+
+
+def _line(number: int, found: Json) -> str:
+    how = "killed" if found["was_killed"] else "was done"
+    text = f"{number}: {how} after {found['after_s']} s in {found['stage']}, again {found['again_s']} s"
+    return "\n    FAULT ".join([text, *found["faults"]])
+
+
+def _keep(file: Path | None, state: Json) -> None:
+    if file is None:
+        return
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_json(file: str | None, summary: Json) -> None:
+    if file:
+        text = json.dumps(summary, indent=1, sort_keys=True) + "\n"
+        Path(file).write_text(text, encoding="utf-8")
+
+
+# A full disk
+
+
+def file_limit(bytes_: int) -> Callable[[], None]:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+
+    return limit
+
+
+def small_disk(place: Path, kbytes: int) -> None:
+    words = ["mount", "-t", "tmpfs", "-o", f"size={kbytes}k", "none", str(place)]
+    subprocess.run(words, check=True, capture_output=True)
+
+
+def sizes_of(out: Path) -> list[int]:
+    """Limits that stop a compile at every file of its package: each one byte short of it."""
+    return sorted({p.stat().st_size - 1 for p in out.rglob("*") if p.is_file()})
+
+
+def full_main(args: argparse.Namespace) -> int:
+    """No room for any file of a package, and disks of all sizes where this user may mount them."""
+    failed: Json = {}
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="torture-full-", dir=args.place) as folder:
+        root = Path(folder).resolve()
+        reference = undisturbed(args, root / "reference")
+        limits = sizes_of(Path(reference["out"]))
+        limits = limits[:: max(1, len(limits) // args.trials)][: args.trials]
+        for name, code, faults in [
+            *_limited(args, root, reference, limits),
+            *(_mounted(args, root, reference) if os.geteuid() == 0 else ()),
+        ]:
+            counts[str(code)] += 1
+            print("\n    FAULT ".join([f"{name}: {code}", *faults]), flush=True)
+            if faults:
+                failed[name] = faults
+    summary = {
+        "model": args.model, "words": args.words, "codes": dict(counts), "failed": failed,
+        "trials": sum(counts.values()),
+    }  # fmt: skip
+    print(f"{summary['trials']} times no room: exit codes {dict(counts)}, {len(failed)} failed")
+    write_json(args.json, summary)
+    return 1 if failed else 0
+
+
+Found = tuple[str, int, list[str]]
+
+
+def _limited(
+    args: argparse.Namespace, root: Path, reference: Json, limits: Sequence[int]
+) -> Iterator[Found]:
+    for bytes_ in limits:
+        place = Place(root=root / f"limit-{bytes_}")
+        place.root.mkdir()
+        code, _, text = run(args.model, place, args.words, before=file_limit(bytes_))
+        faults = _after(args, place, reference, code, text)
+        yield f"files of at most {bytes_} bytes", code, faults
+        shutil.rmtree(place.root)
+
+
+def _mounted(args: argparse.Namespace, root: Path, reference: Json) -> Iterator[Found]:
+    """The output, the temporary files or the cache on a disk that is too small."""
+    total = sum(p.stat().st_size for p in Path(reference["out"]).rglob("*") if p.is_file()) >> 10
+    for what in ("place", "tmp", "cache"):
+        for share in (0.02, 0.4, 0.9, 1.1):
+            place = Place(root=root / f"{what}-{share}")
+            (place.root / what).mkdir(parents=True)
+            try:
+                small_disk(place.root / what, max(16, int(total * share)))
+            except (OSError, subprocess.CalledProcessError):
+                return
+            try:
+                code, _, text = run(args.model, place, args.words)
+                larger = ["mount", "-o", "remount,size=1g", str(place.root / what)]
+                subprocess.run(larger, check=True)
+                faults = _after(args, place, reference, code, text)
+                if what == "cache" and code:
+                    faults.append("a cache without room is no reason to fail")
+                yield f"{what} on a disk of {share} of the package", code, faults
+            finally:
+                subprocess.run(["umount", str(place.root / what)], check=True)
+                shutil.rmtree(place.root)
+
+
+def _after(
+    args: argparse.Namespace, place: Place, reference: Json, code: int, text: str
+) -> list[str]:
+    """What is wrong after a compile that had no room, and with the next that has."""
+    faults = []
+    if code not in (0, 12):
+        faults.append(f"ended with {code}: {text.strip().splitlines()[-2:]}")
+    if "Traceback" in text:
+        faults.append("showed a traceback")
+    if code and place.out.exists():
+        faults.append("OUT is there")
+    faults += [f"left {name}" for name in place.leftovers()]
+    code, _, text = run(args.model, place, args.words)
+    if code:
+        return [*faults, f"again: {code}, {text.strip().splitlines()[-1:]}"]
+    if hashed(place.out) != reference["files"]:
+        faults.append("other bytes than with room")
+    return [*faults, *not_whole(place.out), *broken_cache(place.cache)]
