@@ -50,7 +50,8 @@ class Off:
 
     @property
     def reason(self) -> str:
-        return f"on the same inputs {self.value} is {self.rel_l2:.2g} (relative L2) from the graph, at most {self.most:g}"
+        far = f"{self.rel_l2:.2g} (relative L2, at most {self.most:g})"
+        return f"on the same inputs {self.value} is {far} from the graph that it was made of"
 
 
 def exported(graph: Graph, opset: int) -> Graph:
@@ -61,7 +62,9 @@ def exported(graph: Graph, opset: int) -> Graph:
         program = _core._prepare_exported_program_for_export(
             graph.clone().exported, registry=onnx._registry(opset, ours=True)
         )
-    return Graph(graph.role, program, graph.inputs, graph.outputs, dict(graph.dims), dict(graph.origins))
+    return Graph(
+        graph.role, program, graph.inputs, graph.outputs, dict(graph.dims), dict(graph.origins)
+    )
 
 
 def off(
@@ -98,9 +101,7 @@ def _known(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fixed: set[fx.Node] = set()
     inputs = {str(name) for name in graph.exported.graph_signature.user_inputs}
     for node in graph.fx.nodes:
-        if node.op == "placeholder" and node.name not in inputs:
-            fixed.add(node)
-        elif node.op == "call_function" and fixed.issuperset(node.all_input_nodes):
+        if node.name not in inputs and fixed.issuperset(node.all_input_nodes):
             fixed.add(node)
     wanted = [n for n in graph.nodes if n not in fixed and not is_weight(n)]
     values = Values(graph, feeds, more=dict.fromkeys(wanted, 1))
@@ -109,9 +110,7 @@ def _known(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: v.contiguous() for name, v in found.items() if isinstance(v, Tensor)}
 
 
-def _cut(
-    model: ir.Model, known: Mapping[str, Tensor], graph: Graph
-) -> dict[str, list[ir.Node]]:
+def _cut(model: ir.Model, known: Mapping[str, Tensor], graph: Graph) -> dict[str, list[ir.Node]]:
     """Cut a model at its known values, in place; gives those that it computes, with the nodes that do."""
     (output,) = [n for n in graph.fx.nodes if n.op == "output"]
     returned = dict(zip(graph.outputs, output.args[0], strict=True))

@@ -25,6 +25,7 @@ _NAMES = {
     "Program": "effc.ir.program:Program",
     "EffcError": "effc.errors:EffcError",
     "register": "effc.passes:register",
+    "explain": "effc.explain",  # a module that can be called
 }
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from effc.calib.probe import Probe as Probe
     from effc.compiler import compile as compile
     from effc.errors import EffcError as EffcError
+    from effc.explain import explain as explain
     from effc.ir.program import Program as Program
     from effc.ir.select import Select as Select
     from effc.ir.show import show as show
@@ -48,7 +50,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     module, _, attribute = _NAMES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

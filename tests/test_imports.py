@@ -27,7 +27,7 @@ LINES = [
     dialect
     ir nn
     calib
-    processor
+    processor noise
     source
     passes backends
     metrics
@@ -40,10 +40,11 @@ LINES = [
     report_html
     report
     measure build explain
-    trial
+    trial remedy
     search
     compiler
     inspection plan
+    walk
     cli
     __init__ __main__
     """.strip().splitlines()

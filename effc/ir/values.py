@@ -129,7 +129,8 @@ def compared(
     """Every node that has a counterpart, fed with the counterparts of what it reads; in order of execution.
 
     So each answers for itself alone, and for nodes between it and its inputs that have no counterpart. `theirs` are
-    the values of the reference, with `reads` as `more`; `weights` may lend values of the graph that are worked out anyway.
+    the values of the reference, with `reads` as `more`. `weights` may lend values of the graph that are worked out
+    anyway.
     """
     values, own = alignment.values, Values(graph, feeds)
     failed: dict[fx.Node, Exception] = {}

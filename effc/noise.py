@@ -1,0 +1,279 @@
+"""What quantised nodes may be off by, so that one which is off by more can be told.
+
+    E‖Δ(W x)‖² = Σ x² · step² / 12        a layer whose weights were rounded
+    |Δx| ≤ step / 2                       a value inside the range of its grid
+
+A range was chosen on other data, so a grid is compared with the best one for the very values that went through it, and
+with how much worse than theirs the other grids of the graph are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from effc.calib.collectors import LeastSquares
+from effc.errors import first_line
+from effc.ir.align import Alignment, arguments, is_weight
+from effc.ir.differences import Differences
+from effc.ir.edit import is_constant, tensor_of
+from effc.ir.gap import Padding, decibel, difference, power
+from effc.ir.program import Graph
+from effc.ir.select import op_name
+from effc.ir.values import Compared
+from effc.quant.affine import fake_quantize, qparams
+from effc.quant.ops import DEQUANTIZE, spread
+from effc.quant.scheme import Scheme
+
+ROUNDING = 256
+"""Float steps that a node may be off by, relative to its values, where nothing is quantised."""
+LAYERS = 4.0
+"""Noise of a layer, over what is expected of its steps."""
+GRIDS = 3.0
+"""Noise of a grid, over that of the best grid for the same values."""
+FEW = 0.001
+"""A share of values outside of a range that ranges are meant to leave there."""
+FEW_MADE_UP = 0.05
+"""The same where the data is made up."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Local:
+    """What one node is off by on exact inputs, and what it may be. `noise`, `signal` and so on are sums of squares."""
+
+    node: fx.Node
+    place: int
+    noise: float
+    signal: float = 0.0
+    expected: float = 0.0
+    allowed: float = 0.0
+    error: Tensor | None = None
+    change: Callable[[Any], Any] = lambda value: value
+    """Puts the error on the reference's value."""
+    reason: str = ""
+    is_grid: bool = False
+    is_excused: bool = False
+    """A grid which few values are outside of."""
+    cause: Any = None
+    """What several nodes have in common that show one fault."""
+    share: float = 0.0
+    alone: float | None = None
+    """Error of the outputs where only this node is off."""
+
+    @property
+    def is_fault(self) -> bool:
+        return not self.noise <= self.allowed
+
+    @property
+    def local_db(self) -> float:
+        return decibel(self.signal, self.noise)
+
+
+def measured(place: int, item: Compared, padding: Padding) -> Local:
+    """The error of a node; rounding of floats is all that it may be."""
+    node, mine, theirs = item.node, item.mine, item.theirs
+    if item.error is not None:
+        reason = f"it does not run on the reference's values: {first_line(item.error)}"
+        return Local(node=node, place=place, noise=math.inf, reason=reason)
+    if not isinstance(theirs, Tensor) or not isinstance(mine, Tensor):
+        noise = 0.0 if mine == theirs else math.inf
+        return Local(node=node, place=place, noise=noise, change=lambda _: mine)
+    theirs = theirs.detach()
+    if mine.shape != theirs.shape:
+        reason = f"it is {list(mine.shape)} where the reference is {list(theirs.shape)}"
+        return Local(node=node, place=place, noise=math.inf, reason=reason)
+    signal = power(padding.zeroed(node, theirs))
+    if torch.equal(mine, theirs):
+        return Local(node=node, place=place, noise=0.0, signal=signal)
+    error = padding.zeroed(node, difference(mine, theirs))
+    local = Local(node=node, place=place, noise=power(error), signal=signal)
+    if not (theirs.is_floating_point() and mine.is_floating_point()):
+        local.change = lambda _: mine
+        return local
+    local.error, local.change = error, lambda value: value + error.to(value.dtype)
+    eps = max(torch.finfo(t.dtype).eps for t in (mine, theirs))
+    local.allowed = signal * (ROUNDING * eps) ** 2
+    return local
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Judges the nodes of a graph; `is_made_up` says that the data is."""
+
+    reference: Graph
+    graph: Graph
+    alignment: Alignment
+    padding: Padding
+    is_made_up: bool
+
+    def judge(self, local: Local, item: Compared) -> None:
+        """Allow a node what its grids may cost."""
+        if local.error is None or not local.is_fault or not math.isfinite(local.noise):
+            return
+        node = item.node
+        if node.target is DEQUANTIZE and not is_weight(node):
+            self._judge_grid(local, item)
+            return
+        local.expected, rows = self._expected(item)
+        local.allowed += LAYERS * (1 + 4 / rows) * local.expected
+        if local.is_fault and self._is_rounded(node):
+            local.allowed = math.inf
+
+    def _expected(self, item: Compared) -> tuple[float, int]:
+        """The noise that the quantised operands of a node must make, and how many rows of weights make it."""
+        node, theirs = item.node, item.theirs.detach()
+        region = region_of(node, self.alignment)
+        if not any(_is_quantised(self.graph, n) for n in region):
+            return 0.0, 1
+        if op_name(node) in ("linear", "conv1d", "conv2d"):
+            weight = item.inputs[node.args[1]]  # type: ignore[index]
+            return sum(self._spread(item, m) for m in node.all_input_nodes), len(weight)
+        if any(op_name(n) == "embedding" for n in region):
+            steps = theirs.abs().amax(-1) / 127
+            return power(steps) * theirs.shape[-1] / 12, theirs.shape[-1]
+        return power(theirs) * 1e-3, 1
+
+    def _spread(self, item: Compared, operand: fx.Node) -> float:
+        """Noise of a linear operator from rounding one operand: step² / 12 goes where squares go."""
+        node = item.node
+        if operand.target is not DEQUANTIZE or operand in self.alignment.values:
+            return 0.0
+        value = item.inputs[operand]
+        if is_weight(operand) and value.dim() < 2:
+            return 0.0  # a bias: its grid is far finer than what it is added to
+        squares = {n: v.square() if isinstance(v, Tensor) else v for n, v in item.inputs.items()}
+        squares[operand] = (self._steps(operand).square() / 12).expand(value.shape)
+        args = [*node.args[:2], None, *node.args[3:]]
+        args, kwargs = fx.node.map_arg((tuple(args), node.kwargs), lambda n: squares[n])
+        assert callable(node.target)
+        return float(self.padding.zeroed(node, node.target(*args, **kwargs)).double().sum())
+
+    def _steps(self, node: fx.Node) -> Tensor:
+        """The step of every value that a node dequantises; of a weight at most twice what its codes make use of."""
+        codes, scale, axis, group = (node.args[i] for i in (0, 1, 3, 4))
+        step = tensor_of(self.graph, scale)  # type: ignore[arg-type]
+        if not is_weight(node):
+            return step
+        held = tensor_of(self.graph, codes).abs().float()  # type: ignore[arg-type]
+        if step.dim() == 0:
+            most = held.max()
+        elif group:
+            most = held.unflatten(-1, (-1, group)).amax(-1)  # type: ignore[arg-type]
+        else:
+            most = held.movedim(axis, 0).flatten(1).amax(1)  # type: ignore[arg-type]
+        high = next((end for end in (7, 31, 127) if float(held.max()) <= end), 255)
+        least = torch.minimum(step, 2 * step * most / high)
+        return spread(least, held, axis, group)  # type: ignore[arg-type]
+
+    def _is_rounded(self, node: fx.Node) -> bool:
+        """Whether a layer is the reference's with its weight rounded, on a grid no coarser than need be.
+
+        A weight that was clipped makes more noise than its step says where activations are large.
+        """
+        other = self.alignment.calls.get(node)
+        if other is None or other.target is not node.target:
+            return False
+        compare = Differences(reference=self.reference, graph=self.graph, alignment=self.alignment)
+        mine, theirs = arguments(node), arguments(other)
+        for place in mine.keys() | theirs.keys():
+            a, b = mine.get(place), theirs.get(place)
+            if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+                if a != b:
+                    return False
+            elif is_weight(a):
+                if not is_constant(self.reference, b) or not self._is_rounding(
+                    a, tensor_of(self.reference, b)
+                ):
+                    return False
+            elif compare.of_operands("", a, b):
+                return False
+        return True
+
+    def _is_rounding(self, node: fx.Node, exact: Tensor) -> bool:
+        """Whether the codes of a weight are those of `exact` on their grid."""
+        codes, scale, zero, axis, group = node.args
+        held = tensor_of(self.graph, codes)  # type: ignore[arg-type]
+        if held.shape != exact.shape:
+            return False
+        step, middle = (
+            spread(tensor_of(self.graph, n), held, axis, group)  # type: ignore[arg-type]
+            for n in (scale, zero)
+        )
+        if held.dtype == torch.int32:
+            return float((held * step - exact).abs().max()) <= float(step.max())
+        low, high = int(held.min()), int(held.max())
+        same = ((exact / step + middle).clamp(low, high) - held).abs() <= 0.51
+        needed = float(exact.abs().max()) / max(-low, high, 1)
+        return float(same.double().mean()) > 0.999 and float(step.min()) <= 4 * needed
+
+    def _judge_grid(self, local: Local, item: Compared) -> None:
+        x = self.padding.without(item.node, item.theirs.detach())
+        codes = item.node.args[0]
+        assert isinstance(codes, fx.Node)
+        scale, zero = (tensor_of(self.graph, codes.args[i]) for i in (1, 2))  # type: ignore[arg-type]
+        low, high = (int(codes.args[i]) for i in (3, 4))  # type: ignore[arg-type]
+        if scale.numel() != 1:
+            local.expected = power(scale) / scale.numel() / 12 * x.numel()
+            local.allowed += LAYERS * local.expected
+            return
+        step, middle = float(scale), int(zero)
+        outside = (x < (low - middle - 0.5) * step) | (x > (high - middle + 0.5) * step)
+        off = self.padding.without(item.node, difference(item.mine, item.theirs.detach()))
+        inside = float(off[~outside].abs().max()) if not bool(outside.all()) else 0.0
+        if inside > 0.51 * step:
+            local.reason = f"values inside its range are off by {inside / step:.2g} steps; rounding is half of one"
+            return
+        clipped = power(off[outside]) / max(local.noise, 1e-300)
+        share = float(outside.double().mean())
+        local.is_grid, local.expected = True, best_noise(x, low, high)
+        local.is_excused = clipped > 0.5 and share < (FEW_MADE_UP if self.is_made_up else FEW)
+        need = (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / (high - low)
+        local.reason = (
+            f"{100 * share:.2g} % of the values lie outside its range and make {100 * clipped:.3g} % of its error"
+            if clipped > 0.5
+            else f"its step is {step / max(need, 1e-300):.3g} times what holds all values"
+        )
+
+    def allow_grids(self, found: Sequence[Local]) -> None:
+        """Allow every grid some multiple of the least noise: more where grids of this graph usually make more."""
+        grids = [x for x in found if x.is_grid and x.expected]
+        ratios = sorted(x.noise / x.expected for x in grids)
+        usual, high = (
+            (ratios[len(ratios) * p // 10] for p in (5, 8)) if len(ratios) > 4 else (1.0, 1.0)
+        )
+        factor = max(GRIDS, GRIDS * usual, 2 * high) * (3 if self.is_made_up else 1)
+        for local in grids:
+            local.allowed = (
+                math.inf if local.is_excused else local.allowed + factor * local.expected
+            )
+
+
+def region_of(node: fx.Node, alignment: Alignment) -> set[fx.Node]:
+    """A node and what it is computed from, up to nodes with a counterpart."""
+    region, todo = {node}, [node]
+    while todo:
+        for n in todo.pop().all_input_nodes:
+            if n not in region and n not in alignment.values:
+                region.add(n)
+                todo.append(n)
+    return region
+
+
+def _is_quantised(graph: Graph, node: fx.Node) -> bool:
+    if node.target is DEQUANTIZE:
+        return True
+    return is_constant(graph, node) and node.meta["val"].dtype in (torch.int8, torch.uint8)
+
+
+def best_noise(x: Tensor, low: int, high: int) -> float:
+    """What the range with the least squared error costs on `x`."""
+    scheme = Scheme(bits=(high - low).bit_length(), signed=low < 0, symmetric=low == -high)
+    watch = LeastSquares()
+    watch.update(x)
+    scale, zero = qparams(*(torch.tensor(end) for end in watch.range(scheme)), scheme)
+    return power(fake_quantize(x, scale, zero, scheme) - x)
