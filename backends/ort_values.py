@@ -7,7 +7,6 @@ fed from the graph. One run of the copy then gives what every node makes of exac
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
+from effc import scratch
 from effc.backends import onnx
 from effc.backends.base import Array
-from effc.backends.ort import session_options
+from effc.backends.ort import _session, session_options
 from effc.errors import LoweringError, first_line
 from effc.ir.align import is_weight
 from effc.ir.program import Graph
@@ -54,7 +54,54 @@ class Off:
         return f"on the same inputs {self.value} is {far} from the graph that it was made of"
 
 
-def exported(graph: Graph, opset: int) -> Graph:
+def as_it_stands(
+    path: Path, feeds: Mapping[str, Array], threads: int | None = None
+) -> dict[str, Array]:
+    """The outputs of an ONNX file none of whose nodes is fused, moved or computed beforehand."""
+    session = _session(path, _options(optimized=False, threads=threads))
+    names = [v.name for v in session.get_outputs()]
+    given = {v.name: feeds[v.name] for v in session.get_inputs()}
+    return dict(zip(names, session.run(names, given), strict=True))
+
+
+def _options(*, optimized: bool, threads: int | None = None) -> onnxruntime.SessionOptions:
+    options = session_options(threads)
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+class Nodes:
+    """The values of a graph on one batch, under the names that they have in a file of that opset."""
+
+    def __init__(self, graph: Graph, feeds: Mapping[str, Tensor], opset: int) -> None:
+        self.graph, self.feeds = _exported(graph, opset), feeds
+        self.known = _known(self.graph, feeds)
+
+    def off(self, path: Path, *, optimized: bool = False) -> list[Off]:
+        """What an ONNX file computes otherwise than the graph that it was made from, in order of execution.
+
+        `optimized` lets onnxruntime fuse nodes, as far as that does not cross a known value.
+        """
+        model = ir.load(path)
+        cut = _cut(model, self.known, self.graph)
+        mine = _run(model, cut, self.known, self.feeds, optimized)
+        names = {n.name: site for n, site in site_names(self.graph).items()}
+        found = []
+        for place, (value, nodes) in enumerate(cut.items()):
+            most = BLOCKWISE if any(_is_blockwise(n) for n in nodes) else EXACT
+            gap = _gap(mine[value], self.known[value].numpy())
+            if not gap <= most:
+                found.append(
+                    Off(
+                        value=value, site=names[value], op=nodes[0].op_type, rel_l2=gap, most=most,
+                        place=place, nodes=tuple(n.name or n.op_type for n in nodes),
+                    )
+                )  # fmt: skip
+        return found
+
+
+def _exported(graph: Graph, opset: int) -> Graph:
     """The graph as torch's exporter decomposes it, under the names that values have in a file."""
     from torch.onnx._internal.exporter import _core
 
@@ -65,35 +112,6 @@ def exported(graph: Graph, opset: int) -> Graph:
     return Graph(
         graph.role, program, graph.inputs, graph.outputs, dict(graph.dims), dict(graph.origins)
     )
-
-
-def off(
-    path: Path, graph: Graph, feeds: Mapping[str, Tensor], opset: int, *, optimized: bool = False
-) -> list[Off]:
-    """The values of the ONNX file at `path` that differ from the graph it was made from, in order of execution.
-
-    `optimized` lets onnxruntime fuse, as far as that does not cross a known value.
-    """
-    lowered = exported(graph, opset)
-    known = _known(lowered, feeds)
-    model = ir.load(path)
-    cut = _cut(model, known, lowered)
-    mine = _run(model, cut, known, feeds, optimized)
-    names = site_names(lowered)
-    found = []
-    for place, (value, nodes) in enumerate(cut.items()):
-        theirs = known[value]
-        most = BLOCKWISE if any(_is_blockwise(n) for n in nodes) else EXACT
-        gap = _gap(mine[value], theirs.numpy())
-        if not gap <= most:
-            node = next(n for n in lowered.nodes if n.name == value)
-            found.append(
-                Off(
-                    value=value, site=names[node], nodes=tuple(n.name or n.op_type for n in nodes),
-                    op=nodes[0].op_type, rel_l2=gap, most=most, place=place,
-                )
-            )  # fmt: skip
-    return found
 
 
 def _known(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,15 +173,10 @@ def _run(
     feeds: Mapping[str, Tensor],
     optimized: bool,
 ) -> dict[str, Array]:
-    options = session_options()
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with tempfile.TemporaryDirectory(prefix="effc-") as place:
-        files = onnx.save(model, Path(place))
+    with scratch.held() as place:
+        files = onnx.save(model, place)
         try:
-            session = onnxruntime.InferenceSession(
-                str(Path(place) / files[0]), options, providers=["CPUExecutionProvider"]
-            )
+            session = _session(place / files[0], _options(optimized=optimized))
             wanted = {v.name for v in session.get_inputs()}
             given = {f"{name}::fed": known[name].numpy() for name in cut}
             given |= {name: value.numpy() for name, value in feeds.items()}

@@ -14,6 +14,7 @@ the same runs: the file written says how those would have done.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -167,9 +168,19 @@ def measure(part: str, repeats: int, state: Path) -> None:
             print(f"{part} {seed}: {words}, others {row['others']:.2f} cores", flush=True)
 
 
+def said(row: Json) -> bench.Ratio:
+    """What the bench says of a row's runs today, which may be in other words than when they were measured."""
+    timings = {
+        name: bench.Timing(sessions=tuple(tuple(map(tuple, s)) for s in sessions))
+        for name, sessions in row["runs"].items()
+    }
+    return bench.ratio_of(timings["reference"], timings["engine"])
+
+
 def summary(rows: list[Json]) -> Json:
     """Words of a part, and how wide its intervals are and how long they took, in the middle."""
-    words = [row["verdict"] for row in rows]
+    ratios = [said(row) for row in rows]
+    words = [bench.verdict(ratio.low, ratio.high) for ratio in ratios]
     medians = [
         np.median([ms for s in row["runs"]["engine"] for b in s for ms in b]) for row in rows
     ]
@@ -177,10 +188,11 @@ def summary(rows: list[Json]) -> Json:
         "n": len(rows),
         **{word: words.count(word) for word in (stats.BETTER, stats.WORSE, stats.SAME)},
         "engine_ms": round(float(np.median(medians)), 3),
-        "half_width": round(float(np.median([(r["high"] / r["low"]) ** 0.5 - 1 for r in rows])), 5),
+        "half_width": round(float(np.median([(r.high / r.low) ** 0.5 - 1 for r in ratios])), 5),
         "seconds": round(float(np.median([row["seconds"] for row in rows])), 2),
         "others": round(float(np.median([row["others"] for row in rows])), 2),
-    }  # fmt: skip
+        "openings": round(float(np.median([row["openings"] for row in rows]))),
+    }
 
 
 # Other intervals from the same runs, all of log(reference ÷ engine).
@@ -221,6 +233,12 @@ def _by_session(session: Any, block: Any, reference: Sessions, engine: Sessions)
     return stats.student(np.array(middles), bench.LEVEL)
 
 
+def _middle_of_pairs(logs: Array) -> float:
+    """Median of the means of all pairs (Hodges and Lehmann, Ann. Math. Statist. 34, 1963)."""
+    first, second = np.triu_indices(len(logs))
+    return float(np.median((logs[first] + logs[second]) / 2))
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "ratio of medians, blocks of either side drawn": partial(_pooled, together=False),
     "ratio of medians, rounds drawn": partial(_pooled, together=True),
@@ -228,12 +246,11 @@ ESTIMATORS: dict[str, Estimator] = {
     "Student over sessions, mean of rounds": partial(_by_session, np.mean, np.median),
     "Student over sessions, median of rounds": partial(_by_session, np.median, np.median),
     "Student over sessions, Hodges-Lehmann of rounds": partial(
-        _by_session, stats.hodges_lehmann, np.median
+        _by_session, _middle_of_pairs, np.median
     ),
-    "the same of a block's lower quartile": partial(
-        _by_session, stats.hodges_lehmann, partial(np.quantile, q=0.25)
+    "Student over sessions, median of rounds, a block's least run": partial(
+        _by_session, np.median, np.min
     ),
-    "the same of a block's least": partial(_by_session, stats.hodges_lehmann, np.min),
 }
 
 
@@ -280,10 +297,10 @@ def main() -> int:
     parts = {name: summary(found) for name, found in rows.items()}
     content: Json = {"name": "verdicts", "settings": settings(), "parts": parts}
     for row in rows_of(options.state, "share"):
-        content["share"] = {key: round(row[key], 5) for key in ("ratio", "low", "high")}
+        content["share"] = {n: round(v, 5) for n, v in dataclasses.asdict(said(row)).items()}
     content["estimators"] = estimators(rows)
     for name, by_part in content["estimators"].items():
-        print(f"{name:50}", by_part)
+        print(f"{name:60}", by_part)
     print(common.write(f"verdicts-{common.features()}", content))
     for name, part in parts.items():
         print(name, part)

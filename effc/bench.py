@@ -409,9 +409,9 @@ def ratio_of(reference: Timing, engine: Timing) -> Ratio:
 
 
 def _log_ratio(reference: Sequence[Block], engine: Sequence[Block]) -> float:
-    """One session's log(reference ÷ engine): the median of a block against that of the block beside it."""
-    rounds = [math.log(np.median(a) / np.median(b)) for a, b in zip(reference, engine, strict=True)]
-    return float(stats.hodges_lehmann(np.array(rounds)))
+    """The median over a session's rounds of log(reference ÷ engine), of the medians of two blocks side by side."""
+    rounds = [np.median(a) / np.median(b) for a, b in zip(reference, engine, strict=True)]
+    return float(np.median(np.log(rounds)))
 
 
 def verdict(low: float, high: float) -> str:

@@ -473,6 +473,41 @@ def bench(
 
 
 @app.command()
+def explain(
+    out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
+    model: Model = None,
+    trust_code: TrustCode = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Whose engine [default: the first of the package]."),
+    ] = None,
+    calib: Calib = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many layers to show.")] = 5,
+    threads: Threads = None,
+    json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say where a package's numbers leave its model's: the step, the node, and what would help.
+
+    \b
+    Example:
+      effc explain OUT --model MODEL_DIR --calib sentences.txt
+    """
+    _outside(json_, out)
+    from effc import walk
+
+    with terminal() as progress:
+        found = walk.walk(
+            out, model=model, trust_code=trust_code, calib=calib, target=target, threads=threads,
+            top=top, progress=progress,
+        )  # fmt: skip
+    for line in walk.lines(found):
+        _say(line, json_)
+    _write_json(json_, found)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A package, a model directory, or module:factory.")],
     target: Annotated[

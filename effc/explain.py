@@ -37,7 +37,7 @@ from effc.noise import Local, Noise, measured
 from effc.quant.ops import DEQUANTIZE
 from effc.samples import LENGTHS
 
-PROBES = 2
+PROBES = 4
 """Backward passes at least; more where there are few rows, each of which is a draw of its own."""
 TINY = 1e-9
 """Squared relative error of the outputs that nobody sees."""
@@ -107,19 +107,7 @@ def layer_errors(reference: Graph, graph: Graph, feeds: Mapping[str, Any]) -> li
     its weight and of the grids on its inputs. `share` is its part of the squared error of the graph's outputs.
     """
     case = Case(reference, graph, few(graph, _tensors(graph, feeds)))
-    layers, reached = case.layers()
-    names, whole = site_names(reference), max(1.0, sum(x.share for x in layers))
-    calls = {x: case.alignment.calls.get(x.node, case.alignment.values[x.node]) for x in layers}
-    return [
-        {
-            "site": names[calls[x]],
-            "op": op_name(calls[x]),
-            "sqnr_db": reached[x],
-            "local_db": x.local_db,
-            "share": x.share / whole,
-        }
-        for x in layers
-    ]
+    return case.rows(case.layers())
 
 
 class Case:
@@ -156,10 +144,10 @@ class Case:
         found.sort(key=lambda x: (not x.is_fault, -x.share))
         for local in found[: max(tried, sum(x.is_fault for x in found))]:
             local.alone = self.alone(local)
-            if local.is_fault and self.total:
-                local.share = min(1.0, local.alone / self.total)
-                if not local.reason:
-                    local.reason, local.cause = compare.of(local.node)
+            local.share = min(1.0, local.alone / self.total) if self.total else 0.0
+            if local.is_fault and (not local.reason or local.node.target is DEQUANTIZE):
+                reason, local.cause = compare.of(local.node)
+                local.reason = reason or local.reason
         names, whole = site_names(self.graph), max(1.0, sum(x.share for x in found))
         return [self._blame(x, names, whole) for x in _ranked(found)]
 
@@ -198,8 +186,8 @@ class Case:
         noise.allow_grids(found)
         return found
 
-    def layers(self) -> tuple[list[Local], dict[Local, float]]:
-        """Every layer with an integer weight, grids on its inputs with it; and what noise its output has in all, in dB."""
+    def layers(self) -> dict[Local, float]:
+        """Every layer with an integer weight, and the grids on its inputs; with the signal to noise it has in all."""
         sites = [n for n in self.graph.nodes if self.is_layer(n)]
         grids = [
             n for n in self.graph.nodes if n.target is DEQUANTIZE and n.users.keys() <= set(sites)
@@ -228,8 +216,27 @@ class Case:
             with torch.no_grad():
                 self.exact = {name: value.detach() for name, value in outputs.items()}
                 self.total = self.off(mine.outputs())
-            self._share(list(reached), seen, outputs)
-        return list(reached), reached
+            self._share(reached, seen, outputs)
+        return reached
+
+    def rows(self, reached: Mapping[Local, float]) -> list[dict[str, Any]]:
+        """Layers as `layer_errors` gives them."""
+        names, whole = site_names(self.reference), max(1.0, sum(x.share for x in reached))
+        calls = {x: self.call_of(x.node) for x in reached}
+        return [
+            {
+                "site": names[calls[x]],
+                "op": op_name(calls[x]),
+                "sqnr_db": db,
+                "local_db": x.local_db,
+                "share": x.share / whole,
+            }
+            for x, db in reached.items()
+        ]
+
+    def call_of(self, node: fx.Node) -> fx.Node:
+        """The call of the reference that became a node."""
+        return self.alignment.calls.get(node, self.alignment.values[node])
 
     def is_layer(self, node: fx.Node) -> bool:
         """Whether a node is a layer whose weight is integers."""
@@ -366,9 +373,11 @@ class _Seen:
     kept: dict[fx.Node, Tensor]
 
     def __call__(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.requires_grad:
-            self.kept[self.node] = value = value.view_as(value)
-        return value
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        seen = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        self.kept[self.node] = seen
+        return seen
 
 
 def _minus(error: Tensor) -> Change:

@@ -7,6 +7,7 @@ it, or where the package remembers a model directory that still is the one it wa
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -225,6 +226,8 @@ def bench(
     from effc import build, measure, metrics
     from effc.recipe import BenchSpec
 
+    if not math.isfinite(budget_s):
+        raise UsageError(f"--budget {budget_s} never ends", hint="--budget 10, in seconds")
     wanted = metrics.parse(metric) if metric else None
     manifest = _whole(out, progress)
     entry = _engine(out, manifest, target)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effc.calib.collectors import LeastSquares
+from effc.calib.collectors import COLLECTORS
 from effc.errors import first_line
 from effc.ir.align import Alignment, arguments, is_weight
 from effc.ir.differences import Differences
@@ -148,8 +148,8 @@ class Noise:
             return 0.0  # a bias: its grid is far finer than what it is added to
         squares = {n: v.square() if isinstance(v, Tensor) else v for n, v in item.inputs.items()}
         squares[operand] = (self._steps(operand).square() / 12).expand(value.shape)
-        args = [*node.args[:2], None, *node.args[3:]]
-        args, kwargs = fx.node.map_arg((tuple(args), node.kwargs), lambda n: squares[n])
+        without_bias = (*node.args[:2], None, *node.args[3:])
+        args, kwargs = fx.node.map_arg((without_bias, node.kwargs), lambda n: squares[n])
         assert callable(node.target)
         return float(self.padding.zeroed(node, node.target(*args, **kwargs)).double().sum())
 
@@ -273,7 +273,12 @@ def _is_quantised(graph: Graph, node: fx.Node) -> bool:
 def best_noise(x: Tensor, low: int, high: int) -> float:
     """What the range with the least squared error costs on `x`."""
     scheme = Scheme(bits=(high - low).bit_length(), signed=low < 0, symmetric=low == -high)
-    watch = LeastSquares()
+    return power(fake_quantize(x, *grid_for(x, "mse", scheme), scheme) - x)
+
+
+def grid_for(x: Tensor, method: str, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that a range method chooses for `x`."""
+    watch = COLLECTORS[method]()
     watch.update(x)
-    scale, zero = qparams(*(torch.tensor(end) for end in watch.range(scheme)), scheme)
-    return power(fake_quantize(x, scale, zero, scheme) - x)
+    low, high = watch.range(scheme)
+    return qparams(torch.tensor(low), torch.tensor(high), scheme)

@@ -154,15 +154,6 @@ def student(values: Array, level: float = 0.95) -> Interval:
     return Interval(middle - reach, middle + reach, level)
 
 
-def hodges_lehmann(values: Array) -> float:
-    """Median of the means of all pairs: nearly a mean where all is quiet, and an outlier does not move it.
-
-    Hodges and Lehmann, Ann. Math. Statist. 34, 1963.
-    """
-    first, second = np.triu_indices(len(values))
-    return float(np.median((values[first] + values[second]) / 2))
-
-
 def ratio_of_medians(
     top: Array, bottom: Array, *, level: float = 0.99, draws: int = DRAWS, seed: int = 0
 ) -> Interval:

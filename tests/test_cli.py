@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
-from kit import assert_letter, cli, content, int8, made, process, save_encoder
+from kit import assert_letter, cli, content, int8, made, plant, process, save_encoder
 
 COMMANDS = ("compile", "verify", "bench", "inspect", "passes", "doctor")
 
@@ -317,7 +318,7 @@ def test_bench_against_something_else(out, tmp_path):
 
 
 def test_bench_without_its_model(out, tmp_path):
-    (out / "local.json").write_text('{"source": {"transformers": "/gone"}}', encoding="utf-8")
+    plant(out, "local.json", '{"source": {"transformers": "/gone"}}')
     assert_letter(cli("bench", out), "UsageError", 2, "--model MODEL")
 
 
@@ -342,7 +343,7 @@ def test_code_that_a_package_remembers_is_run_only_where_it_is_trusted(wide, tmp
             f"\n\ndef other(size):\n    open({str(sprung)!r}, 'w')\n    return perceptron(size)\n"
         )
     memory = {"source": {"python": f"{tmp_path / 'wide.py'}:other", "size": 12}}
-    (wide / "local.json").write_text(json.dumps(memory), encoding="utf-8")
+    plant(wide, "local.json", json.dumps(memory))
     for name in [n for n in sys.modules if n.startswith("effc_user_")]:
         del sys.modules[name]
     assert_letter(cli("bench", wide), "UsageError", 2, "--model MODEL", "--trust-code")
@@ -370,14 +371,15 @@ def test_verify_opens_the_engine_of_every_target(wide, tmp_path):
 
 
 def test_verify_finds_the_second_engine_broken(wide):
-    from effc import package
+    plant(wide, "onnx/model.onnx", b"no engine")
+    ran = cli("verify", wide)
+    assert_letter(ran, "VerifyError", 10, "onnx/model.onnx is no ONNX file")
 
-    engine = wide / "onnx" / "model.onnx"
-    engine.write_bytes(b"no engine")
-    manifest = json.loads((wide / "manifest.json").read_text())
-    manifest["files"]["onnx/model.onnx"] = package.digest(engine)
-    manifest["engines"][1]["sha256"] = package.digest(engine)
-    (wide / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+def test_verify_finds_that_nobody_can_run_the_second_engine(wide):
+    model = onnx.load(wide / "onnx" / "model.onnx")
+    model.graph.node[0].op_type = "NoOperator"
+    plant(wide, "onnx/model.onnx", model.SerializeToString())
     assert cli("verify", wide).code == 0
     assert_letter(cli("verify", wide, "--trust-code"), "LoweringError", 8, "model.onnx")
 

@@ -16,7 +16,7 @@ import pytest
 from effc import bounded, package
 from effc.errors import PackageError
 from effc.package import digest
-from kit import assert_letter, cli, content, leftovers, made
+from kit import assert_letter, cli, content, forge, leftovers, made, plant
 
 
 @pytest.fixture
@@ -160,19 +160,6 @@ def change_manifest(out: Path, change) -> None:
     forge(out, "manifest.json", change)
 
 
-def forge(out: Path, name: str, change) -> None:
-    content = json.loads((out / name).read_text(encoding="utf-8"))
-    change(content)
-    (out / name).write_text(package.sealed(content), encoding="utf-8")
-
-
-def plant(out: Path, name: str, text: str) -> None:
-    """Another text in a file of a package, with all hashes right again."""
-    (out / name).write_text(text, encoding="utf-8")
-    kept = package.VOLATILE if name in package.UNHASHED else package.MANIFEST
-    forge(out, kept, lambda content: content["files"].update({name: digest(out / name)}))
-
-
 @pytest.mark.parametrize("command", ["verify", "inspect", "bench"])
 def test_a_manifest_of_another_schema_is_refused(out, command):
     change_manifest(out, lambda m: m.update(schema=99))
@@ -225,16 +212,6 @@ def test_an_engine_that_is_not_what_the_manifest_says(out, change, said):
     assert_letter(cli("verify", out), "VerifyError", 10, said)
 
 
-def plant_engine(out: Path, model: onnx.ModelProto) -> None:
-    (out / "model.onnx").write_bytes(model.SerializeToString())
-
-    def change(manifest):
-        found = digest(out / "model.onnx")
-        manifest["files"]["model.onnx"] = manifest["engines"][0]["sha256"] = found
-
-    change_manifest(out, change)
-
-
 @pytest.mark.parametrize("command", ["verify", "bench"])
 @pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "unlisted.bin", "link.bin"])
 def test_an_engine_whose_data_lie_elsewhere_is_not_opened(out, tmp_path, command, location):
@@ -244,7 +221,7 @@ def test_an_engine_whose_data_lie_elsewhere_is_not_opened(out, tmp_path, command
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
-    plant_engine(out, model)
+    plant(out, "model.onnx", model.SerializeToString())
     if location == "link.bin":
         (out / location).symlink_to(tmp_path / "secret")
         change_manifest(out, lambda m: m["files"].update({location: digest(tmp_path / "secret")}))

@@ -1065,6 +1065,7 @@ def against(draw: random.Random, place: Path, base: Base) -> Case:
 
 OUTS = ["", "/", "/dev/null", ".", "a" * 5000, "\udcff/x", "..", "x\ny"]
 METRICS = ["", ":", "sts", "sts:", "a:b:c", "x.py:f:y"]
+BUDGETS = ["0.1", "nan", "inf", "-1", "x"]
 NUMBERS = ["0", "-1", "1", "99999999999999999999", "1e9", "nan", "inf", "", "x", "1.5", "²", "0x10"]
 
 
@@ -1096,7 +1097,8 @@ def arguments(draw: random.Random, place: Path, base: Base) -> Case:
         (*_with_data(base, str(base.sentences)), "--threads", number),
         (*_with_data(base, str(base.sentences)), "--set", f"{draw.choice(sets)}={draw.choice(values)}"),
         (*_with_data(base, str(base.sentences)), "--set", f"{draw.choice(sets)}={draw.choice(values)}"),
-        ("bench", str(base.out), "--model", str(base.model), "--budget", number, "--shapes", "1x4"),
+        ("bench", str(base.out), "--model", str(base.model), "--budget", draw.choice(BUDGETS),
+         "--shapes", "1x4"),
         ("bench", str(base.out), "--model", str(base.model), "--budget", "0.1", "--shapes",
          draw.choice([f"{number}x4", f"1x{number}", "1000000000x128", "x", "1x", ",", "1x4,", "1X4"])),
         ("bench", str(base.out), "--model", str(base.model), "--budget", "0.1", "--shapes", "1x4",
@@ -1110,4 +1112,5 @@ def arguments(draw: random.Random, place: Path, base: Base) -> Case:
         (draw.choice(["", "x", "compile", "--json", "passes"]), "--json", draw.choice(["/", "", "a/b/c", "/dev/full"])),
     ]  # fmt: skip
     words = draw.choice(choices)
-    return Case(words=words, codes=frozenset({0, 2, 3, 4, 6, 7, 8, 10, 12}), note="")
+    codes = frozenset({0, 2, 3, 4, 6, 7, 8, 10, 12})
+    return Case(words=words, codes=codes, note=" ".join(words[-2:])[:60])

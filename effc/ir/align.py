@@ -72,7 +72,7 @@ def align(reference: Graph, graph: Graph) -> Alignment:
     taken, beside = set(values.values()), set()
     places = _places_of_outputs(reference, graph)
     for node in reversed(list(graph.nodes)):
-        wanted = _wanted(node, calls, values, places)
+        wanted = _wanted(reference, node, calls, values, places)
         if wanted is None or is_constant(reference, wanted):
             continue
         if node not in values and _same_shape(node, wanted):
@@ -168,6 +168,7 @@ def _first(node: fx.Node) -> fx.Node:
 
 
 def _output(graph: Graph) -> fx.Node:
+    output: fx.Node
     (output,) = [n for n in graph.fx.nodes if n.op == "output"]
     return output
 
@@ -179,11 +180,11 @@ def _places_of_outputs(reference: Graph, graph: Graph) -> dict[Place, Place]:
 
 
 def _wanted(
-    node: fx.Node, calls: Nodes, values: Nodes, outputs: dict[Place, Place]
+    reference: Graph, node: fx.Node, calls: Nodes, values: Nodes, outputs: dict[Place, Place]
 ) -> fx.Node | None:
-    """What the counterparts of a node's readers read in its place; None where they do not agree.
+    """What the counterparts of a node's readers read in its place; None where that is not clear.
 
-    For a node that has no counterpart yet most of them are enough.
+    Where they read different things, what is made of the node's own call in the reference goes before what is not.
     """
     found: Counter[fx.Node] = Counter()
     for reader in node.users:
@@ -197,10 +198,19 @@ def _wanted(
             place = outputs.get(place, ()) if is_output else place
             if operand is node and place in theirs:
                 found[theirs[place]] += 1
-    ranked = found.most_common(2)
-    if len(ranked) == 2 and (node in values or ranked[0][1] == ranked[1][1]):
-        return None
-    return ranked[0][0] if ranked else None
+    if len(found) < 2:
+        return next(iter(found), None)
+    source = _first(_first(node)) if _is_grid(node) else node
+    own = calls.get(source, source)
+    near = [n for n in found if n is own or _is_behind(reference, own, n)]
+    if len(near) == 1:
+        return near[0]
+    (most, votes), (_, others) = found.most_common(2)
+    return None if node in values or votes == others else most
+
+
+def _is_grid(node: fx.Node) -> bool:
+    return node.target is DEQUANTIZE and _first(node).target is QUANTIZE
 
 
 def _before_grid(node: fx.Node, other: fx.Node) -> fx.Node:

@@ -15,6 +15,7 @@ from effc.ir.gap import difference, power
 from effc.ir.program import Graph
 from effc.ir.select import op_name
 from effc.ir.values import call
+from effc.quant.ops import DEQUANTIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class Differences:
     def of(self, node: fx.Node) -> tuple[str, Any]:
         """What is not as in the reference, and what other nodes that show the same fault have in common with it."""
         other, value = self.alignment.calls.get(node), self.alignment.values[node]
+        if node.target is DEQUANTIZE:
+            gone = self.missing([value])
+            return f"{gone[0]} of the reference is not there behind it" if gone else "", None
         if other is None:
             return f"the reference has no such {op_name(node)} in place of {value.name}", None
         if value is not other and (gone := self.missing([value])):

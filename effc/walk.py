@@ -1,0 +1,360 @@
+"""The way of a model into its package, step by step: where do the numbers leave it, and at which node?
+
+    module → trace → each pass → ONNX file, as it stands → engine, as it runs
+
+and beside it torch's own float export. Passes are done again with the package's own decisions, so that what is looked
+at is what the package holds. An exact step may move the outputs by rounding, a lossy one by what its grids cost
+(`noise`); nodes of the file and of the engine are held to those of the graph, each on the same inputs (`ort_values`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from effc import bounded, inspection, measure, package, recipe, scratch
+from effc.backends import BACKENDS
+from effc.backends.dialect import DIALECTS
+from effc.backends.eager import ModuleEngine
+from effc.build import Rollback, graph_digest
+from effc.calib.calibrator import MASK, tensors_for
+from effc.errors import CalibrationError, PackageError, UsageError, VerifyError
+from effc.explain import Blame, Case, few, first
+from effc.ir.program import Graph, Program
+from effc.machine import default_threads
+from effc.passes import CANONICAL, PASSES
+from effc.passes.base import Pass
+from effc.passes.pipeline import apply
+from effc.progress import Progress
+from effc.recipe import Recipe
+from effc.remedy import Remedy, remedies
+from effc.samples import Samples
+from effc.verify import Tolerance, parity
+
+Json = dict[str, Any]
+Array = np.ndarray[Any, np.dtype[Any]]
+Outputs = Mapping[str, Array]
+
+ROWS, LENGTH = 4, 32
+"""Of inputs that are made up where no data is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the way, with the drift of every output from the module and from the step before."""
+
+    name: str
+    kind: str
+    from_module: Json
+    from_before: Json
+    most: float | None
+    """What it may move the outputs by; None where its nodes are judged one by one."""
+    is_fault: bool
+    node: str | None
+    """The first node that is off by more than it may be."""
+    reason: str
+    seconds: float
+
+    @property
+    def moved(self) -> float:
+        return max((d["rel_l2"] for d in self.from_before.values()), default=0.0)
+
+
+def walk(
+    out: Path,
+    *,
+    model: str | None,
+    trust_code: bool,
+    calib: str | None,
+    target: str | None,
+    threads: int | None,
+    top: int,
+    progress: Progress,
+) -> Json:
+    """Every step from the model to the engine of a package, the first fault, and the layers that cost most.
+
+    Raises VerifyError where the package is not whole, and no code is run that it names unless it is trusted.
+    """
+    manifest = inspection._whole(out, progress)
+    entry = inspection._engine(out, manifest, target)
+    spec = inspection._source_of(out, model, trust_code)
+    asked = _recipe(out, spec, trust_code)
+    decisions = package.read_json(out, "decisions.json")
+    source, samples, original = inspection._open(out, manifest, spec, calib, progress)
+    threads = threads or default_threads()
+    feeds, is_made_up = _feeds(samples, original.only())
+    with measure._torch_threads(threads):
+        with ModuleEngine(source.module, original.only()) as engine:
+            module = engine(feeds)
+        way = _Way(feeds=feeds, module=module, is_made_up=is_made_up, progress=progress)
+        program, before = way.graphs(original, asked, entry.target, decisions)
+        way.plain_export(original.only(), threads)
+        lowered = inspection._lowered(out, entry)
+        way.files(lowered, program.only(), inspection._lossy(manifest, entry), threads)
+        sites, loudest = way.layers(before, program, top)
+    wrong = next((s for s in way.steps if s.is_fault), None)
+    one_target = len({e.target for e in manifest.engines}) == 1
+    return {
+        "target": entry.target,
+        "rows": len(next(iter(feeds.values()))),
+        "made_up": is_made_up,
+        "replayed": graph_digest([program]) == manifest.graph_digest if one_target else None,
+        "steps": [{**dataclasses.asdict(s), "moved": s.moved} for s in way.steps],
+        "first": None if wrong is None else {"step": wrong.name, "node": wrong.node, "reason": wrong.reason},
+        "nodes": [b.to_json() for b in way.blames[:top]],
+        "sites": sites,
+        "loudest": [dataclasses.asdict(r) for r in loudest],
+        "advice": _advice(sites, loudest),
+    }  # fmt: skip
+
+
+def _recipe(out: Path, spec: Json, trust_code: bool) -> Recipe:
+    """The passes of a package as its recipe has them. Raises UsageError where they are code that nobody trusts."""
+    text = bounded.text_of(out / "recipe.yaml", PackageError)
+    try:
+        data = yaml.safe_load(text)
+        parts = {k: data[k] for k in ("passes", "targets", "canonicalize", "plugins") if k in data}
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        raise PackageError(f"recipe.yaml of {out} is damaged", hint=package.UNHARMED) from error
+    if parts.get("plugins") and not trust_code:
+        raise UsageError(
+            f"the passes of {out} are code of its own: {', '.join(map(str, parts['plugins']))}",
+            hint="add --trust-code where you trust it, and run this where those files are",
+        )
+    kept = {k: v for k, v in spec.items() if k in ("transformers", "python")}
+    options = {k: v for k, v in spec.items() if k not in kept}
+    source = {**kept, "options": options} if options else kept
+    return recipe.build({**parts, "source": source, "bench": False}, replayed=True)
+
+
+def _feeds(samples: Samples, graph: Graph) -> tuple[dict[str, Array], bool]:
+    """A batch to look at, and whether it is made up: of the calibration data where there is any."""
+    batch = next(iter(samples(graph.role)), None)
+    if batch is not None:
+        kept = few(graph, tensors_for(graph, batch.inputs))
+        return {name: value.numpy() for name, value in kept.items()}, False
+    longest = measure.longest(samples.source, graph)
+    feeds = samples.shaped(ROWS, min(LENGTH, longest))
+    if MASK in feeds and feeds[MASK].ndim == 2:
+        feeds[MASK][0, feeds[MASK].shape[1] // 2 :] = 0
+    return feeds, True
+
+
+class _Way:
+    """The steps so far, on one batch."""
+
+    def __init__(
+        self, *, feeds: dict[str, Array], module: Outputs, is_made_up: bool, progress: Progress
+    ) -> None:
+        self.feeds, self.module, self.is_made_up = feeds, module, is_made_up
+        self.progress = progress
+        self.tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in feeds.items()}
+        self.last: Outputs = module
+        self.steps: list[Step] = []
+        self.blames: list[Blame] = []
+
+    def graphs(
+        self, original: Program, asked: Recipe, target: str, decisions: Mapping[str, Any]
+    ) -> tuple[Program, Program]:
+        """Trace and passes; gives the program as the package has it, and as the first lossy pass found it."""
+        self.step("trace", "exact", lambda: self.outputs(original), Tolerance().rel_l2)
+        program, found = original.clone(), None
+        for word in CANONICAL if asked.canonicalize else ():
+            self.passed(PASSES[word](), program, target, None)
+        gate: Json = next((decisions[k] for k in (f"{target}/gate", "gate") if k in decisions), {})
+        rollback = Rollback.from_json(gate)
+        for index, given in enumerate(asked.passes):
+            pass_ = rollback.apply(index, given)
+            if pass_ is None:
+                continue
+            key = f"{index}:{given.name}"
+            names = [k for k in (f"{target}/{key}", key) if k in decisions]
+            if not names:
+                raise CalibrationError(f"the recorded decisions know no step {key!r}")
+            if found is None and pass_.effect == "lossy":
+                found = program.clone()
+            self.passed(pass_, program, target, decisions[names[0]])
+        return program, found or program
+
+    def passed(self, pass_: Pass, program: Program, target: str, recorded: Any) -> None:
+        """One pass, and what of its nodes is off."""
+        before = program.clone()
+        with self.progress.stage(pass_.name):
+            made = apply(pass_, program, dialect=DIALECTS[target], recorded=recorded)
+            if not made.sites:
+                return
+            is_exact = made.effect == "exact"
+            blame = None
+
+            def judge(moved: float) -> tuple[bool, str | None, str]:
+                nonlocal blame
+                if is_exact and moved <= pass_.tolerance:
+                    return False, None, ""
+                case = Case(before.only(), program.only(), self.tensors, is_made_up=self.is_made_up)
+                blames = case.blames(1)
+                self.blames += blames
+                blame = first(blames)
+                if blame is None:
+                    return is_exact, None, "no single node is off" if is_exact else ""
+                return True, blame.site, blame.reason
+
+            most = pass_.tolerance if is_exact else None
+            self.step(pass_.name, made.effect, lambda: self.outputs(program), most, judge)
+
+    def plain_export(self, graph: Graph, threads: int) -> None:
+        """torch's own float export; it lies beside the way, and nothing is made of it."""
+        from effc.backends.ort import OrtEngine
+
+        last = self.last
+        with self.progress.stage("plain export"), scratch.held() as place:
+            path = measure.plain_export(graph, place)
+            with OrtEngine(path, threads=threads) as engine:
+                self.last = self.module
+                self.step("plain export", "beside", lambda: engine(self.feeds), Tolerance().rel_l2)
+        self.last = last
+
+    def files(self, lowered: Any, graph: Graph, lossy: bool, threads: int) -> None:
+        """The ONNX file without any optimisation, and the engine that a user runs."""
+        from effc.backends.ort_values import Nodes, as_it_stands
+
+        most = measure.MOST_LOWERED if lossy else Tolerance().rel_l2
+        if lowered.files[0].endswith(".onnx"):
+            path = lowered.directory / lowered.files[0]
+            nodes = Nodes(graph, self.tensors, lowered.opset)
+
+            def judge(optimized: bool) -> Callable[[float], tuple[bool, str | None, str]]:
+                def run(moved: float) -> tuple[bool, str | None, str]:
+                    bad = nodes.off(path, optimized=optimized)
+                    if bad:
+                        return True, f"{bad[0].nodes[0]} ({bad[0].site})", bad[0].reason
+                    return not moved <= most, None, "" if moved <= most else "no single node is off"
+
+                return run
+
+            with self.progress.stage("onnx file"):
+                self.step(
+                    "onnx file", "file", lambda: as_it_stands(path, self.feeds, threads), most,
+                    judge(False),
+                )  # fmt: skip
+        with (
+            self.progress.stage("engine"),
+            BACKENDS[lowered.target]().open(lowered, threads=threads) as engine,
+        ):
+            how = judge(True) if lowered.files[0].endswith(".onnx") else None
+            self.step("engine", "engine", lambda: engine(self.feeds), most, how)
+
+    def layers(
+        self, before: Program, program: Program, top: int
+    ) -> tuple[list[Json], list[Remedy]]:
+        """Every quantised layer with its share, and what would help those with the largest."""
+        with self.progress.stage("layers"):
+            case = Case(before.only(), program.only(), self.tensors, is_made_up=self.is_made_up)
+            found = case.layers()
+            return case.rows(found), remedies(case, list(found), top)
+
+    def outputs(self, program: Program) -> Outputs:
+        return {name: value.numpy() for name, value in program.only().run(self.tensors).items()}
+
+    def step(
+        self,
+        name: str,
+        kind: str,
+        run: Callable[[], Outputs],
+        most: float | None,
+        judge: Callable[[float], tuple[bool, str | None, str]] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        outputs = run()
+        from_module, from_before = (self.drift(o, outputs) for o in (self.module, self.last))
+        moved = max((d["rel_l2"] for d in from_before.values()), default=0.0)
+        if judge is not None:
+            is_fault, node, reason = judge(moved)
+        else:
+            is_fault, node, reason = not (most is None or moved <= most), None, ""
+        self.last = outputs
+        self.steps.append(
+            Step(
+                name=name, kind=kind, from_module=from_module, from_before=from_before, most=most,
+                is_fault=is_fault, node=node, reason=reason,
+                seconds=round(time.perf_counter() - started, 3),
+            )
+        )  # fmt: skip
+
+    def drift(self, reference: Outputs, outputs: Outputs) -> Json:
+        """Drift by output; infinite where values are not numbers."""
+        try:
+            found = parity(lambda _: dict(reference), lambda _: dict(outputs), [self.feeds])
+        except VerifyError:
+            return {
+                n: {"max_abs": float("inf"), "rel_l2": float("inf"), "cosine": 0.0, "n": 0}
+                for n in reference
+            }
+        return {name: dataclasses.asdict(drift) for name, drift in found.items()}
+
+
+def _advice(sites: Sequence[Json], loudest: Sequence[Remedy]) -> list[str]:
+    """What would help the package as a whole."""
+    if not sites or not loudest:
+        return []
+    advice = []
+    ranked = sorted(sites, key=lambda s: -s["share"])
+    half, total = [], 0.0
+    for site in ranked:
+        half.append(site["site"])
+        total += site["share"]
+        if total >= 0.5:
+            break
+    advice.append(
+        f"{len(half)} of {len(sites)} layers make {100 * total:.2g} % of the error: {', '.join(half[:5])}"
+        + (" …" if len(half) > 5 else "")
+    )
+    known = [r for r in loudest if r.activations is not None]
+    if known:
+        weight = sum(r.share for r in known)
+        part = sum(r.share * (r.activations or 0.0) for r in known) / weight if weight else 0.0
+        advice.append(
+            f"in the {len(known)} largest, activations make {100 * part:.2g} % of it, weights {100 * (1 - part):.2g} %"
+        )
+    return advice
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What `walk` found, for a person."""
+    made_up = (
+        "made-up inputs; name real ones with --calib" if found["made_up"] else "calibration samples"
+    )
+    shown = [f"on {found['rows']} rows of {made_up}"]
+    if found["replayed"] is False:
+        shown.append("this effc makes another graph of the model than the package was made from")
+    shown.append(f"{'step':16} {'from module':>12} {'cosine':>9} {'from before':>12}")
+    for step in found["steps"]:
+        worst = max(step["from_module"].values(), key=lambda d: d["rel_l2"])
+        mark = "" if not step["is_fault"] else "  ← more than it may"
+        shown.append(
+            f"{step['name']:16} {worst['rel_l2']:12.3g} {worst['cosine']:9.5f} {step['moved']:12.3g}{mark}"
+        )
+    wrong = found["first"]
+    if wrong is None:
+        shown.append("no step moves the outputs by more than its grids and rounding explain")
+    else:
+        where = f" at {wrong['node']}" if wrong["node"] else ""
+        shown.append(
+            f"it goes wrong in {wrong['step']}{where}: {wrong['reason'] or 'no single node is off'}"
+        )
+    shares = {s["site"]: s for s in found["sites"]}
+    for remedy in found["loudest"]:
+        site = shares[remedy["site"]]
+        shown.append(
+            f"{100 * remedy['share']:5.1f} % {remedy['site']} ({site['op']}): {site['sqnr_db']:.1f} dB, its own "
+            f"{site['local_db']:.1f} dB, outputs {remedy['alone_db']:.1f} dB where only it is quantised"
+        )
+        shown += [f"        {text}" for text in remedy["advice"]]
+    return [*shown, *found["advice"]]
