@@ -296,7 +296,7 @@ FILE_FAULTS: dict[str, dict[str, FilePlant]] = {
         "square weight transposed": tensor(INTEGER, 3, 1, np.transpose),
     },
     "pictures": {
-        "kernel transposed": tensor("DequantizeLinear", 3, 0, lambda a: a.transpose(1, 0, 2, 3)),
+        "kernel transposed": tensor("DequantizeLinear", 4, 0, lambda a: a.transpose(1, 0, 2, 3)),
         "dilation": attribute("Conv", 1, dilations=[2, 2], pads=[2, 2, 2, 2]),
         "softer pool": file_op("Sigmoid", 0, "Tanh"),
         "activation scale": tensor("QuantizeLinear", 2, 1, lambda a: a * 1.3),

@@ -131,7 +131,7 @@ def _remembered(out: Path, trust_code: bool) -> Json | None:
     if not isinstance(source, dict):
         return None
     place = source.get("transformers")
-    if isinstance(place, str) and Path(place).is_dir():
+    if isinstance(place, str) and os.path.isdir(place):
         return {"transformers": place}
     return source if trust_code and isinstance(source.get("python"), str) else None
 
@@ -279,10 +279,10 @@ def _opener(word: str, threads: int) -> Callable[[], Any]:
     from effc.backends.ort import OrtEngine
 
     path = Path(word)
-    if path.is_dir():
+    if os.path.isdir(path):
         _refuse(path, package.check(path))
         path = paths.inside(path, package.read(path).engines[0].path)
-    elif path.is_file() and path.suffix == ".onnx":
+    elif os.path.isfile(path) and path.suffix == ".onnx":
         path = path.resolve()
         _refuse(path, onnx_file.problems(path.parent, path.name))
     else:

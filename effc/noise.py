@@ -163,7 +163,7 @@ class Noise:
         if step.dim() == 0:
             most = held.max()
         elif group:
-            most = held.unflatten(-1, (-1, group)).amax(-1)  # type: ignore[arg-type]
+            most = held.unflatten(-1, (-1, group)).amax(-1)
         else:
             most = held.movedim(axis, 0).flatten(1).amax(1)  # type: ignore[arg-type]
         high = next((end for end in (7, 31, 127) if float(held.max()) <= end), 255)

@@ -197,12 +197,13 @@ def _load(text: str, name: str) -> tuple[yaml.Node | None, Any]:
             f"{name}{line} is not YAML: {getattr(error, 'problem', error)}",
             hint="docs/recipes.md has an example with everything in it",
         ) from error
-    _refuse_growth(node, name)
-    _refuse_twins(node, name)
+    if node is not None:
+        _refuse_growth(node, name)
+        _refuse_twins(node, name)
     return node, data
 
 
-def _refuse_growth(root: yaml.Node | None, name: str) -> None:
+def _refuse_growth(root: yaml.Node, name: str) -> None:
     """A few aliases of aliases stand for more values than fit into memory, and one may stand in itself."""
     sizes: dict[int, int] = {}
 
@@ -214,22 +215,31 @@ def _refuse_growth(root: yaml.Node | None, name: str) -> None:
             sizes[id(node)] = 1 + sum(size(inner) for pair in pairs for inner in pair)
         return sizes[id(node)]
 
-    if root is not None and size(root) > MOST_VALUES:
+    if size(root) > MOST_VALUES:
         raise RecipeError(
             f"{name} holds more than {MOST_VALUES} values, or an alias that stands in itself",
             hint="write it without aliases",
         )
 
 
-def _refuse_twins(root: yaml.Node | None, name: str) -> None:
-    """Of two keys that are the same, PyYAML would take the last without a word."""
-    todo: list[tuple[tuple[Any, ...], yaml.Node | None]] = [((), root)]
+_ODD = {f"tag:yaml.org,2002:{word}" for word in ("binary", "set", "omap", "pairs")}
+
+
+def _refuse_twins(root: yaml.Node, name: str) -> None:
+    """Of two keys that are the same PyYAML would take the last without a word, and of `!!binary` it makes bytes."""
+    todo: list[tuple[tuple[Any, ...], yaml.Node]] = [((), root)]
     seen = set()
     while todo:
         place, node = todo.pop()
         if id(node) in seen:  # an alias, perhaps to what it stands in
             continue
         seen.add(id(node))
+        if node.tag in _ODD:
+            raise RecipeError(
+                f"{_dotted(place)}: a recipe holds no {node.tag.rpartition(':')[2]}",
+                where=f"line {node.start_mark.line + 1} of {name}",
+                hint="write text, numbers, lists and mappings",
+            )
         if isinstance(node, yaml.SequenceNode):
             todo += [((*place, i), item) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):

@@ -118,7 +118,7 @@ def load(spec: Mapping[str, Any]) -> Source:
 
 def from_directory(path: Path) -> Source:
     """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong."""
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+    if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         path = _download(path)
     config = read_config(path)
     model, missing = _load_model(path, config)
@@ -142,9 +142,9 @@ def from_directory(path: Path) -> Source:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory, checked for what effc needs and refuses."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise SourceError(
-            f"there is no directory {path}",
+            f"there is no directory {paths.word(str(path))}",
             hint="give a transformers directory, or module:factory for a model of your own",
         )
     file = path / "config.json"
@@ -244,7 +244,7 @@ def _download(name: Path) -> Path:
 
     A name in a directory that is here is a mistyped path, and the hub is not asked for it.
     """
-    if name.parent.is_dir():
+    if os.path.isdir(name.parent):
         near = nearest(name.name, [p.name for p in name.parent.iterdir() if p.is_dir()])
         raise SourceError(
             f"there is no directory {name}",
@@ -629,7 +629,7 @@ def import_code(place: str) -> Any:
                 sys.path.insert(0, os.getcwd())
             return importlib.import_module(place)
         path = Path(place).resolve()
-        if not path.exists():
+        if not os.path.exists(path):
             raise SourceError(f"there is no file {place}", hint="file.py:function, from here")
         name = f"effc_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
         if name in sys.modules:

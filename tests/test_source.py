@@ -447,3 +447,9 @@ def test_an_adapter_is_no_model(model):
     (model / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SourceError, match="an adapter of another model"):
         from_directory(model)
+
+
+def test_a_word_that_no_directory_can_have_is_one_that_is_not_there():
+    for word in ("x" * 5000, "x/" + "y" * 5000, "a\0b"):
+        with pytest.raises(SourceError):
+            load(guess(word))

@@ -6,6 +6,7 @@ the `Random` that it is given, so a seed and a number name one input for good.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -533,7 +534,10 @@ def recipe_values(draw: random.Random, place: Path, base: Base) -> Case:
     import yaml
 
     value, note = bent(draw, yaml.safe_load(RECIPE))
-    text = json.dumps(value) if draw.random() < 0.5 else yaml.safe_dump(value)
+    text = json.dumps(value)
+    if draw.random() < 0.5:
+        with contextlib.suppress(RecursionError):  # PyYAML cannot write what is that deep
+            text = yaml.safe_dump(value)
     return Case(
         words=_recipe(draw, place, base, text.encode("utf-8", "surrogatepass")),
         codes=READ,

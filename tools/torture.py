@@ -233,7 +233,7 @@ def try_one(
         work = place / "work"
         work.mkdir(parents=True)
         kind, case = malformed.case_of(seed, number, work, base, only)
-        out = work / "OUT"
+        out = _out_of(case.words, work)
         replaces = case.words[0] == "compile"
         before, was = seen(work, [out]), seen(out)
         end = boxed(case.words, place)  # a compile, or a part of one, or a look at a package
@@ -259,6 +259,13 @@ def try_one(
     finally:
         if keep is None:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _out_of(words: Sequence[str], work: Path) -> Path:
+    """Where a command may write: what -o names, where that is a new folder in `work`."""
+    named = words[words.index("-o") + 1] if "-o" in words else "OUT"
+    is_odd = named in ("", ".", "..", "-") or named.startswith("/") or len(named) > 255
+    return work / ("OUT" if is_odd else named)
 
 
 def _wrong_end(end: End, codes: frozenset[int]) -> Iterator[str]:
