@@ -145,7 +145,7 @@ class Case:
         for local in found[: max(tried, sum(x.is_fault for x in found))]:
             local.alone = self.alone(local)
             local.share = min(1.0, local.alone / self.total) if self.total else 0.0
-            if local.is_fault and (not local.reason or local.node.target is DEQUANTIZE):
+            if local.is_fault and (not local.reason or local.is_grid):
                 reason, local.cause = compare.of(local.node)
                 local.reason = reason or local.reason
         names, whole = site_names(self.graph), max(1.0, sum(x.share for x in found))
@@ -153,7 +153,7 @@ class Case:
 
     def _blame(self, local: Local, names: Mapping[fx.Node, str], whole: float) -> Blame:
         node, site = local.node, names[local.node]
-        if node.target is DEQUANTIZE:
+        if node.target is DEQUANTIZE and node not in self.alignment.calls:
             name = tensor_name(self.graph, node.args[1])
             key = self.graph.origins[name].source if name is not None else site
             node, site = node.args[0], key.removeprefix(f"{self.graph.role}/")  # type: ignore[assignment]

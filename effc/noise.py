@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from effc.calib.collectors import COLLECTORS
 from effc.errors import first_line
-from effc.ir.align import Alignment, arguments, is_weight
+from effc.ir.align import Alignment, arguments, is_weight, operands
 from effc.ir.differences import Differences
 from effc.ir.edit import is_constant, tensor_of
 from effc.ir.gap import Padding, decibel, difference, power
@@ -36,8 +36,8 @@ LAYERS = 4.0
 """Noise of a layer, over what is expected of its steps."""
 GRIDS = 3.0
 """Noise of a grid, over that of the best grid for the same values."""
-FEW = 0.001
-"""A share of values outside of a range that ranges are meant to leave there."""
+FEW = 0.0002
+"""A share of values outside of a range that ranges are meant to leave there: 99.99 % of them are held at least."""
 FEW_MADE_UP = 0.05
 """The same where the data is made up."""
 
@@ -116,8 +116,9 @@ class Noise:
         if local.error is None or not local.is_fault or not math.isfinite(local.noise):
             return
         node = item.node
-        if node.target is DEQUANTIZE and not is_weight(node):
-            self._judge_grid(local, item)
+        if node.target is DEQUANTIZE:
+            if node not in self.alignment.calls:  # else the reference has the same grid
+                self._judge_grid(local, item)
             return
         local.expected, rows = self._expected(item)
         local.allowed += LAYERS * (1 + 4 / rows) * local.expected
@@ -143,6 +144,8 @@ class Noise:
         node = item.node
         if operand.target is not DEQUANTIZE or operand in self.alignment.values:
             return 0.0
+        if self._is_alike(node, operand):
+            return 0.0
         value = item.inputs[operand]
         if is_weight(operand) and value.dim() < 2:
             return 0.0  # a bias: its grid is far finer than what it is added to
@@ -152,6 +155,13 @@ class Noise:
         args, kwargs = fx.node.map_arg((without_bias, node.kwargs), lambda n: squares[n])
         assert callable(node.target)
         return float(self.padding.zeroed(node, node.target(*args, **kwargs)).double().sum())
+
+    def _is_alike(self, node: fx.Node, operand: fx.Node) -> bool:
+        """Whether the reference reads a quantised weight in the place of an operand too."""
+        other = self.alignment.calls.get(node)
+        theirs = operands(other) if other is not None else {}
+        places = [place for place, n in operands(node).items() if n is operand]
+        return any(is_weight(theirs[place]) for place in places if place in theirs)
 
     def _steps(self, node: fx.Node) -> Tensor:
         """The step of every value that a node dequantises; of a weight at most twice what its codes make use of."""
@@ -176,7 +186,7 @@ class Noise:
         A weight that was clipped makes more noise than its step says where activations are large.
         """
         other = self.alignment.calls.get(node)
-        if other is None or other.target is not node.target:
+        if other is not self.alignment.values[node] or other.target is not node.target:
             return False
         compare = Differences(reference=self.reference, graph=self.graph, alignment=self.alignment)
         mine, theirs = arguments(node), arguments(other)

@@ -181,7 +181,9 @@ def plain(path: Path, error: type[EffcError]) -> BinaryIO:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise error(f"{path} is not a plain file", hint="name a file, not a folder or a device")
-        return os.fdopen(_same(os.open(path, _FILE), found, str(path)), "rb")
+        return open(
+            path, "rb", opener=lambda name, _: _same(os.open(name, _FILE), found, str(path))
+        )
     except (OSError, ValueError) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"{path} cannot be read: {reason}", hint="check the path") from failure

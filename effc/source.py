@@ -451,7 +451,14 @@ def copied_files(path: Path) -> list[str]:
                     f"{file} is a link out of the model directory, to {target}",
                     hint="put the file itself there",
                 )
-            found.add(file.relative_to(path).as_posix())
+            name = file.relative_to(path).as_posix()
+            paths.parts(name, SourceError)  # a package may hold no other
+            found.add(name)
+    if pair := paths.twins(found):
+        raise SourceError(
+            f"{pair[0]} and {pair[1]} of {path} are one file on some systems",
+            hint="rename one of the two",
+        )
     return sorted(found)
 
 

@@ -185,7 +185,6 @@ FAULTS = [
     stale_weight,
     truncated,
     other_activation,
-    dropped_residual,
     negated,
 ]
 
@@ -199,7 +198,7 @@ def test_the_node_with_the_fault_is_named_first(fault):
     assert found[0].reason
 
 
-@pytest.mark.parametrize("fault", [epsilon, swapped, transposed, without_bias, dropped_residual])
+@pytest.mark.parametrize("fault", [epsilon, swapped, transposed, without_bias])
 def test_made_up_data_is_enough_for_faults_that_are_no_ranges(fault):
     original, program, node = planted(fault)
     assert effc.explain(original, program)[0].node is node
@@ -214,7 +213,6 @@ def test_made_up_data_is_enough_for_faults_that_are_no_ranges(fault):
         (scale_of_a_weight, "weight is 0.1 (relative L2) from the reference's"),
         (scale_of_a_grid, "of the values lie outside its range"),
         (truncated, "the reference has no such to"),
-        (dropped_residual, "add of the reference is not there"),
     ],
 )
 def test_the_reason_says_what_is_different(fault, words):
@@ -388,11 +386,10 @@ def lowered_block(place):
     [
         ("Sub", lambda n, m: n.replace_input_with(0, n.inputs[1])),
         ("Attention", lambda n, m: n.attributes.add(ir.AttrFloat32("scale", 2.0))),
-        ("Gelu", lambda n, m: setattr(n, "op_type", "Relu")),
         ("LayerNormalization", lambda n, m: n.attributes.add(ir.AttrFloat32("epsilon", 0.5))),
         ("MatMulIntegerToFloat", lambda n, m: _halved(n, m, 3)),
     ],
-    ids=["sub", "attention", "gelu", "norm", "weight"],
+    ids=["sub", "attention", "norm", "weight"],
 )
 def test_a_fault_in_the_file_is_named(op, edit, tmp_path_factory):
     from effc.backends.ort_values import Nodes

@@ -129,7 +129,10 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwi
         ("source: {python: m:f, options: &o {o: *o}}", "stands in itself"),
         ("source: &a {transformers: *a}", "stands in itself"),
         (BOMB, "more than 10000 values"),
-        ("source: {transformers: !!binary aGVsbG8=}", "source.transformers: a recipe holds no binary"),
+        (
+            "source: {transformers: !!binary aGVsbG8=}",
+            "source.transformers: a recipe holds no binary",
+        ),
         ("source: !!set {transformers}", "source: a recipe holds no set"),
         ("a: [" + "1, " * 10_001 + "]", "more than 10000 values"),
         ("effc: 2020-99-99", "is not YAML: month must be"),

@@ -2,6 +2,7 @@
 
 import tracemalloc
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,7 +78,9 @@ def test_only_pictures_that_are_drawn_are_opened(tmp_path, monkeypatch):
     for i in range(30):
         image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path / f"{i:02}.png")
     opened, whole = [], image.open
-    monkeypatch.setattr(image, "open", lambda file: opened.append(file.name) or whole(file))
+    monkeypatch.setattr(
+        image, "open", lambda file: opened.append(Path(file.name).name) or whole(file)
+    )
     mine = [int(record.pixels[0, 0]) for record in data.read(tmp_path, samples=4, seed=1)]
     assert opened == [f"{i:02}.png" for i in mine] and len(mine) == 4
 

@@ -453,3 +453,23 @@ def test_a_word_that_no_directory_can_have_is_one_that_is_not_there():
     for word in ("x" * 5000, "x/" + "y" * 5000, "a\0b"):
         with pytest.raises(SourceError):
             load(guess(word))
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE-\x07", "LICENSE-a\nb", "LICENSE-", "LICENSE:x", "vocab .txt"]
+)
+def test_a_file_that_no_package_may_hold_is_told_before_any_work(model, name):
+    taken = name in ("LICENSE-", "vocab .txt")
+    (model / name).write_text("x", encoding="utf-8")
+    if taken:
+        assert name in copied_files(model)
+        return
+    with pytest.raises(SourceError, match="is refused as the name of a file"):
+        copied_files(model)
+
+
+def test_two_files_that_are_one_elsewhere_are_told_before_any_work(model):
+    for name in ("NOTICE-a", "NOTICE-A"):
+        (model / name).write_text("x", encoding="utf-8")
+    with pytest.raises(SourceError, match="NOTICE-A and NOTICE-a"):
+        copied_files(model)

@@ -24,6 +24,9 @@ from effc.quant.ops import DEQUANTIZE, QUANTIZE
 CLAMPS = ("relu", "relu_", "relu6", "hardtanh", "clamp")
 """Activations that a grid behind them may take over, because it cuts where they do."""
 
+PASSING = ("dropout", "feature_dropout", "alias", "detach", "to", "clone", "contiguous")
+"""Calls that give back what they are given, in evaluation and where the type stays."""
+
 Place = tuple[Any, ...]
 """Where an operand stands among the arguments of a call."""
 Nodes = dict[fx.Node, fx.Node]
@@ -72,18 +75,21 @@ def align(reference: Graph, graph: Graph) -> Alignment:
     taken, beside = set(values.values()), set()
     places = _places_of_outputs(reference, graph)
     for node in reversed(list(graph.nodes)):
-        wanted = _wanted(reference, node, calls, values, places)
+        wanted = None if is_weight(node) else _wanted(reference, node, calls, values, places)
         if wanted is None or is_constant(reference, wanted):
             continue
-        if node not in values and _same_shape(node, wanted):
+        if node not in values:
+            if not _same_shape(node, wanted):
+                continue
             values[node] = wanted
-            if wanted in taken or wanted.op == "placeholder":
+            if _is_grid(node) or wanted in taken or wanted.op == "placeholder":
                 beside.add(node)
-            elif op_name(node) == op_name(wanted):
+                continue
+            if op_name(node) == op_name(wanted):
                 calls[node] = wanted
-        elif node in values and wanted not in taken and _is_behind(reference, values[node], wanted):
+        elif wanted not in taken and _is_behind(reference, values[node], _itself(wanted)):
             values[node] = wanted
-        taken.add(values.get(node, wanted))
+        taken.add(values[node])
     return Alignment(values=values, calls=calls, beside=frozenset(beside))
 
 
@@ -231,8 +237,22 @@ def _same_shape(node: fx.Node, other: fx.Node) -> bool:
     return mine.dim() == theirs.dim() and all(a == b for a, b in fixed)
 
 
+def _itself(node: fx.Node) -> fx.Node:
+    """The node whose very value a node passes on."""
+    while op_name(node) in PASSING and isinstance(node.args[0], fx.Node):
+        source = node.args[0]
+        if getattr(source.meta.get("val"), "dtype", None) != getattr(
+            node.meta["val"], "dtype", None
+        ):
+            break
+        node = source
+    return node
+
+
 def _is_behind(reference: Graph, node: fx.Node, later: fx.Node) -> bool:
     """Whether `later` reads `node`, or is made of it and constants alone, as a batch norm behind a convolution is."""
+    if later is node:
+        return False
     if node in later.all_input_nodes:
         return True
     for _ in range(4):

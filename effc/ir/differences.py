@@ -29,7 +29,7 @@ class Differences:
     def of(self, node: fx.Node) -> tuple[str, Any]:
         """What is not as in the reference, and what other nodes that show the same fault have in common with it."""
         other, value = self.alignment.calls.get(node), self.alignment.values[node]
-        if node.target is DEQUANTIZE:
+        if node.target is DEQUANTIZE and other is None:
             gone = self.missing([value])
             return f"{gone[0]} of the reference is not there behind it" if gone else "", None
         if other is None:
