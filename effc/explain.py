@@ -82,7 +82,7 @@ def explain(
     feeds: Mapping[str, Any] | None = None,
     *,
     role: str | None = None,
-    tried: int = 8,
+    tried: int = 5,
 ) -> list[Blame]:
     """The nodes of `program` that are off from `reference`: faults first, then by share of the final error.
 
