@@ -28,7 +28,7 @@ from effc.ir.program import Graph
 from effc.ir.select import site_names
 from effc.ir.values import Values
 
-EXACT = 1e-3
+EXACT = 1e-4
 """Relative L2 that a node of a file may be from the same node in torch."""
 BLOCKWISE = 0.05
 """The same for products that round their float input to 8 bit, block by block."""
@@ -185,7 +185,8 @@ def _run(
             )
         except Exception as error:
             raise LoweringError(
-                f"onnxruntime cannot run the nodes of the file one by one: {first_line(error)}"
+                f"onnxruntime cannot run the nodes of the file one by one: {first_line(error)}",
+                hint="compile with the onnxruntime of the manifest's versions",
             ) from error
     return dict(zip(cut, made, strict=True))
 

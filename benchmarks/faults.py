@@ -274,9 +274,9 @@ INTEGER = "MatMulIntegerToFloat"
 FILE_FAULTS: dict[str, dict[str, FilePlant]] = {
     "minilm": {
         "activation scale": tensor("QuantizeLinear", 4, 1, lambda a: a * 1.5),
-        "activation zero point": tensor(INTEGER, 7, 4, lambda a: (a + 9).astype(a.dtype)),
+        "activation zero point": tensor(INTEGER, 5, 4, lambda a: (a + 9).astype(a.dtype)),
         "square weight transposed": tensor(INTEGER, 3, 1, np.transpose),
-        "bias of zeros": tensor(INTEGER, 5, 6, np.zeros_like),
+        "bias of zeros": tensor(INTEGER, 11, 6, np.zeros_like),
         "weight scale of another layer": file_rewired(INTEGER, 9, 3, INTEGER, 3),
         "weight of another layer": file_rewired(INTEGER, 12, 1, INTEGER, 6),
         "epsilon": attribute("LayerNormalization", 4, epsilon=1e-2),
@@ -290,7 +290,7 @@ FILE_FAULTS: dict[str, dict[str, FilePlant]] = {
     "llama": {
         "epsilon": attribute("RMSNormalization", 3, epsilon=0.1),
         "rotary pairs interleaved": attribute("RotaryEmbedding", 2, interleaved=1),
-        "sine and cosine swapped": file_rewired("RotaryEmbedding", 3, 1, "RotaryEmbedding", 3),
+        "sine and cosine swapped": file_swapped("RotaryEmbedding", 3, 1, 2),
         "gate added, not multiplied": file_op("Mul", -3, "Add"),
         "weight scale": tensor(INTEGER, 8, 3, lambda a: a * 1.2),
         "square weight transposed": tensor(INTEGER, 3, 1, np.transpose),

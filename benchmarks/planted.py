@@ -321,12 +321,12 @@ def attribute(op: str, number: int, **values: Any) -> FilePlant:
     return plant
 
 
-def file_swapped(op: str, number: int) -> FilePlant:
+def file_swapped(op: str, number: int, first: int = 0, second: int = 1) -> FilePlant:
     def plant(model: ir.Model) -> ir.Node:
         node = in_file(model, op, number)
-        a, b = node.inputs[:2]
-        node.replace_input_with(0, b)
-        node.replace_input_with(1, a)
+        a, b = node.inputs[first], node.inputs[second]
+        node.replace_input_with(first, b)
+        node.replace_input_with(second, a)
         return node
 
     return plant
@@ -350,6 +350,7 @@ def file_op(op: str, number: int, other: str) -> FilePlant:
     def plant(model: ir.Model) -> ir.Node:
         node = in_file(model, op, number)
         node.op_type = other
+        node.attributes.clear()
         return node
 
     return plant

@@ -98,8 +98,7 @@ def read(
     path = Path(path)
     if samples is not None and samples < 1:
         raise CalibrationError(f"{samples} samples cannot be drawn", hint="ask for one or more")
-    if not os.path.exists(path):
-        raise CalibrationError(f"there is no calibration file {path}", hint="check the path")
+    _refuse_missing(path)
     found = 0
     try:
         for record in _records(path, column, labelled, _Draw(samples, seed, left)):
@@ -118,6 +117,11 @@ def read(
         raise CalibrationError(
             f"{path} holds no samples", hint="give a file with one sample or more"
         )
+
+
+def _refuse_missing(path: Path) -> None:
+    if not os.path.exists(path):
+        raise CalibrationError(f"there is no calibration file {path}", hint="check the path")
 
 
 @dataclass(frozen=True)
@@ -511,6 +515,7 @@ def _pictures(root: Path, files: Sequence[Path], draw: _Draw) -> Iterator[Record
 def digest(path: Path) -> dict[str, Any]:
     """Name, number of bytes and sha256 of a file; for a folder, over its files by name."""
     path = Path(path)
+    _refuse_missing(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if len(files) == 1 and path.is_file():
         with path.open("rb") as stream:

@@ -147,6 +147,7 @@ def options(
     logging.getLogger("effc").setLevel(level)
 
 
+DECISIONS = "give the decisions.json of an earlier output"
 STDOUT = ("-", "/dev/stdout", "/dev/fd/1")
 
 
@@ -626,18 +627,19 @@ def _write(option: str, place: str, text: str) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"{option} {place} cannot be written: {error.strerror}") from error
+        raise UsageError(
+            f"{option} {place} cannot be written: {error.strerror}",
+            hint="name a file that can be written",
+        ) from error
 
 
 def _read_json(path: Path) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {error}", hint=DECISIONS) from error
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
-        raise UsageError(
-            f"{path} holds no decisions", hint="give the decisions.json of an earlier output"
-        )
+        raise UsageError(f"{path} holds no decisions", hint=DECISIONS)
     return found
 
 

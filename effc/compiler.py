@@ -77,7 +77,8 @@ def compile(
     if isinstance(model, Recipe) or str(model).endswith((".yaml", ".yml")):
         if quantize != "none" or calib is not None or metric is not None:
             raise UsageError(
-                "a recipe says itself what to do; quantize, calib and metric do not go with it"
+                "a recipe says itself what to do; quantize, calib and metric do not go with it",
+                hint="write them into the recipe",
             )
         recipe = model if isinstance(model, Recipe) else read(Path(model), replayed=replayed)
     else:

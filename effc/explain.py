@@ -148,6 +148,7 @@ class Case:
             if local.is_fault and (not local.reason or local.is_grid):
                 reason, local.cause = compare.of(local.node)
                 local.reason = reason or local.reason
+        _gather(found, compare)
         names, whole = site_names(self.graph), max(1.0, sum(x.share for x in found))
         return [self._blame(x, names, whole) for x in _ranked(found)]
 
@@ -353,6 +354,18 @@ class Case:
         for user in node.users:
             found |= {user} if user in self.alignment.values else self._readers(user)
         return found
+
+
+def _gather(found: Iterable[Local], compare: Differences) -> None:
+    """Give faults of fused nodes the cause that others tell, where it lies in what they were fused from."""
+    causes = {x.cause for x in found if x.cause is not None}
+    for local in found:
+        if not local.is_fault or local.cause is not None or not causes:
+            continue
+        behind = compare.behind(local.node)
+        local.cause = next((c for c in causes if c[1] in behind), None)
+        if local.cause is not None:
+            local.reason = f"{local.cause[1].name} of the reference is not there before it"
 
 
 def _ranked(found: Iterable[Local]) -> list[Local]:

@@ -25,6 +25,8 @@ from effc.table import Table, unknown
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LONGEST = 128
+ONE_OR_MORE = "give one or more"
+A_SCORE_EACH = "let it return one number for each sample"
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def _check_text(metric: Metric, source: Source) -> None:
         )
     if "input_ids" not in inputs:
         raise CalibrationError(
-            f"metric {metric.name} reads text, the model takes {', '.join(inputs)}"
+            f"metric {metric.name} reads text, the model takes {', '.join(inputs)}",
+            hint="choose a metric for what the model takes: docs/recipes.md lists them",
         )
     _ = source.processor.tokenizer  # raises where it does not load
 
@@ -108,7 +111,10 @@ def _check_text(metric: Metric, source: Source) -> None:
 def _check_vectors(metric: Metric, source: Source) -> None:
     _check_text(metric, source)
     if ("logits",) in source.outputs.values():
-        raise CalibrationError(f"metric {metric.name} pools token vectors, the model gives logits")
+        raise CalibrationError(
+            f"metric {metric.name} pools token vectors, the model gives logits",
+            hint="use accuracy or span_f1, or load the model without its head",
+        )
     if source.processor is not None:
         _ = source.processor.pooling  # raises where the directory asks for more than is done
 
@@ -142,7 +148,7 @@ class SpearmanCosine(_Absolute):
                 )
             found.append((row[0], row[1], score))
         if not found:
-            raise CalibrationError(f"{self.file} holds no samples")
+            raise CalibrationError(f"{self.file} holds no samples", hint=ONE_OR_MORE)
         return found
 
     def measure(self, run: Engine, processor: Any) -> Samples:
@@ -189,11 +195,12 @@ class Recall(_Mean):
         for number, row in data.rows(self.file):
             if len(row) != 2:
                 raise CalibrationError(
-                    f"{self.file} line {number} has {len(row)} columns, not text_a,text_b"
+                    f"{self.file} line {number} has {len(row)} columns, not text_a,text_b",
+                    hint="put quotes around a text that has a comma",
                 )
             found.append((row[0], row[1]))
         if not found:
-            raise CalibrationError(f"{self.file} holds no samples")
+            raise CalibrationError(f"{self.file} holds no samples", hint=ONE_OR_MORE)
         return found
 
     def measure(self, run: Engine, processor: Any) -> Samples:
@@ -217,14 +224,20 @@ def embed(run: Engine, processor: Any, texts: Sequence[str], size: int = 32) -> 
         if hidden is None:
             hidden = next((v for n, v in outputs.items() if v.ndim == 3 and n != "logits"), None)
         if hidden is None:
-            raise CalibrationError("the engine has no output [batch, length, hidden] to pool")
+            raise CalibrationError(
+                "the engine has no output [batch, length, hidden] to pool",
+                hint="use a model that gives token vectors, or a metric for what this one gives",
+            )
         mask = np.arange(lengths.max()) < lengths[:, None]
         for i, vector in zip(chosen, processor.pool(hidden, mask), strict=True):
             vectors[i] = vector
     found = np.stack(vectors)
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     if not (np.isfinite(norms) & (norms > 0)).all():
-        raise CalibrationError("the engine gives sentence vectors that are zero or not numbers")
+        raise CalibrationError(
+            "the engine gives sentence vectors that are zero or not numbers",
+            hint="find where they begin with `effc explain OUT`",
+        )
     return np.asarray(found / norms)
 
 
@@ -250,7 +263,10 @@ def _check_labelled(metric: Metric, source: Source) -> None:
     elif first.pixels is None:
         _check_text(metric, source)
     elif "pixel_values" not in inputs:
-        raise CalibrationError(f"{metric.file} holds pictures, the model takes {', '.join(inputs)}")
+        raise CalibrationError(
+            f"{metric.file} holds pictures, the model takes {', '.join(inputs)}",
+            hint="give a file of what the model takes",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +330,8 @@ def classify(run: Engine, processor: Any, file: Path, size: int = 64) -> tuple[A
         logits = outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
         if logits.ndim < 2 or logits.size != len(chunk) * logits.shape[1]:
             raise CalibrationError(
-                f"a label needs logits [batch, classes], the engine gives {list(logits.shape)}"
+                f"a label needs logits [batch, classes], the engine gives {list(logits.shape)}",
+                hint="choose a metric for what the model gives",
             )
         classes = logits.shape[1]
         predicted.append(logits.reshape(len(chunk), classes).argmax(axis=1))
@@ -322,7 +339,8 @@ def classify(run: Engine, processor: Any, file: Path, size: int = 64) -> tuple[A
     labels = np.array(gold)
     if labels.min() < 0 or labels.max() >= classes:
         raise CalibrationError(
-            f"{file} has labels from {labels.min()} to {labels.max()}, the model knows 0 to {classes - 1}"
+            f"{file} has labels from {labels.min()} to {labels.max()}, the model knows 0 to {classes - 1}",
+            hint="number the labels as id2label of config.json does",
         )
     return np.concatenate(predicted), labels
 
@@ -341,7 +359,8 @@ def _ready(arrays: Sequence[Mapping[str, Array]], run: Engine) -> dict[str, Arra
         if not fits or not np.can_cast(given.dtype, port.dtype, "same_kind"):
             raise CalibrationError(
                 f"array {port.name!r} of the metric is {given.dtype} {list(given.shape)}, "
-                f"the model takes {port.dtype} [{', '.join(map(str, port.shape))}]"
+                f"the model takes {port.dtype} [{', '.join(map(str, port.shape))}]",
+                hint="write the array as the model takes it",
             )
         feeds[port.name] = given.astype(port.dtype, copy=False)
     return feeds
@@ -408,7 +427,7 @@ class EntityF1(_Absolute):
             found[-1][1].append(tag)
         sentences = [sentence for sentence in found if sentence[0]]
         if not sentences:
-            raise CalibrationError(f"{self.file} holds no samples")
+            raise CalibrationError(f"{self.file} holds no samples", hint=ONE_OR_MORE)
         return sentences
 
     def measure(self, run: Engine, processor: Any) -> Samples:
@@ -420,7 +439,8 @@ class EntityF1(_Absolute):
             logits = _logits(run(feeds))
             if logits.shape[2] != len(known):
                 raise CalibrationError(
-                    f"the engine has {logits.shape[2]} classes, id2label of config.json {len(known)}"
+                    f"the engine has {logits.shape[2]} classes, id2label of config.json {len(known)}",
+                    hint="correct id2label of config.json",
                 )
             for i, best, place in zip(chosen, logits.argmax(axis=-1), places, strict=True):
                 tags = sentences[i][1]
@@ -479,7 +499,8 @@ def _logits(outputs: Mapping[str, Array]) -> Array:
     if logits is None or logits.ndim != 3:
         has = ", ".join(f"{n} {list(v.shape)}" for n, v in outputs.items())
         raise CalibrationError(
-            f"the metric needs an output `logits` [batch, length, classes], the engine has {has}"
+            f"the metric needs an output `logits` [batch, length, classes], the engine has {has}",
+            hint="choose a metric for what the model gives",
         )
     return logits
 
@@ -504,7 +525,8 @@ class Perplexity:
         if source.processor.kind != "causal-lm":
             raise CalibrationError(
                 "metric perplexity is for models that predict the next token, "
-                f"and config.json names a {source.processor.kind}"
+                f"and config.json names a {source.processor.kind}",
+                hint="choose a metric for what the model gives",
             )
         self.text()
 
@@ -519,7 +541,9 @@ class Perplexity:
             total = np.log(np.exp(scores - top[:, None]).sum(axis=-1)) + top
             losses.append(total - scores[np.arange(len(ids) - 1), ids[1:]])
         if not losses:
-            raise CalibrationError(f"{self.file} holds no text to predict")
+            raise CalibrationError(
+                f"{self.file} holds no text to predict", hint="give texts of two tokens or more"
+            )
         flat = np.concatenate(losses)
         starts = np.arange(0, len(flat), self.block)
         counts = np.diff(np.append(starts, len(flat))).astype(np.float64)
@@ -573,7 +597,8 @@ class Own(_Mean):
             raise
         except Exception as error:
             raise CalibrationError(
-                f"metric {self.name} failed: {type(error).__name__}: {error}"
+                f"metric {self.name} failed: {type(error).__name__}: {error}",
+                hint="correct the function that it names",
             ) from error
         if "score" not in columns:
             has = f"a mapping of {list(columns)}" if is_mapping else f"a {type(made).__name__}"
@@ -584,11 +609,14 @@ class Own(_Mean):
         shapes = {name: column.shape for name, column in columns.items()}
         if len(set(shapes.values())) > 1 or len(shapes["score"]) != 1 or not len(columns["score"]):
             raise CalibrationError(
-                f"metric {self.name} returned arrays of shapes {shapes}, not one number a sample"
+                f"metric {self.name} returned arrays of shapes {shapes}, not one number a sample",
+                hint=A_SCORE_EACH,
             )
         score = columns["score"]
         if score.dtype.kind not in "biuf" or not np.isfinite(score).all():
-            raise CalibrationError(f"metric {self.name} returned scores that are not numbers")
+            raise CalibrationError(
+                f"metric {self.name} returned scores that are not numbers", hint=A_SCORE_EACH
+            )
         return Samples({**columns, "score": score.astype(np.float64)})
 
 
@@ -694,7 +722,8 @@ def compare(
     n = len(reference)
     if len(engine) != n:
         raise CalibrationError(
-            f"metric {metric.name} gave {n} samples of the model and {len(engine)} of the engine"
+            f"metric {metric.name} gave {n} samples of the model and {len(engine)} of the engine",
+            hint="let it return one score for each sample of its data, whatever runs it",
         )
     values = metric.value(reference), metric.value(engine)
     if not np.isfinite(values).all():

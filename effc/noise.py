@@ -40,6 +40,8 @@ FEW = 0.0002
 """A share of values outside of a range that ranges are meant to leave there: 99.99 % of them are held at least."""
 FEW_MADE_UP = 0.05
 """The same where the data is made up."""
+SEVERAL = 3
+"""Grids that cut off a few values, from which on that is how ranges were chosen."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -57,8 +59,8 @@ class Local:
     """Puts the error on the reference's value."""
     reason: str = ""
     is_grid: bool = False
-    is_excused: bool = False
-    """A grid which few values are outside of."""
+    is_cut: bool = False
+    """Whether a few values outside of its range make most of its error."""
     cause: Any = None
     """What several nodes have in common that show one fault."""
     share: float = 0.0
@@ -241,7 +243,7 @@ class Noise:
         clipped = power(off[outside]) / max(local.noise, 1e-300)
         share = float(outside.double().mean())
         local.is_grid, local.expected = True, best_noise(x, low, high)
-        local.is_excused = clipped > 0.5 and share < (FEW_MADE_UP if self.is_made_up else FEW)
+        local.is_cut = clipped > 0.5 and share < (FEW_MADE_UP if self.is_made_up else FEW)
         need = (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / (high - low)
         local.reason = (
             f"{100 * share:.2g} % of the values lie outside its range and make {100 * clipped:.3g} % of its error"
@@ -250,17 +252,20 @@ class Noise:
         )
 
     def allow_grids(self, found: Sequence[Local]) -> None:
-        """Allow every grid some multiple of the least noise: more where grids of this graph usually make more."""
+        """Allow every grid some multiple of the least noise: more where grids of this graph usually make more.
+
+        Where several cut off few values each, that is how their ranges were chosen.
+        """
         grids = [x for x in found if x.is_grid and x.expected]
         ratios = sorted(x.noise / x.expected for x in grids)
-        usual, high = (
-            (ratios[len(ratios) * p // 10] for p in (5, 8)) if len(ratios) > 4 else (1.0, 1.0)
-        )
+        usual, high = 1.0, 1.0
+        if len(ratios) > 4:
+            usual, high = (ratios[len(ratios) * tenths // 10] for tenths in (5, 8))
         factor = max(GRIDS, GRIDS * usual, 2 * high) * (3 if self.is_made_up else 1)
+        cut = [x for x in grids if x.is_cut and x.noise > factor * x.expected]
         for local in grids:
-            local.allowed = (
-                math.inf if local.is_excused else local.allowed + factor * local.expected
-            )
+            is_chosen = local.is_cut and (self.is_made_up or len(cut) >= SEVERAL)
+            local.allowed = math.inf if is_chosen else local.allowed + factor * local.expected
 
 
 def region_of(node: fx.Node, alignment: Alignment) -> set[fx.Node]:

@@ -273,7 +273,9 @@ def staged(out: Path) -> Iterator[Stage]:
                 ) from error
             place = error.filename or out
             raise PackageError(
-                f"{place}: {error.strerror or error}", where=f"writing {out}"
+                f"{place}: {error.strerror or error}",
+                where=f"writing {out}",
+                hint="make it writable, or choose another output; the old one is untouched",
             ) from error
 
 

@@ -178,7 +178,9 @@ class _Way:
             key = f"{index}:{given.name}"
             names = [k for k in (f"{target}/{key}", key) if k in decisions]
             if not names:
-                raise CalibrationError(f"the recorded decisions know no step {key!r}")
+                raise CalibrationError(
+                    f"the recorded decisions know no step {key!r}", hint="compile the model again"
+                )
             if found is None and pass_.effect == "lossy":
                 found = program.clone()
             self.passed(pass_, program, target, decisions[names[0]])

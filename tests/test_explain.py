@@ -185,6 +185,7 @@ FAULTS = [
     stale_weight,
     truncated,
     other_activation,
+    dropped_residual,
     negated,
 ]
 
@@ -198,7 +199,7 @@ def test_the_node_with_the_fault_is_named_first(fault):
     assert found[0].reason
 
 
-@pytest.mark.parametrize("fault", [epsilon, swapped, transposed, without_bias])
+@pytest.mark.parametrize("fault", [epsilon, swapped, transposed, without_bias, dropped_residual])
 def test_made_up_data_is_enough_for_faults_that_are_no_ranges(fault):
     original, program, node = planted(fault)
     assert effc.explain(original, program)[0].node is node
@@ -213,6 +214,7 @@ def test_made_up_data_is_enough_for_faults_that_are_no_ranges(fault):
         (scale_of_a_weight, "weight is 0.1 (relative L2) from the reference's"),
         (scale_of_a_grid, "of the values lie outside its range"),
         (truncated, "the reference has no such to"),
+        (dropped_residual, "add of the reference is not there"),
     ],
 )
 def test_the_reason_says_what_is_different(fault, words):
@@ -386,10 +388,11 @@ def lowered_block(place):
     [
         ("Sub", lambda n, m: n.replace_input_with(0, n.inputs[1])),
         ("Attention", lambda n, m: n.attributes.add(ir.AttrFloat32("scale", 2.0))),
+        ("Gelu", lambda n, m: _replaced(n, "Relu")),
         ("LayerNormalization", lambda n, m: n.attributes.add(ir.AttrFloat32("epsilon", 0.5))),
         ("MatMulIntegerToFloat", lambda n, m: _halved(n, m, 3)),
     ],
-    ids=["sub", "attention", "norm", "weight"],
+    ids=["sub", "attention", "gelu", "norm", "weight"],
 )
 def test_a_fault_in_the_file_is_named(op, edit, tmp_path_factory):
     from effc.backends.ort_values import Nodes
@@ -404,6 +407,11 @@ def test_a_fault_in_the_file_is_named(op, edit, tmp_path_factory):
     ir.save(model, place / "faulty.onnx")
     found = nodes.off(place / "faulty.onnx")
     assert [off.nodes[0] for off in found] == [node.name]
+
+
+def _replaced(node, op):
+    node.op_type = op
+    node.attributes.clear()
 
 
 def _halved(node, model, place):

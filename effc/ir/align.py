@@ -253,7 +253,7 @@ def _is_behind(reference: Graph, node: fx.Node, later: fx.Node) -> bool:
     """Whether `later` reads `node`, or is made of it and constants alone, as a batch norm behind a convolution is."""
     if later is node:
         return False
-    if node in later.all_input_nodes:
+    if any(_itself(n) is node for n in later.all_input_nodes):
         return True
     for _ in range(4):
         computed = [n for n in later.all_input_nodes if not is_constant(reference, n)]

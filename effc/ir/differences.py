@@ -68,11 +68,28 @@ class Differences:
 
     def missing(self, nodes: Iterable[fx.Node]) -> list[str]:
         """Those nodes of the reference that nothing in the graph is a rewriting of."""
-        there = set(self.alignment.calls.values())
-        there |= {o for n, o in self.alignment.values.items() if n not in self.alignment.calls}
+        there = self._there()
         return [
             n.name for n in nodes if n.op == "call_function" and n not in there and not is_weight(n)
         ]
+
+    def behind(self, node: fx.Node) -> set[fx.Node]:
+        """What of the reference a node stands for beside its counterpart: back to what something else stands for."""
+        there, todo = self._there(), [self.alignment.values[node]]
+        found: set[fx.Node] = set()
+        while todo:
+            fresh = set(todo.pop().all_input_nodes) - there - found
+            found |= fresh
+            todo += fresh
+        return found
+
+    def _there(self) -> set[fx.Node]:
+        """The nodes of the reference that something in the graph is a rewriting of."""
+        known = self.alignment
+        there = set(known.calls.values())
+        return there | {
+            o for n, o in known.values.items() if n not in known.calls and n not in known.beside
+        }
 
 
 def constant(graph: Graph, node: fx.Node) -> Tensor | None:

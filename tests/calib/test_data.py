@@ -527,3 +527,5 @@ def test_a_folder_that_lies_in_itself_is_empty(tmp_path, name):
 def test_a_word_that_no_file_can_have_is_one_that_is_not_there(word):
     path, _ = parse(word)
     refused(path, "there is no calibration file")
+    with pytest.raises(CalibrationError, match="there is no calibration file"):
+        digest(path)
