@@ -36,8 +36,9 @@ schema: .venv/.stamp  ## write effc/schema/*.json and the table of exit codes an
 	$(PY) tools/schemas.py
 	$(PY) tools/exit_codes.py
 
-torture: .venv/.stamp  ## N spoilt inputs of seed SEED, each in a process with limits
+torture: .venv/.stamp  ## N spoilt inputs of seed SEED, each in a process with limits, and a third as many kills
 	$(PY) tools/torture.py malformed --seed $(SEED) --count $(N)
+	$(PY) tools/torture.py kills --seed $(SEED) --trials $$((($(N) + 2) / 3))
 
 format: .venv/.stamp  ## let ruff fix what it can
 	$(PY) -m ruff check --fix .

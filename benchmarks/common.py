@@ -45,19 +45,23 @@ def write(name: str, content: dict[str, Any]) -> Path:
     """One result as small JSON, with the circumstances under which it was measured."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}.json"
+    text = json.dumps({**circumstances(), **content}, indent=1, sort_keys=True, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+    return file
+
+
+def circumstances() -> dict[str, Any]:
+    """What a number hangs on beside what was measured: revision, processor and versions."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
-    circumstances = {
+    return {
         "revision": described.stdout.strip() or "unknown",
         "cpu": cpu_name(),
         "features": cpu_features(),
         "python": platform.python_version(),
         "versions": versions(),
     }
-    text = json.dumps({**circumstances, **content}, indent=1, sort_keys=True, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
-    return file
 
 
 _BETWEEN = """

@@ -22,17 +22,17 @@ Json = dict[str, Any]
 HEAD = """# What was measured
 
 Every table here is made by `benchmarks/tables.py` from the files in `benchmarks/results`, which the script named above
-each table wrote. Ratios are plain float ÷ engine, so above 1 the engine is faster; in brackets a 99 % interval from
-drawing timing blocks again, with n counted runs of the engine. Engines take turns in one process, with threads that do
-not spin. Differences of a metric have a 95 % interval from a paired bootstrap over samples. Results of unlike
+each table wrote. Ratios are plain float ÷ engine, so above 1 the engine is faster; in brackets a 99 % interval (Student,
+over sessions in each of which both are opened anew), with n counted runs of the engine. Engines take turns in one
+process, with threads that do not spin. Differences of a metric have a 95 % interval from a paired bootstrap over samples. Results of unlike
 processors stand side by side and are never compared with each other. A result whose revision is not recorded is of an
 earlier state of the code.
 """
 
 
 def results(name: str) -> Iterator[Json]:
-    """Every result of one benchmark, a processor each."""
-    for file in sorted(RESULTS.glob(f"{name}-*.json")):
+    """Every result of one benchmark: a processor or a model each."""
+    for file in sorted([*RESULTS.glob(f"{name}.json"), *RESULTS.glob(f"{name}-*.json")]):
         yield json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -189,6 +189,161 @@ def overflow() -> list[str]:
     return lines
 
 
+def verdicts() -> list[str]:
+    lines = ["## How often a verdict of speed is right (benchmarks/verdicts.py)", ""]
+    said = {
+        "aa": "an engine and itself",
+        "neighbour": "the same, beside a process that keeps one core busy",
+        "slowdown": "one layer more than the reference",
+    }
+    for found in results("verdicts"):
+        lines += [circumstances(found) + f" {found['settings']['threads']} threads.", ""]
+        rows = [
+            [
+                said[name],
+                *(str(part[word]) for word in ("better", "worse", "not distinguishable")),
+                f"{part['engine_ms']:.2f}",
+                f"± {100 * part['half_width']:.1f} %",
+                f"{part['seconds']:.1f}",
+            ]
+            for name, part in found["parts"].items()
+        ]
+        heads = ["better", "worse", "not distinguishable", "engine ms", "interval", "seconds each"]
+        lines += table(["compared", *heads], rows)
+        share = found["share"]
+        lines += [
+            f"Measured for {found['long_s']:.0f} s, the layer more makes reference ÷ engine {share['ratio']:.4f} "
+            f"[{share['low']:.4f}, {share['high']:.4f}].",
+            "",
+        ]
+    return lines
+
+
+def gated() -> list[str]:
+    lines = [
+        "## Naive int8 and gated int8 (benchmarks/gate.py)",
+        "",
+        "The same recipe with the gate off and on, both timed and measured anew afterwards. Random models have no task; "
+        "their labels are their own float answers. Taken back are layers, or the whole pass.",
+        "",
+    ]
+    for found in results("gate"):
+        lines += [circumstances(found), ""]
+        rows = []
+        for r in found["rows"]:
+            for word in ("naive", "gated"):
+                one = r[word]
+                rows.append(
+                    [
+                        r["name"] if word == "naive" else "",
+                        word,
+                        "; ".join(f"{size(s)}: {ratio(s, s['n'])}" for s in one["shapes"]),
+                        f"{one['metric']['name']} {metric_row(one['metric'])}",
+                        f"{one['bytes'] / 1e6:.2f} MB",
+                        _taken_back(one["gate"]["rolled_back"]),
+                        "; ".join(one["failed"]) or "nothing",
+                    ]
+                )
+        heads = ["", "faster reference ÷ engine", "metric", "size", "taken back", "fails"]
+        lines += table(["model", *heads], rows)
+    return lines
+
+
+def _taken_back(rolled_back: list[Json]) -> str:
+    names = ["the pass" if r["sites"] == ["all"] else f"{len(r['sites'])} layers" for r in rolled_back]
+    return ", ".join(names) or "nothing"
+
+
+def faults() -> list[str]:
+    lines = ["## Faults that explain names (benchmarks/faults.py)", ""]
+    for found in results("faults"):
+        planted = [r for r in found["rows"] if r["fault"] is not None]
+        clean = [r for r in found["rows"] if r["fault"] is None]
+        lines += [circumstances(found), ""]
+        rows = []
+        for subject, place in sorted({(r["subject"], r["place"]) for r in planted}):
+            these = [r for r in planted if (r["subject"], r["place"]) == (subject, place)]
+            named = sum(r["named"] for r in these)
+            seconds = sorted(r["seconds"] for r in these)[len(these) // 2]
+            missed = ", ".join(r["fault"] for r in these if not r["named"])
+            rows.append([subject, place, f"{named} of {len(these)}", missed, f"{seconds:.1f}"])
+        lines += table(["program", "planted in", "named first", "missed", "seconds"], rows)
+        accused = sum(r["accused"] > 0 for r in clean)
+        lines += [f"Of {len(clean)} copies without a fault, {accused} had a node accused.", ""]
+    return lines
+
+
+def memory() -> list[str]:
+    lines = ["## Memory of a compile and the number of samples (benchmarks/memory.py)", ""]
+    for found in results("memory"):
+        lines += [circumstances(found), ""]
+        rows = [
+            [f"{r['samples']:,}", f"{r['peak_mb']}", f"{r['seconds']:.0f}"] for r in found["rows"]
+        ]
+        lines += table(["sentences", "peak MB", "seconds"], rows)
+        lines += [f"The largest peak is {found['spread']:.1%} above the smallest.", ""]
+    return lines
+
+
+def plans() -> list[str]:
+    lines = ["## What a plan foretells (benchmarks/plan.py)", ""]
+    for found in results("plan"):
+        lines += [circumstances(found), ""]
+        rows = [
+            [
+                r["name"],
+                f"{r['predicted_s']:.0f} → {r['real_s']:.0f}",
+                f"{r['predicted_mb']:.0f} → {r['real_mb']:.0f}",
+                f"{r['predicted_bytes'] / 1e6:.2f} → {r['real_bytes'] / 1e6:.2f}",
+            ]
+            for r in found["rows"]
+        ]
+        lines += table(["model", "seconds: plan → compile", "peak MB", "size MB"], rows)
+    return lines
+
+
+def torture() -> list[str]:
+    lines = ["## Spoilt inputs, kills and full disks (tools/torture.py)", ""]
+    for found in results("malformed"):
+        lines += [circumstances(found), ""]
+        codes = ", ".join(f"{n} × {code}" for code, n in sorted(found["codes"].items()))
+        lines += [
+            f"{found['inputs']} spoilt inputs of {len(found['kinds'])} kinds, seed {found['seed']}: "
+            f"{len(found['failed'])} ended otherwise than they may. Exit codes {codes}; at most "
+            f"{found['longest_s']:.1f} s and {found['peak_mb']} MB, of which {found['idle_mb']} MB before any input.",
+            "",
+        ]
+    rows = [
+        [
+            found["model"],
+            f"{found['killed']} of {found['trials']}",
+            f"{found['undisturbed_s']:.0f} s",
+            f"{found['again_s_mean']:.0f} s",
+            ", ".join(f"{stage} {n}" for stage, n in sorted(found["stages"].items())),
+            f"{len(found['failed'])}",
+        ]
+        for found in results("kills")
+    ]
+    if rows:
+        heads = ["killed", "undisturbed", "run again (mean)", "killed in", "failed"]
+        lines += ["SIGKILL at moments drawn evenly, and the same command again:", ""]
+        lines += table(["model", *heads], rows)
+    rows = [
+        [
+            found["model"],
+            f"{found['trials']}",
+            ", ".join(f"{n} × {code}" for code, n in sorted(found["codes"].items())),
+            ", ".join(f"{stage} {n}" for stage, n in sorted(found["stages"].items())),
+            f"{len(found['failed'])}",
+        ]
+        for found in results("full")
+    ]
+    if rows:
+        lines += ["A disk without room, and the same command again with room:", ""]
+        lines += table(["model", "trials", "exit codes", "ended in", "failed"], rows)
+    return lines
+
+
 def summary() -> str:
     """The README's table: one line a processor."""
     rows = []
@@ -223,7 +378,9 @@ def filled(text: str, source: str, content: str) -> str:
 
 
 def main(check: bool) -> int:
-    parts = (minilm, models, coverage, rules, kernels, overflow)
+    parts = (
+        minilm, models, gated, coverage, rules, kernels, overflow, verdicts, faults, memory, plans, torture,
+    )  # fmt: skip
     page = "\n".join([HEAD, *(line for part in parts for line in part())]).rstrip() + "\n"
     readme = README.read_text(encoding="utf-8")
     readme = filled(readme, "tools/demo.sh", f"\n{demo()}\n")

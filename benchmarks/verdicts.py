@@ -295,7 +295,7 @@ def main() -> int:
     rows = {name: rows_of(options.state, name) for name in ("aa", "neighbour", "slowdown")}
     rows = {name: found for name, found in rows.items() if found}
     parts = {name: summary(found) for name, found in rows.items()}
-    content: Json = {"name": "verdicts", "settings": settings(), "parts": parts}
+    content: Json = {"name": "verdicts", "settings": settings(), "long_s": LONG_S, "parts": parts}
     for row in rows_of(options.state, "share"):
         content["share"] = {n: round(v, 5) for n, v in dataclasses.asdict(said(row)).items()}
     content["estimators"] = estimators(rows)

@@ -182,7 +182,7 @@ def compare(
     cases: Iterable[Case],
     *,
     threads: int,
-    budget_s: float = 10.0,
+    budget_s: float = 9.5,
     seed: int = 0,
     streams: int = 1,
     references: Sequence[str] | None = None,

@@ -444,7 +444,7 @@ def bench(
     ] = "1x16,1x128,8x128",
     budget: Annotated[
         float, typer.Option("--budget", min=0.1, help="Seconds a shape may take.")
-    ] = 10.0,
+    ] = 9.5,
     threads: Threads = None,
     streams: Annotated[
         int, typer.Option("--streams", min=1, help="Callers that use an engine at once.")

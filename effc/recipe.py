@@ -76,7 +76,7 @@ class BenchSpec:
 
     shapes: tuple[tuple[Count, Count], ...] = ((1, 16), (1, 128), (8, 128))
     threads: Count | None = None
-    budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 9.5
     seed: Annotated[int, Field(ge=0)] = 0
 
 

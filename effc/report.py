@@ -174,9 +174,11 @@ def _metric(content: Mapping[str, Any]) -> list[str]:
 
 
 def metric_line(m: Mapping[str, Any]) -> str:
+    test = f", McNemar p = {m['mcnemar']['p']:.2g}" if m.get("mcnemar") else ""
     return (
         f"metric    {m['name']} {m['reference']:.4f} → {m['engine']:.4f}, difference "
-        f"{m['engine'] - m['reference']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}] (95 %, n = {m['n']})"
+        f"{m['engine'] - m['reference']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}] "
+        f"({100 * m['level']:g} %, n = {m['n']}{test}) {m['verdict']}"
     )
 
 

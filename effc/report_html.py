@@ -17,6 +17,7 @@ from effc.bench import shape_word
 from effc.charts import Bar, Html, Layer, Span, Spread, join
 from effc.package import UNHASHED
 from effc.report_numbers import FORMATS, At, number
+from effc.stats import Interval
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -99,7 +100,7 @@ def tone(word: object) -> str:
 
 def ratio_verdict(s: At) -> str:
     """What the interval of reference ÷ engine says."""
-    return _verdict(s["low"], s["high"], null=1.0)
+    return _verdict(s, null=1.0)
 
 
 def metric_verdict(metric: At) -> str:
@@ -107,15 +108,14 @@ def metric_verdict(metric: At) -> str:
     if metric["verdict"]:
         return str(metric["verdict"])
     higher = metric["higher_is_better"].raw is not False
-    return _verdict(metric["low"], metric["high"], null=0.0, higher_is_better=higher)
+    return _verdict(metric, null=0.0, higher_is_better=higher)
 
 
-def _verdict(low: At, high: At, *, null: float, higher_is_better: bool = True) -> str:
-    if low.raw is None or high.raw is None:
+def _verdict(of: At, *, null: float, higher_is_better: bool = True) -> str:
+    low, high = of["low"].raw, of["high"].raw
+    if low is None or high is None:
         return "not measured"
-    if low.raw > null or high.raw < null:
-        return "better" if (low.raw > null) == higher_is_better else "worse"
-    return "not distinguishable"
+    return Interval(low, high).verdict(null, higher_is_better=higher_is_better)
 
 
 # What stands for all

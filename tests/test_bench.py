@@ -73,7 +73,7 @@ def clock(monkeypatch):
     return make
 
 
-def timed(clock, engine_ms=3.0, reference_ms=3.0, budget_s=8.0, seed=0, **options):
+def timed(clock, engine_ms=3.0, reference_ms=3.0, budget_s=9.5, seed=0, **options):
     """One shape of a comparison of two stubs, and what was called on them in order."""
     log = []
     openers = {

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "a small encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +191,8 @@ def kills_main(args: argparse.Namespace) -> int:
     """Trials from 1 on; with --state those that are done are not done again."""
     with tempfile.TemporaryDirectory(prefix="torture-reference-", dir=args.place) as folder:
         state_file = Path(args.state).resolve() if args.state else None
-        key = {"model": args.model, "words": args.words, "seed": args.seed}
+        key = {"model": args.model or SMALL, "words": args.words or "", "seed": args.seed}
+        small_model(args, Path(folder))
         state: Json = {"key": key, "reference": None, "done": {}}
         if state_file and state_file.exists():
             state = json.loads(state_file.read_text(encoding="utf-8"))
@@ -208,7 +212,7 @@ def kills_main(args: argparse.Namespace) -> int:
             print(_line(number, found), flush=True)
     done = {n: t for n, t in state["done"].items() if int(n) <= args.trials}
     summary = {
-        **key,
+        **{name: without_places(str(word)) for name, word in key.items()},
         "trials": len(done),
         "killed": sum(t["was_killed"] for t in done.values()),
         "undisturbed_s": round(state["reference"]["seconds"], 1),
@@ -239,9 +243,32 @@ def _keep(file: Path | None, state: Json) -> None:
 
 
 def write_json(file: str | None, summary: Json) -> None:
-    if file:
-        text = json.dumps(summary, indent=1, sort_keys=True) + "\n"
-        Path(file).write_text(text, encoding="utf-8")
+    if not file:
+        return
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import common
+
+    text = json.dumps({**common.circumstances(), **summary}, indent=1, sort_keys=True) + "\n"
+    Path(file).write_text(text, encoding="utf-8")
+
+
+def without_places(words: str) -> str:
+    """Words with the names of files, and not where they lie here."""
+    return re.sub(r"/\S*/", "", words)
+
+
+def small_model(args: argparse.Namespace, place: Path) -> None:
+    """Where no model is named: an encoder of some thousand weights, quantised on made sentences."""
+    if args.model:
+        args.words = "--no-bench" if args.words is None else args.words
+        return
+    sys.path.insert(0, str(ROOT / "tests"))
+    import kit
+
+    args.model = str(kit.save_encoder(place / "model"))
+    sentences = kit.write_sentences(place / "sentences.txt")
+    if args.words is None:
+        args.words = f"--no-bench --quantize int8 --calib {sentences}"
 
 
 # A full disk
@@ -268,29 +295,34 @@ def full_main(args: argparse.Namespace) -> int:
     """No room for any file of a package, and disks of all sizes where this user may mount them."""
     failed: Json = {}
     counts: Counter[str] = Counter()
+    stages: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="torture-full-", dir=args.place) as folder:
         root = Path(folder).resolve()
+        name = without_places(args.model or SMALL)
+        small_model(args, root)
         reference = undisturbed(args, root / "reference")
         limits = sizes_of(Path(reference["out"]))
         limits = limits[:: max(1, len(limits) // args.trials)][: args.trials]
-        for name, code, faults in [
+        for how, code, stage, faults in [
             *_limited(args, root, reference, limits),
             *(_mounted(args, root, reference) if os.geteuid() == 0 else ()),
         ]:
             counts[str(code)] += 1
-            print("\n    FAULT ".join([f"{name}: {code}", *faults]), flush=True)
+            stages[stage if code else "none"] += 1
+            print("\n    FAULT ".join([f"{how}: {code} in {stage}", *faults]), flush=True)
             if faults:
-                failed[name] = faults
+                failed[how] = faults
     summary = {
-        "model": args.model, "words": args.words, "codes": dict(counts), "failed": failed,
-        "trials": sum(counts.values()),
+        "model": name, "words": without_places(args.words), "codes": dict(counts),
+        "stages": dict(stages), "failed": failed, "trials": sum(counts.values()),
     }  # fmt: skip
     print(f"{summary['trials']} times no room: exit codes {dict(counts)}, {len(failed)} failed")
     write_json(args.json, summary)
     return 1 if failed else 0
 
 
-Found = tuple[str, int, list[str]]
+Found = tuple[str, int, str, list[str]]
+"""What had no room, the exit code, the stage that it ended in, and what is wrong."""
 
 
 def _limited(
@@ -301,7 +333,7 @@ def _limited(
         place.root.mkdir()
         code, _, text = run(args.model, place, args.words, before=file_limit(bytes_))
         faults = _after(args, place, reference, code, text)
-        yield f"files of at most {bytes_} bytes", code, faults
+        yield f"files of at most {bytes_} bytes", code, stage_of(text), faults
         shutil.rmtree(place.root)
 
 
@@ -318,12 +350,13 @@ def _mounted(args: argparse.Namespace, root: Path, reference: Json) -> Iterator[
                 return
             try:
                 code, _, text = run(args.model, place, args.words)
+                stage = stage_of(text)
                 larger = ["mount", "-o", "remount,size=1g", str(place.root / what)]
                 subprocess.run(larger, check=True)
                 faults = _after(args, place, reference, code, text)
                 if what == "cache" and code:
                     faults.append("a cache without room is no reason to fail")
-                yield f"{what} on a disk of {share} of the package", code, faults
+                yield f"{what} on a disk of {share} of the package", code, stage, faults
             finally:
                 subprocess.run(["umount", str(place.root / what)], check=True)
                 shutil.rmtree(place.root)

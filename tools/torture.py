@@ -1,8 +1,8 @@
 """What effc does where everything goes wrong: spoilt inputs, a killed process, a full disk.
 
     python tools/torture.py malformed --seed 0 --count 300 [--only KIND] [--case 17] [--json FILE]
-    python tools/torture.py kills --model MODEL --words "--quantize int8 --calib FILE" --trials 20 [--state FILE]
-    python tools/torture.py full --model MODEL [--words …]
+    python tools/torture.py kills [--model MODEL --words "--quantize int8 --calib FILE"] --trials 20 [--state FILE]
+    python tools/torture.py full [--model MODEL --words …]
 
 Ends with 1 where something did not go as it must, and says how to see that again.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import resource
 import shlex
@@ -314,9 +313,7 @@ def malformed_main(args: argparse.Namespace) -> int:
         idle = idle_mb()
     summary = _summary(args.seed, outcomes, idle)
     print(_line(summary))
-    if args.json:
-        text = json.dumps(summary, indent=1, sort_keys=True) + "\n"
-        Path(args.json).write_text(text, encoding="utf-8")
+    killed.write_json(args.json, summary)
     return 1 if summary["failed"] else 0
 
 
@@ -355,15 +352,7 @@ def _summary(seed: int, outcomes: Sequence[Outcome], idle: float) -> dict[str, A
         "peak_mb": round(max(o.end.peak_mb for o in outcomes)),
         "idle_mb": round(idle),
         "longest_s": round(max(o.end.seconds for o in outcomes), 1),
-        "versions": _versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "tokenizers", "safetensors", "onnx", "onnxruntime", "numpy")
-    return {name: version(name) for name in names}
 
 
 def _line(summary: Mapping[str, Any]) -> str:
@@ -392,8 +381,8 @@ def main() -> int:
     spoilt.set_defaults(run=malformed_main)
     for name, run in (("kills", killed.kills_main), ("full", killed.full_main)):
         mode = modes.add_parser(name)
-        mode.add_argument("--model", required=True)
-        mode.add_argument("--words", default="--no-bench", help="more words of the compile, as one")
+        mode.add_argument("--model", help="what is compiled [default: a small encoder, to int8]")
+        mode.add_argument("--words", help="more words of the compile, as one [default: --no-bench]")
         mode.add_argument("--trials", type=int, default=20)
         mode.add_argument("--seed", type=int, default=0)
         mode.add_argument("--place", help="where to work [default: the temporary directory]")
