@@ -70,14 +70,14 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 @functools.cache
-def _registry(opset: int, *, ours: bool) -> Any:
+def registry(opset: int, *, ours: bool) -> Any:
     """torch's translations for an opset, with `TRANSLATIONS` on top where they are ours to choose.
 
     `torch.onnx.export` reads a thousand of them from source at every call, which takes longer than a small model.
     """
     from torch.onnx._internal.exporter import _registration
 
-    with _quiet():
+    with quiet():
         registry = _registration.ONNXRegistry.from_torchlib(opset)
         for target, translation in TRANSLATIONS.items() if ours else ():
             registry.register_op(target, translation)
@@ -88,7 +88,7 @@ def unsupported(graph: Graph, opset: int) -> list[Unsupported]:
     """Every node that cannot be written as ONNX of that opset."""
     from torch.onnx._internal.exporter import _decomp
 
-    registry = _registry(opset, ours=True)
+    known = registry(opset, ours=True)
 
     def unknown(nodes: Iterable[fx.Node]) -> list[fx.Node]:
         return [
@@ -96,15 +96,15 @@ def unsupported(graph: Graph, opset: int) -> list[Unsupported]:
             for n in nodes
             if isinstance(n.target, torch._ops.OpOverload)
             and n.meta.get("val") is not None  # an assertion computes nothing
-            and not registry.is_registered(n.target)
+            and not known.is_registered(n.target)
         ]
 
     found = unknown(graph.nodes)
     if any(map(_is_decomposable, found)):
         table = _decomp.create_onnx_friendly_decomposition_table(
-            set(_decomp.get_onnx_implemented_overloads(registry))
+            set(_decomp.get_onnx_implemented_overloads(known))
         )
-        with _quiet():
+        with quiet():
             found = unknown(graph.clone().exported.run_decompositions(table).graph.nodes)
     return [
         Unsupported(
@@ -138,10 +138,10 @@ def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
 
     exported = graph.clone().exported
     try:
-        with _quiet():
+        with quiet():
             program = _core.export(
                 exported,
-                registry=_registry(opset, ours=translate),
+                registry=registry(opset, ours=translate),
                 opset_version=opset,
                 optimize=True,
                 verbose=False,
@@ -284,7 +284,7 @@ def save(model: ir.Model, directory: Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     loggers = ["torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export"]
     levels = {name: logging.getLogger(name).level for name in loggers}
     with warnings.catch_warnings(), redirect_stdout(StringIO()):

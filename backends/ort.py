@@ -75,7 +75,7 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     return options
 
 
-def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -90,9 +90,7 @@ class OrtEngine(EngineBase):
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self._path = path
-        self._session: onnxruntime.InferenceSession | None = _session(
-            path, session_options(threads)
-        )
+        self._session: onnxruntime.InferenceSession | None = session(path, session_options(threads))
         self.inputs = tuple(_port(v) for v in self._session.get_inputs())
         self.outputs = tuple(_port(v) for v in self._session.get_outputs())
         self._names = [p.name for p in self.outputs]
@@ -168,7 +166,7 @@ def optimized(path: Path) -> ir.Model:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
         )
-        _session(path, options)
+        session(path, options)
         model = ir.load(target)
         for value in model.graph.initializers.values():
             value.const_value = None  # only names are read; the weights file goes with the folder

@@ -59,10 +59,10 @@ from planted import (
 from torch import Tensor, nn
 
 import effc
-from effc import explain
 from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.backends.ort_values import Nodes, as_it_stands
+from effc.blame import first_fault
 from effc.calib.calibrator import tensors_for
 from effc.calib.data import Batch
 from effc.compiler import trace_source
@@ -322,7 +322,7 @@ def in_graph(subject: Subject) -> Iterator[dict[str, Any]]:
         found = effc.explain(subject.original, program, subject.feeds)
         seconds = time.perf_counter() - started
         top = found[0] if found else None
-        first = explain.first(found)
+        first = first_fault(found)
         yield {
             "subject": subject.name, "place": "graph", "fault": name, "planted": wanted.name, "moved": moved,
             "top": top and top.node.name, "share": top and top.share, "reason": top and top.reason,
@@ -341,7 +341,7 @@ def in_file(subject: Subject, place: Path) -> Iterator[dict[str, Any]]:
     base = {n: torch.from_numpy(v) for n, v in as_it_stands(good, feeds).items()}
     for optimized in (False, True):
         yield control(
-            subject, f"file{', fused' * optimized}", len(nodes.off(good, optimized=optimized))
+            subject, f"file{', fused' * optimized}", len(nodes.check(good, optimized=optimized).off)
         )
     for name, plant in FILE_FAULTS[subject.name].items():
         model = ir.load(good)
@@ -350,7 +350,7 @@ def in_file(subject: Subject, place: Path) -> Iterator[dict[str, Any]]:
         ir.save(model, path)
         made = {n: torch.from_numpy(v) for n, v in as_it_stands(path, feeds).items()}
         started = time.perf_counter()
-        found = nodes.off(path)
+        found = nodes.check(path).off
         seconds = time.perf_counter() - started
         top = found[0] if found else None
         yield {

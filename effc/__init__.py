@@ -25,15 +25,17 @@ _NAMES = {
     "Program": "effc.ir.program:Program",
     "EffcError": "effc.errors:EffcError",
     "register": "effc.passes:register",
-    "explain": "effc.explain",  # a module that can be called
+    "explain": "effc.blame:explain",
+    "first_fault": "effc.blame:first_fault",
 }
 
 if TYPE_CHECKING:
+    from effc.blame import explain as explain
+    from effc.blame import first_fault as first_fault
     from effc.calib.data import Batch as Batch
     from effc.calib.probe import Probe as Probe
     from effc.compiler import compile as compile
     from effc.errors import EffcError as EffcError
-    from effc.explain import explain as explain
     from effc.ir.program import Program as Program
     from effc.ir.select import Select as Select
     from effc.ir.show import show as show
@@ -50,8 +52,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     module, _, attribute = _NAMES[name].partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

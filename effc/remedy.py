@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effc.explain import Case
 from effc.ir.align import align, is_weight
 from effc.ir.edit import is_constant, tensor_of
 from effc.ir.gap import Padding, decibel, difference, power
 from effc.ir.program import Graph
 from effc.ir.select import module_path, op_name, site_names
 from effc.ir.values import Compared, Values, call, compared, reads
+from effc.layers import Layers
 from effc.noise import Local, grid_for
 from effc.passes import PASSES
 from effc.quant.affine import fake_quantize, weight_qparams
@@ -52,8 +52,8 @@ class Remedy:
     advice: tuple[str, ...]
 
 
-def remedies(case: Case, layers: Sequence[Local], top: int) -> list[Remedy]:
-    """What would help the `top` layers with the largest shares; `layers` are those of `case.layers()`."""
+def remedies(case: Layers, layers: Sequence[Local], top: int) -> list[Remedy]:
+    """What would help the `top` layers with the largest shares; `layers` are those of `case.measured()`."""
     loudest = sorted(layers, key=lambda x: -x.share)[:top]
     trials = _trials(case.reference, case.graph, case.feeds, [x.node for x in loudest])
     names, total = site_names(case.reference), case.total

@@ -22,8 +22,8 @@ from effc.backends.base import Lowered
 from effc.bench import cpu_name
 from effc.build import Builder, Built, Rollback, versions
 from effc.cache import key_of
-from effc.explain import layer_errors
 from effc.gate import Check
+from effc.layers import layer_errors
 from effc.machine import cpu_features
 from effc.package import digest
 from effc.recipe import BenchSpec, GateSpec
@@ -109,7 +109,7 @@ class Lab:
         return made
 
     def layers(self, built: Built) -> list[Json]:
-        """Every quantised layer with the error that it makes, over one batch; see `explain.layer_errors`."""
+        """Every quantised layer with the error that it makes, over one batch; see `layers.layer_errors`."""
         first = next((i for i, r in built.steps.items() if r.effect == "lossy" and r.sites), None)
         if first is None:
             return []

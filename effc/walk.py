@@ -24,11 +24,13 @@ from effc import bounded, inspection, measure, package, recipe, scratch
 from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import ModuleEngine
+from effc.blame import Blame, Faults, first_fault
 from effc.build import Rollback, graph_digest
 from effc.calib.calibrator import MASK, tensors_for
+from effc.case import few
 from effc.errors import CalibrationError, PackageError, UsageError, VerifyError
-from effc.explain import Blame, Case, few, first
 from effc.ir.program import Graph, Program
+from effc.layers import Layers
 from effc.machine import default_threads
 from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass
@@ -45,6 +47,27 @@ Outputs = Mapping[str, Array]
 
 ROWS, LENGTH = 4, 32
 """Of inputs that are made up where no data is given."""
+ENOUGH = 0.5
+"""Share of nodes that must be compared, or a step cannot be judged by its nodes; 0.88 and more is usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What is wrong in a step, and by how many of its nodes that was judged."""
+
+    is_fault: bool = False
+    node: str | None = None
+    """The first node that is off by more than it may be."""
+    reason: str = ""
+    compared: int | None = None
+    """Nodes that were held to the step before one by one; None where only the outputs were looked at."""
+    of: int | None = None
+    """Nodes that compute something from the inputs."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether enough nodes were compared for their silence to mean something."""
+        return self.compared is None or self.compared >= ENOUGH * (self.of or 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +80,18 @@ class Step:
     from_before: Json
     most: float | None
     """What it may move the outputs by; None where its nodes are judged one by one."""
-    is_fault: bool
-    node: str | None
-    """The first node that is off by more than it may be."""
-    reason: str
+    judgement: Judgement
     seconds: float
 
     @property
     def moved(self) -> float:
         return max((d["rel_l2"] for d in self.from_before.values()), default=0.0)
+
+    def to_json(self) -> Json:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        found = values.pop("judgement")
+        judged = {**dataclasses.asdict(found), "is_judged": found.is_judged}
+        return {**values, **judged, "moved": self.moved}
 
 
 def walk(
@@ -100,15 +126,17 @@ def walk(
         lowered = inspection._lowered(out, entry)
         way.files(lowered, program.only(), inspection._lossy(manifest, entry), threads)
         sites, loudest = way.layers(before, program, top)
-    wrong = next((s for s in way.steps if s.is_fault), None)
+    wrong = next((s for s in way.steps if s.judgement.is_fault), None)
     one_target = len({e.target for e in manifest.engines}) == 1
     return {
         "target": entry.target,
         "rows": len(next(iter(feeds.values()))),
         "made_up": is_made_up,
         "replayed": graph_digest([program]) == manifest.graph_digest if one_target else None,
-        "steps": [{**dataclasses.asdict(s), "moved": s.moved} for s in way.steps],
-        "first": None if wrong is None else {"step": wrong.name, "node": wrong.node, "reason": wrong.reason},
+        "steps": [s.to_json() for s in way.steps],
+        "first": None if wrong is None else {
+            "step": wrong.name, "node": wrong.judgement.node, "reason": wrong.judgement.reason,
+        },
         "nodes": [b.to_json() for b in way.blames[:top]],
         "sites": sites,
         "loudest": [dataclasses.asdict(r) for r in loudest],
@@ -194,19 +222,25 @@ class _Way:
             if not made.sites:
                 return
             is_exact = made.effect == "exact"
-            blame = None
 
-            def judge(moved: float) -> tuple[bool, str | None, str]:
-                nonlocal blame
+            def judge(moved: float) -> Judgement:
                 if is_exact and moved <= pass_.tolerance:
-                    return False, None, ""
-                case = Case(before.only(), program.only(), self.tensors, is_made_up=self.is_made_up)
+                    return Judgement()
+                case = Faults(
+                    before.only(), program.only(), self.tensors, is_made_up=self.is_made_up
+                )
                 blames = case.blames(1)
                 self.blames += blames
-                blame = first(blames)
-                if blame is None:
-                    return is_exact, None, "no single node is off" if is_exact else ""
-                return True, blame.site, blame.reason
+                blame, (compared, of) = first_fault(blames), case.compared()
+                if blame is not None:
+                    return Judgement(
+                        is_fault=True,
+                        node=blame.site,
+                        reason=blame.reason,
+                        compared=compared,
+                        of=of,
+                    )
+                return Judgement(is_fault=is_exact, compared=compared, of=of)
 
             most = pass_.tolerance if is_exact else None
             self.step(pass_.name, made.effect, lambda: self.outputs(program), most, judge)
@@ -232,12 +266,15 @@ class _Way:
             path = lowered.directory / lowered.files[0]
             nodes = Nodes(graph, self.tensors, lowered.opset)
 
-            def judge(optimized: bool) -> Callable[[float], tuple[bool, str | None, str]]:
-                def run(moved: float) -> tuple[bool, str | None, str]:
-                    bad = nodes.off(path, optimized=optimized)
-                    if bad:
-                        return True, f"{bad[0].nodes[0]} ({bad[0].site})", bad[0].reason
-                    return not moved <= most, None, "" if moved <= most else "no single node is off"
+            def judge(optimized: bool) -> Callable[[float], Judgement]:
+                def run(moved: float) -> Judgement:
+                    found = nodes.check(path, optimized=optimized)
+                    counts = {"compared": found.compared, "of": found.of}
+                    if not found.off:
+                        return Judgement(is_fault=not moved <= most, **counts)
+                    bad = found.off[0]
+                    node = f"{bad.nodes[0]} ({bad.site})"
+                    return Judgement(is_fault=True, node=node, reason=bad.reason, **counts)
 
                 return run
 
@@ -258,9 +295,9 @@ class _Way:
     ) -> tuple[list[Json], list[Remedy]]:
         """Every quantised layer with its share, and what would help those with the largest."""
         with self.progress.stage("layers"):
-            case = Case(before.only(), program.only(), self.tensors, is_made_up=self.is_made_up)
-            found = case.layers()
-            return case.rows(found), remedies(case, list(found), top)
+            layers = Layers(before.only(), program.only(), self.tensors, is_made_up=self.is_made_up)
+            found = layers.measured()
+            return layers.told(found), remedies(layers, list(found), top)
 
     def outputs(self, program: Program) -> Outputs:
         return {name: value.numpy() for name, value in program.only().run(self.tensors).items()}
@@ -271,22 +308,18 @@ class _Way:
         kind: str,
         run: Callable[[], Outputs],
         most: float | None,
-        judge: Callable[[float], tuple[bool, str | None, str]] | None = None,
+        judge: Callable[[float], Judgement] | None = None,
     ) -> None:
         started = time.perf_counter()
         outputs = run()
         from_module, from_before = (self.drift(o, outputs) for o in (self.module, self.last))
         moved = max((d["rel_l2"] for d in from_before.values()), default=0.0)
-        if judge is not None:
-            is_fault, node, reason = judge(moved)
-        else:
-            is_fault, node, reason = not (most is None or moved <= most), None, ""
+        made = judge(moved) if judge else Judgement(is_fault=not (most is None or moved <= most))
         self.last = outputs
         self.steps.append(
             Step(
                 name=name, kind=kind, from_module=from_module, from_before=from_before, most=most,
-                is_fault=is_fault, node=node, reason=reason,
-                seconds=round(time.perf_counter() - started, 3),
+                judgement=made, seconds=round(time.perf_counter() - started, 3),
             )
         )  # fmt: skip
 
@@ -328,6 +361,33 @@ def _advice(sites: Sequence[Json], loudest: Sequence[Remedy]) -> list[str]:
     return advice
 
 
+def _step_line(step: Json) -> str:
+    worst = max(step["from_module"].values(), key=lambda d: d["rel_l2"])
+    most = "" if step["most"] is None else f"{step['most']:g}"
+    nodes = "" if step["compared"] is None else f"{step['compared']} of {step['of']}"
+    text = (
+        f"{step['name']:16} {worst['rel_l2']:12.3g} {worst['cosine']:9.5f} {step['moved']:12.3g} "
+        f"{most:>8}  {nodes}"
+    ).rstrip()
+    if step["is_fault"]:
+        return f"{text}  ← a node is off" if step["node"] else f"{text}  ← more than it may"
+    return text if step["is_judged"] else f"{text}  ← cannot be judged"
+
+
+def _verdict(steps: Sequence[Json], wrong: Json | None) -> list[str]:
+    """The first fault, or what was looked at without finding one."""
+    if wrong is not None:
+        where = f" at {wrong['node']}" if wrong["node"] else ""
+        return [
+            f"it goes wrong in {wrong['step']}{where}: {wrong['reason'] or 'no single node is off'}"
+        ]
+    blind = [s for s in steps if not s["is_judged"]]
+    if blind:
+        names = ", ".join(f"{s['name']} ({s['compared']} of {s['of']} nodes)" for s in blind)
+        return [f"where it goes wrong cannot be judged: too few nodes could be compared in {names}"]
+    return ["no fault found: outputs stay within the bounds above, and no node compared is off"]
+
+
 def lines(found: Mapping[str, Any]) -> list[str]:
     """What `walk` found, for a person."""
     made_up = (
@@ -336,21 +396,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     shown = [f"on {found['rows']} rows of {made_up}"]
     if found["replayed"] is False:
         shown.append("this effc makes another graph of the model than the package was made from")
-    shown.append(f"{'step':16} {'from module':>12} {'cosine':>9} {'from before':>12}")
-    for step in found["steps"]:
-        worst = max(step["from_module"].values(), key=lambda d: d["rel_l2"])
-        mark = "" if not step["is_fault"] else "  ← more than it may"
-        shown.append(
-            f"{step['name']:16} {worst['rel_l2']:12.3g} {worst['cosine']:9.5f} {step['moved']:12.3g}{mark}"
-        )
-    wrong = found["first"]
-    if wrong is None:
-        shown.append("no step moves the outputs by more than its grids and rounding explain")
-    else:
-        where = f" at {wrong['node']}" if wrong["node"] else ""
-        shown.append(
-            f"it goes wrong in {wrong['step']}{where}: {wrong['reason'] or 'no single node is off'}"
-        )
+    shown.append(
+        f"{'step':16} {'from module':>12} {'cosine':>9} {'from before':>12} {'at most':>8}  nodes compared"
+    )
+    shown += [_step_line(step) for step in found["steps"]]
+    shown += _verdict(found["steps"], found["first"])
     shares = {s["site"]: s for s in found["sites"]}
     for remedy in found["loudest"]:
         site = shares[remedy["site"]]

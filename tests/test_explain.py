@@ -12,13 +12,14 @@ from graphs import Attention, Call, LlamaNorm, lower, node_of, normal, quantize
 from torch import nn
 
 import effc
-from effc import explain
+from effc.blame import first_fault
 from effc.calib.data import Batch
-from effc.explain import Case, layer_errors, made_up
+from effc.case import made_up
 from effc.ir.align import align
 from effc.ir.edit import insert, insert_after, rebind, refresh, replace, tensor_name, tensor_of
 from effc.ir.select import op_name
 from effc.ir.values import Values
+from effc.layers import Layers, layer_errors
 from effc.passes import CANONICAL, PASSES
 from kit import assert_letter, cli, made, plant
 
@@ -195,7 +196,7 @@ def test_the_node_with_the_fault_is_named_first(fault):
     original, program, node = planted(fault)
     found = effc.explain(original, program, X)
     assert found[0].node is node
-    assert explain.first(found).node is node
+    assert first_fault(found).node is node
     assert found[0].reason
 
 
@@ -226,7 +227,7 @@ def test_the_reason_says_what_is_different(fault, words):
 def test_honest_noise_is_nobodys_fault(data):
     original, program = programs()
     found = effc.explain(original, program, data)
-    assert explain.first(found) is None
+    assert first_fault(found) is None
     assert {b.op for b in found} == {"linear", "quantize"}
 
 
@@ -256,7 +257,7 @@ def test_a_fault_beside_the_same_noise_is_exact():
 def test_batch_norm_and_relu_that_were_folded_away_are_nobodys_fault():
     original, program = programs(Convolutions, 8, 3, 10, 10)
     assert "batch_norm" not in [op_name(n) for n in program.only().nodes]
-    assert explain.first(effc.explain(original, program, {"x": normal(8, 3, 10, 10)})) is None
+    assert first_fault(effc.explain(original, program, {"x": normal(8, 3, 10, 10)})) is None
 
 
 def test_a_fault_in_a_folded_convolution_is_named():
@@ -277,7 +278,7 @@ def test_a_scale_moved_from_one_layer_to_the_next_is_on_purpose():
     graph = program.only()
     for name, how in (("a.weight", 4.0), ("a.bias", 4.0), ("b.weight", 0.25)):
         rebind(graph, name, graph.tensors()[name] * how, "scale")
-    assert explain.first(effc.explain(original, program, {"x": normal(4, 8)})) is None
+    assert first_fault(effc.explain(original, program, {"x": normal(4, 8)})) is None
 
 
 def test_a_fused_norm_stands_for_the_last_node_of_its_pattern():
@@ -317,15 +318,18 @@ def test_every_quantised_layer_has_its_errors_and_its_share():
     assert [r["site"] for r in rows] == [
         *(f"attention.{name}" for name in "qkvo"), "gate", "up", "down",
     ]  # fmt: skip
-    assert all(set(r) == {"site", "op", "sqnr_db", "local_db", "share"} for r in rows)
+    assert all(
+        set(r) == {"site", "op", "sqnr_db", "local_db", "share", "rows", "probes"} for r in rows
+    )
     assert all(20 < r["sqnr_db"] <= r["local_db"] + 3 < 60 for r in rows)
     assert 0.7 < sum(r["share"] for r in rows) <= 1 + 1e-9
+    assert {(r["rows"], r["probes"]) for r in rows} == {(8, 4)}
 
 
 def test_estimated_shares_are_close_to_those_tried_out():
     original, program = programs()
-    case = Case(original.only(), program.only(), X)
-    for local in case.layers():
+    case = Layers(original.only(), program.only(), X)
+    for local in case.measured():
         tried = case.alone(local) / case.total
         assert abs(math.log(local.share / tried)) < 1.2 or tried < 0.01
 
@@ -370,8 +374,8 @@ def test_errors_in_padding_do_not_count():
     padded = {**example, "x": torch.cat([x[:, :3].relu(), torch.full((2, 1, 3), -9.0)], 1)}
     node.target = aten.alias.default
     refresh(program.only())
-    assert explain.first(effc.explain(original, program, padded)) is None
-    assert explain.first(effc.explain(original, program, example)) is not None
+    assert first_fault(effc.explain(original, program, padded)) is None
+    assert first_fault(effc.explain(original, program, example)) is not None
 
 
 # --- the file and the package -------------------------------------------------------------------
@@ -400,12 +404,12 @@ def test_a_fault_in_the_file_is_named(op, edit, tmp_path_factory):
     place = tmp_path_factory.getbasetemp() / "block"
     made = lowered_block(place)
     nodes = Nodes(programs()[1].only(), X, made.opset)
-    assert nodes.off(place / "model.onnx") == []
+    assert nodes.check(place / "model.onnx").off == ()
     model = ir.load(place / "model.onnx")
     node = next(n for n in model.graph if n.op_type == op)
     edit(node, model)
     ir.save(model, place / "faulty.onnx")
-    found = nodes.off(place / "faulty.onnx")
+    found = nodes.check(place / "faulty.onnx").off
     assert [off.nodes[0] for off in found] == [node.name]
 
 
@@ -432,7 +436,7 @@ def test_a_package_is_walked_from_its_model_to_its_engine(tmp_path):
         "--top", 2,
     )  # fmt: skip
     assert ran.code == 0, ran.err
-    assert "no step moves the outputs by more than" in ran.out
+    assert "no fault found: " in ran.out
     told = json.loads(file.read_text())
     names = [step["name"] for step in told["steps"]]
     assert names[0] == "trace" and names[-4:] == ["quantize", "plain export", "onnx file", "engine"]

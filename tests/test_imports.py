@@ -33,13 +33,13 @@ LINES = [
     metrics
     recipe room
     samples verify bench cache
-    gate
+    gate case
     package
     delta charts report_shape
     report_numbers
     report_html
     report
-    measure build explain
+    measure build blame layers
     trial remedy
     search
     compiler

@@ -164,7 +164,7 @@ def warm() -> None:
     for name in ("BertModel", "ViTForImageClassification", "AutoTokenizer", "AutoModel"):
         getattr(transformers, name)
     for opset in (21, 23):
-        backend._registry(opset, ours=True)
+        backend.registry(opset, ours=True)
     _ = onnx, onnxruntime, PIL.Image, torch, cli, compiler, inspection, recipe, onnx_file, ort
 
 

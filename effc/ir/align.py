@@ -127,6 +127,17 @@ def _walk(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
         yield place, value
 
 
+def computed(graph: Graph) -> list[fx.Node]:
+    """The nodes that compute something from a graph's inputs."""
+    inputs = {str(name) for name in graph.exported.graph_signature.user_inputs}
+    found = {n: None for n in graph.fx.nodes if n.name in inputs}
+    first = len(found)
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found[node] = None
+    return list(found)[first:]
+
+
 def is_weight(node: fx.Node) -> bool:
     """Whether a node dequantises codes that are stored, not computed."""
     return node.target is DEQUANTIZE and _first(node).op == "placeholder"
