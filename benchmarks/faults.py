@@ -1,16 +1,26 @@
 """Faults planted in compiled programs and in ONNX files: does explain name them?
 
     python benchmarks/faults.py [--only SUBJECT] [--smoke]    # minutes; writes benchmarks/results/faults.json
+    python benchmarks/faults.py --held-out SEED N             # drawn ones alone
 
-Every fault goes into a copy of a program that has quantisation noise everywhere, and moves its outputs by at least
-0.1 %, or it does not count. It is named where the node that explain puts first is the one that was changed. Copies
-without a fault must be accused of nothing. The script ends with 1 where fewer than 95 % are named, or a copy without a
-fault is accused. The reference is the model as it was traced, before any pass.
+Every fault goes into a copy of a program that has quantisation noise everywhere. `named` counts where the one node that
+`effc explain OUT` prints is the one that was changed: of a graph `first_fault`, of a file the node that computes the
+first value that is off. Two softer counts stand beside it: `ranked`, where the node at the top of `effc.explain`'s list
+is that node, and, of files, `near`, where it is among the nodes between that value and known ones before it. The
+reference is the model as it was traced, before any pass.
+
+The script ends with 1 where fewer than 95 % are named or ranked, where a copy without a fault is accused, and where a
+planted fault moves the outputs by less than 0.1 %, since then it is none.
+
+effc's bounds were chosen with these faults in view. So others are drawn from a seed, on models that were not
+(`drawn`); what moves the outputs by less than 0.1 % is drawn again. They are counted apart, under `held_out`, and
+decide nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import tempfile
 import time
@@ -20,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import common
+import coverage
+import drawn
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -39,12 +51,13 @@ from planted import (
     gone,
     grid,
     inserted,
-    keyword,
     literal,
     looked_up,
     one_further,
     read_otherwise,
+    regridded,
     replaced,
+    rescaled,
     rewired,
     shifted,
     stale,
@@ -56,13 +69,12 @@ from planted import (
     unmasked,
     weight,
 )
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import effc
 from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.backends.ort_values import Nodes, as_it_stands
-from effc.blame import first_fault
 from effc.calib.calibrator import tensors_for
 from effc.calib.data import Batch
 from effc.compiler import trace_source
@@ -81,6 +93,8 @@ VISIBLE = 1e-3
 ENOUGH = 0.95
 ROWS = 4
 SMOKE = ("arithmetic", "pictures")
+HELD_OUT = 20261125, 100
+"""Seed and number of the faults that are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +196,7 @@ def makers() -> dict[str, Callable[[], Subject]]:
 
 TRUNCATE = ((aten.to.dtype, (torch.int32,)), (aten.to.dtype, (torch.float32,)))
 TRANSFORMER: dict[str, Plant] = {
-    "attention scale doubled": keyword("scaled_dot_product_attention", 2, scale=0.4),
+    "attention scale doubled": rescaled(2, 2),
     "heads of the keys swapped": flipped_heads(1),
     "square weight transposed": weight("linear", 3, 0, turned),
     "activation scale 4 times too wide": grid(5, 1, times(4)),
@@ -264,8 +278,8 @@ FAULTS: dict[str, dict[str, Plant]] = {
         "square weight transposed": weight("linear", 3, 0, turned),
         "scale of one group": weight("linear", 8, 1, first_row(6)),
         "weight of another layer": stale("linear", 16, 9),
-        "weight scale 10 % off": weight("linear", 8, 1, times(1.2)),
-        "attention scale doubled": keyword("scaled_dot_product_attention", 2, scale=0.7),
+        "weight scale 20 % off": weight("linear", 8, 1, times(1.2)),
+        "attention scale doubled": rescaled(2, 2),
         "epsilon": literal("rms_norm", 3, 3, 1e-1),
         "silu became relu": replaced("silu", 1, aten.relu.default),
     },
@@ -274,6 +288,7 @@ INTEGER = "MatMulIntegerToFloat"
 FILE_FAULTS: dict[str, dict[str, FilePlant]] = {
     "minilm": {
         "activation scale": tensor("QuantizeLinear", 4, 1, lambda a: a * 1.5),
+        "zero point off by one": tensor("QuantizeLinear", 6, 2, lambda a: a + 1),
         "activation zero point": tensor(INTEGER, 5, 4, lambda a: (a + 9).astype(a.dtype)),
         "square weight transposed": tensor(INTEGER, 3, 1, np.transpose),
         "bias of zeros": tensor(INTEGER, 11, 6, np.zeros_like),
@@ -310,26 +325,42 @@ FILE_FAULTS: dict[str, dict[str, FilePlant]] = {
 }
 
 
+def faults_of(subject: Subject) -> dict[str, Plant]:
+    """The fixed faults of a subject's graph; a weight that nothing was folded into gets a wrong grid too."""
+    exact = subject.original.only()
+    op, number = ("conv2d", 2) if subject.name == "pictures" else ("linear", 3)
+    return {
+        **FAULTS[subject.name],
+        "steps of a weight 8 times too wide": regridded(exact, op, number, 8),
+        "steps of a weight 8 times too narrow": regridded(exact, op, number, 1 / 8),
+    }
+
+
 def in_graph(subject: Subject) -> Iterator[dict[str, Any]]:
-    """Every fault of a subject's graph, and the copy without one."""
-    base = subject.program.run(subject.feeds)
-    for name, plant in FAULTS[subject.name].items():
+    """Every fixed fault of a subject's graph."""
+    for name, plant in faults_of(subject).items():
         program = subject.program.clone()
         wanted = plant(program.only())
         refresh(program.only())
-        moved = drift(base, program.run(subject.feeds)).rel_l2
-        started = time.perf_counter()
-        found = effc.explain(subject.original, program, subject.feeds)
-        seconds = time.perf_counter() - started
-        top = found[0] if found else None
-        first = first_fault(found)
-        yield {
-            "subject": subject.name, "place": "graph", "fault": name, "planted": wanted.name, "moved": moved,
-            "top": top and top.node.name, "share": top and top.share, "reason": top and top.reason,
-            "named": top is not None and top.node is wanted,
-            "first": first is not None and first.node is wanted,
-            "accused": sum(b.is_fault for b in found), "seconds": round(seconds, 2),
-        }  # fmt: skip
+        yield graph_row(subject, name, program, wanted)
+
+
+def graph_row(subject: Subject, name: str, program: Program, wanted: fx.Node) -> dict[str, Any]:
+    """Whether explain names the node of a program that was changed."""
+    base = subject.program.run(subject.feeds)
+    moved = drift(base, program.run(subject.feeds)).rel_l2
+    started = time.perf_counter()
+    found = effc.explain(subject.original, program, subject.feeds)
+    seconds = time.perf_counter() - started
+    top, first = found[0] if found else None, effc.first_fault(found)
+    return {
+        "subject": subject.name, "place": "graph", "fault": name, "planted": wanted.name, "moved": moved,
+        "first": first and first.node.name, "top": top and top.node.name, "share": top and top.share,
+        "reason": first and first.reason,
+        "named": first is not None and first.node is wanted,
+        "ranked": top is not None and top.is_fault and top.node is wanted,
+        "accused": sum(b.is_fault for b in found), "seconds": round(seconds, 2),
+    }  # fmt: skip
 
 
 def in_file(subject: Subject, place: Path) -> Iterator[dict[str, Any]]:
@@ -340,9 +371,9 @@ def in_file(subject: Subject, place: Path) -> Iterator[dict[str, Any]]:
     feeds = {name: value.numpy() for name, value in subject.feeds.items()}
     base = {n: torch.from_numpy(v) for n, v in as_it_stands(good, feeds).items()}
     for optimized in (False, True):
-        yield control(
-            subject, f"file{', fused' * optimized}", len(nodes.check(good, optimized=optimized).off)
-        )
+        found = nodes.check(good, optimized=optimized)
+        row = control(subject, f"file{', fused' * optimized}", len(found.off))
+        yield {**row, "compared": found.compared, "of": found.of}
     for name, plant in FILE_FAULTS[subject.name].items():
         model = ir.load(good)
         wanted = plant(model).name
@@ -350,16 +381,76 @@ def in_file(subject: Subject, place: Path) -> Iterator[dict[str, Any]]:
         ir.save(model, path)
         made = {n: torch.from_numpy(v) for n, v in as_it_stands(path, feeds).items()}
         started = time.perf_counter()
-        found = nodes.check(path).off
+        off = nodes.check(path).off
         seconds = time.perf_counter() - started
-        top = found[0] if found else None
+        first = off[0] if off else None
+        is_named = first is not None and first.nodes[0] == wanted
         yield {
             "subject": subject.name, "place": "file", "fault": name, "planted": wanted,
-            "moved": drift(base, made).rel_l2, "top": top and top.nodes[0], "share": None,
-            "reason": top and top.reason, "named": top is not None and wanted in top.nodes,
-            "first": top is not None and wanted in top.nodes,
-            "accused": len(found), "seconds": round(seconds, 2),
+            "moved": drift(base, made).rel_l2, "first": first and first.nodes[0], "share": None,
+            "reason": first and first.reason, "named": is_named, "ranked": is_named,
+            "near": first is not None and wanted in first.nodes,
+            "accused": len(off), "seconds": round(seconds, 2),
         }  # fmt: skip
+
+
+def held_out(seed: int, count: int) -> dict[str, Any]:
+    """Faults drawn from a seed on models that nothing was chosen with."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    clean: list[dict[str, Any]] = []
+    redrawn = 0
+    with tempfile.TemporaryDirectory(prefix="effc-held-out-") as place:
+        subjects = [unseen(name, Path(place)) for name in drawn.MODELS]
+        for subject in subjects:
+            for row in controls(subject):
+                clean.append(row)
+                print(line(row), flush=True)
+        while len(rows) < count:
+            subject = subjects[len(rows) % len(subjects)]
+            made = attempt(subject, rng)
+            if made is None:
+                redrawn += 1
+                continue
+            rows.append(made)
+            print(line(made), flush=True)
+    counts = {word: sum(r[word] for r in rows) for word in ("named", "ranked")}
+    print(
+        f"held out, seed {seed}: {counts['named']} of {count} drawn faults named, {counts['ranked']} ranked first; "
+        f"{redrawn} drawn again; {sum(bool(r['accused']) for r in clean)} of {len(clean)} copies without one accused"
+    )
+    return {"seed": seed, "n": count, **counts, "redrawn": redrawn, "rows": rows, "clean": clean}
+
+
+def attempt(subject: Subject, rng: random.Random) -> dict[str, Any] | None:
+    """One drawn fault; None where it has no place here, cannot run, or does not move the outputs."""
+    program = subject.program.clone()
+    fault = drawn.draw(program.only(), subject.original.only(), rng)
+    if fault is None:
+        return None
+    name, plant = fault
+    try:
+        wanted = plant(program.only())
+        refresh(program.only())
+        outputs = program.run(subject.feeds)
+    except Exception:  # a plant for any graph does not fit every graph
+        return None
+    moved = drift(subject.program.run(subject.feeds), outputs).rel_l2
+    return graph_row(subject, name, program, wanted) if moved >= VISIBLE else None
+
+
+def unseen(name: str, place: Path) -> Subject:
+    """A small model of random weights out of `coverage`."""
+    torch.manual_seed(0)
+    if name in coverage.FACTORIES:
+        model, source = None, coverage.FACTORIES[name]()
+    else:
+        model = coverage.awaken(coverage.MODELS[name]().eval())
+        model.save_pretrained(place / name)
+        source = load(guess(str(place / name)))
+    data = coverage.calibration(model, name, place / f"{name}.npz")
+    batches = list(Samples(source, CalibSpec(file=str(data), samples=16))("main"))
+    return compiled(name, trace_source(source), batches, source.inputs["main"])
 
 
 def control(subject: Subject, place: str, accused: int) -> dict[str, Any]:
@@ -381,8 +472,9 @@ def line(row: dict[str, Any]) -> str:
     if row["fault"] is None:
         word = "nobody is accused" if not row["accused"] else f"ACCUSED {row['accused']}"
         return f"{row['subject']:12} {row['place']:20} no fault: {word}"
-    word = "named" if row["named"] else f"MISSED: says {row['top']}, planted in {row['planted']}"
-    seen = "" if row["moved"] >= VISIBLE else "  (INVISIBLE, not counted)"
+    word = "named" if row["named"] else f"MISSED: says {row['first']}, planted in {row['planted']}"
+    word += "" if row["named"] == row["ranked"] else f" (the list begins with {row['top']})"
+    seen = "" if row["moved"] >= VISIBLE else "  MOVES NOTHING"
     return (
         f"{row['subject']:12} {row['place']:5} {row['fault']:42} moves {row['moved']:.2g}, "
         f"{row['seconds']:5.1f} s  {word}{seen}"
@@ -393,7 +485,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", help="a subject by name; may be given again")
     parser.add_argument("--smoke", action="store_true", help="the small models alone")
+    parser.add_argument("--held-out", nargs=2, type=int, metavar=("SEED", "N"))
     options = parser.parse_args()
+    if options.held_out:
+        held_out(*options.held_out)
+        return 0
     wanted = options.only or (SMOKE if options.smoke else None)
     rows: list[dict[str, Any]] = []
     for name, make in makers().items():
@@ -408,18 +504,20 @@ def main() -> int:
                 rows.append(row)
                 print(line(row), flush=True)
     faults = [r for r in rows if r["fault"] is not None]
-    counted = [r for r in faults if r["moved"] >= VISIBLE]
+    still = [r["fault"] for r in faults if not r["moved"] >= VISIBLE]
     accused = [r for r in rows if r["fault"] is None and r["accused"]]
-    hits = sum(r["named"] for r in counted)
-    firsts = sum(r["first"] for r in counted)
+    counts = {word: sum(r[word] for r in faults) for word in ("named", "ranked")}
     print(
-        f"{hits} of {len(counted)} faults named, {firsts} by the first divergence; "
-        f"{len(faults) - len(counted)} too small to count; {len(accused)} copies without a fault accused"
+        f"{counts['named']} of {len(faults)} faults named, {counts['ranked']} ranked first; "
+        f"{len(accused)} copies without a fault accused"
     )
-    if not options.only and not options.smoke:
-        content = {"name": "faults", "rows": rows, "named": hits, "n": len(counted)}
-        print(common.write("faults", content))
-    return 0 if counted and hits >= ENOUGH * len(counted) and not accused else 1
+    if still:
+        print(f"these move nothing, so they are no faults: {', '.join(still)}")
+    if wanted is None:
+        content = {"name": "faults", "rows": rows, **counts, "n": len(faults)}
+        print(common.write("faults", {**content, "held_out": held_out(*HELD_OUT)}))
+    is_good = faults and min(counts.values()) >= ENOUGH * len(faults)
+    return 0 if is_good and not still and not accused else 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ from torch import Tensor, fx
 from effc.ir.edit import insert, insert_after, rebind, replace, tensor_name, tensor_of
 from effc.ir.program import Graph
 from effc.ir.select import op_name, site_names
+from effc.noise import bits_of
+from effc.quant.affine import quantize
 from effc.quant.ops import DEQUANTIZE
+from effc.quant.scheme import Scheme
 
 aten = torch.ops.aten
 
@@ -79,10 +82,33 @@ def both(first: Plant, second: Plant) -> Plant:
     return plant
 
 
-def keyword(op: str, number: int, **values: Any) -> Plant:
+def regridded(exact: Graph, op: str, number: int, factor: float) -> Plant:
+    """A weight on a grid with other steps, and codes of the `exact` weight that were made with them."""
+
     def plant(graph: Graph) -> fx.Node:
         node = at(graph, op, number)
-        node.kwargs = {**node.kwargs, **values}
+        codes, scale, zero, axis, group = node.args[1].args  # type: ignore[union-attr]
+        name = tensor_name(graph, codes)
+        assert name is not None
+        weight = exact.tensors()[graph.origins[name].source]
+        scheme = Scheme(bits=bits_of(graph, codes), axis=axis, group=group or None)  # type: ignore[arg-type]
+        step = tensor_of(graph, scale) * factor  # type: ignore[arg-type]
+        made = quantize(weight, step, tensor_of(graph, zero), scheme)  # type: ignore[arg-type]
+        change(graph, scale, lambda _: step)
+        change(graph, codes, lambda _: made)
+        return node
+
+    return plant
+
+
+def rescaled(number: int, factor: float) -> Plant:
+    """The scale of an attention, which is 1/√size where nothing is said."""
+
+    def plant(graph: Graph) -> fx.Node:
+        node = at(graph, "scaled_dot_product_attention", number)
+        size = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+        scale: Any = node.kwargs.get("scale") or size**-0.5
+        node.kwargs = {**node.kwargs, "scale": factor * scale}
         return node
 
     return plant

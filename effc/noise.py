@@ -10,6 +10,7 @@ with how much worse than theirs the other grids of the graph are.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,12 @@ from effc.calib.collectors import COLLECTORS
 from effc.errors import first_line
 from effc.ir.align import Alignment, arguments, is_weight, operands
 from effc.ir.differences import Differences
-from effc.ir.edit import is_constant, tensor_of
+from effc.ir.edit import is_constant, tensor_name, tensor_of
 from effc.ir.gap import Padding, decibel, difference, power
 from effc.ir.program import Graph
 from effc.ir.select import op_name
 from effc.ir.values import Compared
-from effc.quant.affine import fake_quantize, qparams
+from effc.quant.affine import fake_quantize, qparams, weight_qparams
 from effc.quant.ops import DEQUANTIZE, spread
 from effc.quant.scheme import Scheme
 
@@ -40,6 +41,10 @@ FEW = 0.0002
 """A share of values outside of a range that ranges are meant to leave there: 99.99 % of them are held at least."""
 FEW_MADE_UP = 0.05
 """The same where the data is made up."""
+COARSE, FINE = 1.25, 0.75
+"""What the scale of a weight may be of the widest, and of the narrowest, that a range method gives it."""
+PAIR = 128
+"""What two neighbouring codes add up to at most beside 8-bit activations without a sign; see `pair_scale`."""
 SEVERAL = 3
 """Grids that cut off a few values, from which on that is how ranges were chosen."""
 
@@ -139,7 +144,10 @@ class Noise:
         if any(op_name(n) == "embedding" for n in region):
             steps = theirs.abs().amax(-1) / 127
             return power(steps) * theirs.shape[-1] / 12, theirs.shape[-1]
-        return power(theirs) * 1e-3, 1
+        # An operator that no pass quantises: as if its value had been rounded on a grid of that many bits.
+        bits = min((bits_of(self.graph, n.args[0]) for n in region if is_weight(n)), default=8)
+        step = float(theirs.abs().max()) / (2 ** (bits - 1) - 1)
+        return step**2 / 12 * theirs.numel(), 1
 
     def _spread(self, item: Compared, operand: fx.Node) -> float:
         """Noise of a linear operator from rounding one operand: step² / 12 goes where squares go."""
@@ -152,7 +160,7 @@ class Noise:
         if is_weight(operand) and value.dim() < 2:
             return 0.0  # a bias: its grid is far finer than what it is added to
         squares = {n: v.square() if isinstance(v, Tensor) else v for n, v in item.inputs.items()}
-        squares[operand] = (self._steps(operand).square() / 12).expand(value.shape)
+        squares[operand] = (self._steps(node, operand).square() / 12).expand(value.shape)
         without_bias = (*node.args[:2], None, *node.args[3:])
         args, kwargs = fx.node.map_arg((without_bias, node.kwargs), lambda n: squares[n])
         assert callable(node.target)
@@ -160,27 +168,52 @@ class Noise:
 
     def _is_alike(self, node: fx.Node, operand: fx.Node) -> bool:
         """Whether the reference reads a quantised weight in the place of an operand too."""
+        return any(is_weight(n) for n in self._theirs(node, operand))
+
+    def _theirs(self, node: fx.Node, operand: fx.Node) -> list[fx.Node]:
+        """What the reference reads in the places of an operand."""
         other = self.alignment.calls.get(node)
         theirs = operands(other) if other is not None else {}
         places = [place for place, n in operands(node).items() if n is operand]
-        return any(is_weight(theirs[place]) for place in places if place in theirs)
+        return [theirs[place] for place in places if place in theirs]
 
-    def _steps(self, node: fx.Node) -> Tensor:
-        """The step of every value that a node dequantises; of a weight at most twice what its codes make use of."""
-        codes, scale, axis, group = (node.args[i] for i in (0, 1, 3, 4))
+    def _steps(self, node: fx.Node, operand: fx.Node) -> Tensor:
+        """The step of every value of an operand; of a weight at most the widest that a range method gives it."""
+        codes, scale, axis, group = (operand.args[i] for i in (0, 1, 3, 4))
         step = tensor_of(self.graph, scale)  # type: ignore[arg-type]
-        if not is_weight(node):
+        if not is_weight(operand):
             return step
-        held = tensor_of(self.graph, codes).abs().float()  # type: ignore[arg-type]
-        if step.dim() == 0:
-            most = held.max()
-        elif group:
-            most = held.unflatten(-1, (-1, group)).amax(-1)
-        else:
-            most = held.movedim(axis, 0).flatten(1).amax(1)  # type: ignore[arg-type]
-        high = next((end for end in (7, 31, 127) if float(held.max()) <= end), 255)
-        least = torch.minimum(step, 2 * step * most / high)
-        return spread(least, held, axis, group)  # type: ignore[arg-type]
+        held = tensor_of(self.graph, codes)  # type: ignore[arg-type]
+        exact = self._exact(node, operand)
+        if exact is not None and exact.shape == held.shape:
+            least = COARSE * self._widest(operand, exact)
+        else:  # a weight that something was folded into: twice what its codes make use of
+            most = _rows(held.int().abs().float(), self._scheme(operand)).amax(-1)
+            least = 2 * step * most.reshape(step.shape) / self._scheme(operand).high
+        return spread(torch.minimum(step, least), held, axis, group)  # type: ignore[arg-type]
+
+    def _exact(self, node: fx.Node, operand: fx.Node) -> Tensor | None:
+        """The reference's weight in the place of an operand."""
+        theirs = (n for n in self._theirs(node, operand) if is_constant(self.reference, n))
+        return next((tensor_of(self.reference, n) for n in theirs), None)
+
+    def _scheme(self, node: fx.Node) -> Scheme:
+        """The grid that a stored weight was meant for."""
+        codes, scale, _, axis, group = node.args
+        is_one = tensor_of(self.graph, scale).dim() == 0  # type: ignore[arg-type]
+        return Scheme(
+            bits=bits_of(self.graph, codes),  # type: ignore[arg-type]
+            axis=None if is_one else axis,  # type: ignore[arg-type]
+            group=group or None,  # type: ignore[arg-type]
+        )
+
+    def _widest(self, node: fx.Node, exact: Tensor) -> Tensor:
+        """The widest scale that a range method gives a weight on a grid of a node's bits."""
+        scheme = self._scheme(node)
+        wide, _ = weight_qparams(
+            exact, scheme, pair_limit=PAIR if scheme.axis == 0 and not scheme.group else None
+        )
+        return wide
 
     def _is_rounded(self, node: fx.Node) -> bool:
         """Whether a layer is the reference's with its weight rounded, on a grid no coarser than need be.
@@ -207,21 +240,28 @@ class Noise:
         return True
 
     def _is_rounding(self, node: fx.Node, exact: Tensor) -> bool:
-        """Whether the codes of a weight are those of `exact` on their grid."""
+        """Whether the codes of a weight are those of `exact` on their grid, and the grid is one for its range.
+
+        Codes that were made with a wrong scale agree with it, so they cannot tell.
+        """
         codes, scale, zero, axis, group = node.args
         held = tensor_of(self.graph, codes)  # type: ignore[arg-type]
         if held.shape != exact.shape:
             return False
+        steps = tensor_of(self.graph, scale)  # type: ignore[arg-type]
         step, middle = (
-            spread(tensor_of(self.graph, n), held, axis, group)  # type: ignore[arg-type]
-            for n in (scale, zero)
+            spread(t, held, axis, group)  # type: ignore[arg-type]
+            for t in (steps, tensor_of(self.graph, zero))  # type: ignore[arg-type]
         )
         if held.dtype == torch.int32:
             return float((held * step - exact).abs().max()) <= float(step.max())
+        narrowest, _ = weight_qparams(exact, self._scheme(node), method="mse")
+        widest = COARSE * self._widest(node, exact)
+        if bool((steps < FINE * narrowest).any() or (steps > widest).any()):
+            return False
         low, high = int(held.min()), int(held.max())
         same = ((exact / step + middle).clamp(low, high) - held).abs() <= 0.51
-        needed = float(exact.abs().max()) / max(-low, high, 1)
-        return float(same.double().mean()) > 0.999 and float(step.min()) <= 4 * needed
+        return float(same.double().mean()) > 0.999
 
     def _judge_grid(self, local: Local, item: Compared) -> None:
         x = self.padding.without(item.node, item.theirs.detach())
@@ -260,7 +300,9 @@ class Noise:
         ratios = sorted(x.noise / x.expected for x in grids)
         usual, high = 1.0, 1.0
         if len(ratios) > 4:
-            usual, high = (ratios[len(ratios) * tenths // 10] for tenths in (5, 8))
+            usual, high = (
+                ratios[min(len(ratios) * tenths // 10, len(ratios) - 2)] for tenths in (5, 8)
+            )
         factor = max(GRIDS, GRIDS * usual, 2 * high) * (3 if self.is_made_up else 1)
         cut = [x for x in grids if x.is_cut and x.noise > factor * x.expected]
         for local in grids:
@@ -277,6 +319,24 @@ def region_of(node: fx.Node, alignment: Alignment) -> set[fx.Node]:
                 region.add(n)
                 todo.append(n)
     return region
+
+
+def _rows(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes with everything that shares a scale along the last axis."""
+    if scheme.group:
+        return codes.unflatten(-1, (-1, scheme.group))
+    return codes.reshape(-1) if scheme.axis is None else codes.movedim(scheme.axis, 0).flatten(1)
+
+
+def bits_of(graph: Graph, codes: fx.Node) -> int:
+    """The bits of stored codes: those that their quantiser noted, or else the fewest that hold them."""
+    name = tensor_name(graph, codes)
+    noted = graph.origins[name].transforms if name is not None else ()
+    for word in reversed(noted):
+        if found := re.match(r"quantize bits=(\d+)", word):
+            return int(found[1])
+    most = int(tensor_of(graph, codes).int().abs().max())
+    return next((bits for bits in (4, 6) if most < 2 ** (bits - 1)), 8)
 
 
 def _is_quantised(graph: Graph, node: fx.Node) -> bool:

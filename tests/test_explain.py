@@ -5,6 +5,7 @@ import math
 import shutil
 from functools import cache
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -12,6 +13,7 @@ from graphs import Attention, Call, LlamaNorm, lower, node_of, normal, quantize
 from torch import nn
 
 import effc
+from effc.backends.ort_values import Nodes, _gap
 from effc.blame import first_fault
 from effc.calib.data import Batch
 from effc.case import made_up
@@ -21,6 +23,9 @@ from effc.ir.select import op_name
 from effc.ir.values import Values
 from effc.layers import Layers, layer_errors
 from effc.passes import CANONICAL, PASSES
+from effc.quant.affine import quantize as quantized
+from effc.quant.scheme import Scheme
+from effc.walk import Judgement, lines
 from kit import assert_letter, cli, made, plant
 
 aten = torch.ops.aten
@@ -174,7 +179,27 @@ def negated(graph):
     return node
 
 
+def regridded(factor, kind=Block, *shape, op="linear", number=4):
+    """A weight on a grid with other steps, and codes that were made with them."""
+
+    def edit(graph):
+        node = at(graph, op, number)
+        codes, scale, zero, axis, _ = node.args[1].args
+        exact = programs(kind, *shape)[0].only().tensors()
+        exact = exact[graph.origins[tensor_name(graph, codes)].source]
+        step = tensor_of(graph, scale) * factor
+        scheme = Scheme(bits=8, axis=axis)
+        made = quantized(exact, step, tensor_of(graph, zero), scheme)
+        constant(scale, lambda _: step, graph)
+        constant(codes, lambda _: made, graph)
+        return node
+
+    edit.__name__ = f"steps_{factor:g}_times_as_wide"
+    return edit
+
+
 FAULTS = [
+    *(regridded(factor) for factor in (8, 4, 1 / 2, 1 / 8)),
     epsilon,
     swapped,
     attention_scale,
@@ -229,6 +254,28 @@ def test_honest_noise_is_nobodys_fault(data):
     found = effc.explain(original, program, data)
     assert first_fault(found) is None
     assert {b.op for b in found} == {"linear", "quantize"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "weight_range": "mse"},
+        {"bits": 6},
+        {"overflow_fix": False},
+        {"activation_bits": 16, "group": 16},
+        {"bits": 4, "activation_bits": 16, "group": 16, "weight_range": "mse"},
+    ],
+    ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()),
+)
+def test_honest_noise_of_other_grids_is_nobodys_fault_either(options):
+    original, _ = programs()
+    program = original.clone()
+    quantize(
+        program,
+        [Batch(inputs={"x": normal(8, 6, 32, seed=s).numpy()}) for s in range(4)],
+        **options,
+    )
+    assert first_fault(effc.explain(original, program, X)) is None
 
 
 def test_shares_are_parts_of_the_error_and_come_with_their_nodes():
@@ -399,8 +446,6 @@ def lowered_block(place):
     ids=["sub", "attention", "gelu", "norm", "weight"],
 )
 def test_a_fault_in_the_file_is_named(op, edit, tmp_path_factory):
-    from effc.backends.ort_values import Nodes
-
     place = tmp_path_factory.getbasetemp() / "block"
     made = lowered_block(place)
     nodes = Nodes(programs()[1].only(), X, made.opset)
@@ -413,16 +458,58 @@ def test_a_fault_in_the_file_is_named(op, edit, tmp_path_factory):
     assert [off.nodes[0] for off in found] == [node.name]
 
 
+@pytest.mark.slow
+def test_a_zero_point_off_by_one_is_more_than_codes_on_a_border(tmp_path):
+    made = lower(programs()[1], tmp_path)
+    model = ir.load(tmp_path / "model.onnx")
+    node = [n for n in model.graph if n.op_type == "QuantizeLinear"][1]
+    _other(node, model, 2, lambda zero: zero + 1)
+    ir.save(model, tmp_path / "faulty.onnx")
+    found = Nodes(programs()[1].only(), X, made.opset).check(tmp_path / "faulty.onnx").off
+    assert found[0].nodes[0] == node.name
+
+
+def test_few_codes_may_be_one_step_off_and_none_two():
+    codes = np.arange(200, dtype=np.uint8)
+    few, all_, far = codes.copy(), codes + np.uint8(1), codes.copy()
+    few[[3, 70]] += 1
+    far[3] += 2
+    assert _gap(few, codes) == 0 == _gap(codes[:1] + np.uint8(1), codes[:1])
+    assert min(_gap(all_, codes), _gap(far, codes)) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_file_with_other_names_cannot_be_judged(tmp_path):
+    made = lower(programs()[1], tmp_path)
+    nodes = Nodes(programs()[1].only(), X, made.opset)
+    good = nodes.check(tmp_path / "model.onnx")
+    assert good.of >= good.compared >= 0.8 * good.of
+    model = ir.load(tmp_path / "model.onnx")
+    for node in model.graph:
+        for value in node.outputs:
+            value.name = f"other.{value.name}" if not value.is_graph_output() else value.name
+    ir.save(model, tmp_path / "renamed.onnx")
+    found = nodes.check(tmp_path / "renamed.onnx")
+    assert (found.off, found.compared, found.of) == ((), 1, good.of)
+    assert not Judgement(compared=found.compared, of=found.of).is_judged
+    assert Judgement(compared=good.compared, of=good.of).is_judged
+
+
 def _replaced(node, op):
     node.op_type = op
     node.attributes.clear()
 
 
 def _halved(node, model, place):
-    """One node reads half of a constant."""
+    _other(node, model, place, lambda array: array / 2)
+
+
+def _other(node, model, place, how):
+    """One node reads another constant."""
     old = node.inputs[place]
-    half = ir.tensor(old.const_value.numpy() / 2, name="half")
-    value = ir.Value(name="half", shape=old.shape, type=old.type, const_value=half)
+    array = how(old.const_value.numpy())
+    tensor = ir.tensor(array.astype(old.const_value.numpy().dtype), name="other")
+    value = ir.Value(name="other", shape=old.shape, type=old.type, const_value=tensor)
     model.graph.register_initializer(value)
     node.replace_input_with(place, value)
 
@@ -446,6 +533,40 @@ def test_a_package_is_walked_from_its_model_to_its_engine(tmp_path):
     assert len(told["loudest"]) == 2 and len(told["sites"]) == 14
     assert sum(s["share"] for s in told["sites"]) <= 1 + 1e-9
     assert "exclude" in told["loudest"][0]["advice"][0]
+
+
+def step(name, **values):
+    drift = {"rel_l2": 0.01, "max_abs": 0.1, "cosine": 1.0, "n": 8}
+    judged = {
+        "is_fault": False,
+        "node": None,
+        "reason": "",
+        "compared": None,
+        "of": None,
+        "is_judged": True,
+    }
+    return {
+        "name": name,
+        "from_module": {"y": drift},
+        "moved": 0.01,
+        "most": None,
+        **judged,
+        **values,
+    }
+
+
+def told(*steps):
+    found = {"made_up": False, "rows": 4, "replayed": True, "steps": steps, "first": None}
+    return "\n".join(lines({**found, "sites": [], "loudest": [], "advice": []}))
+
+
+def test_silence_is_worth_what_was_compared():
+    text = told(step("quantize", compared=68, of=74), step("engine", most=0.25, compared=53, of=55))
+    assert "0.25  53 of 55" in text and text.endswith("no node compared is off")
+    text = told(
+        step("quantize", compared=68, of=74), step("engine", compared=3, of=55, is_judged=False)
+    )
+    assert "cannot be judged: too few nodes could be compared in engine (3 of 55 nodes)" in text
 
 
 @pytest.mark.slow
