@@ -97,7 +97,11 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 
 def _is_layer(graph: Graph, site: Site) -> bool:
-    return site.op in LAYERS and is_weight(site.node.args[1])  # type: ignore[arg-type]
+    """Whether it is a layer with integers that no other node reads, so that a change of them has one place."""
+    weight: Any = site.node.args[1] if site.op in LAYERS else None
+    if weight is None or not is_weight(weight):
+        return False
+    return len(weight.users) == 1 and all(len(n.users) == 1 for n in weight.all_input_nodes)
 
 
 def _is_square(graph: Graph, site: Site) -> bool:

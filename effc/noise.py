@@ -88,7 +88,7 @@ def measured(place: int, item: Compared, padding: Padding) -> Local:
         reason = f"it does not run on the reference's values: {first_line(item.error)}"
         return Local(node=node, place=place, noise=math.inf, reason=reason)
     if not isinstance(theirs, Tensor) or not isinstance(mine, Tensor):
-        noise = 0.0 if mine == theirs else math.inf
+        noise = 0.0 if _is_same(mine, theirs) else math.inf
         return Local(node=node, place=place, noise=noise, change=lambda _: mine)
     theirs = theirs.detach()
     if mine.shape != theirs.shape:
@@ -106,6 +106,18 @@ def measured(place: int, item: Compared, padding: Padding) -> Local:
     eps = max(torch.finfo(t.dtype).eps for t in (mine, theirs))
     local.allowed = signal * (ROUNDING * eps) ** 2
     return local
+
+
+def _is_same(mine: Any, theirs: Any) -> bool:
+    """Whether sizes, or the pieces that a tensor was split into, are the same but for rounding."""
+    if isinstance(mine, list | tuple) and isinstance(theirs, list | tuple):
+        return len(mine) == len(theirs) and all(map(_is_same, mine, theirs))
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
+        return bool(mine == theirs)
+    if mine.shape != theirs.shape or not theirs.is_floating_point():
+        return torch.equal(mine, theirs)
+    most = ROUNDING * torch.finfo(theirs.dtype).eps
+    return power(difference(mine, theirs)) <= power(theirs) * most**2
 
 
 @dataclass(frozen=True, kw_only=True)

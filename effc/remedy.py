@@ -1,11 +1,13 @@
-"""What would help a quantised layer, each tried out on the values that it sees.
+"""What would help a quantised layer, other grids being tried out on the values that it sees.
 
-A layer is run on the reference's input with its weight, its activations or both on another grid. What is better by a
-decibel or more is said, in words that a recipe knows.
+A layer is run on the reference's input with its weight or its activations on another grid. What is better by a decibel
+or more is said, in words that a recipe knows. What the outputs would be without a layer's error is an estimate: the
+error is that on exact inputs. NoisyQuant is not run: where values pile up near zero it may help, and that is counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +22,9 @@ from effc.ir.program import Graph
 from effc.ir.select import module_path, op_name, site_names
 from effc.ir.values import Compared, Values, call, compared, reads
 from effc.layers import Layers
-from effc.noise import Local, grid_for
+from effc.noise import PAIR, Local, bits_of, grid_for
 from effc.passes import PASSES
-from effc.quant.affine import fake_quantize, weight_qparams
+from effc.quant.affine import fake_quantize, pair_scale, weight_qparams
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.quant.scheme import Scheme
 
@@ -46,7 +48,7 @@ class Remedy:
     alone_db: float
     """Signal to noise of the outputs where only this layer is quantised."""
     rel_l2: float
-    """Error of the outputs where this layer alone is left in float."""
+    """Estimated error of the outputs where this layer alone is left in float."""
     activations: float | None
     """The part of its noise that the grids on its inputs make; None where it has none."""
     advice: tuple[str, ...]
@@ -63,7 +65,7 @@ def remedies(case: Layers, layers: Sequence[Local], top: int) -> list[Remedy]:
         activations, advice = trials.get(local.node, (None, []))
         path = module_path(local.node)
         if left < LESS * total:
-            error = f"{100 * total**0.5:.3g} % of error would be {100 * left**0.5:.3g} %"
+            error = f"{100 * total**0.5:.3g} % of error would be about {100 * left**0.5:.3g} %"
             advice = [f"leave it in float, `select: {{exclude: ['{path}']}}`: {error}", *advice]
         found.append(
             Remedy(
@@ -144,10 +146,10 @@ class _Trial:
                 word = (
                     "`pass: noisyquant`"
                     if "noisyquant" in PASSES
-                    else "NoisyQuant (not available yet)"
+                    else "NoisyQuant, not available yet,"
                 )
                 advice.append(
-                    f"{word}: {100 * near:.2g} % of its input lies within half a step of zero"
+                    f"{word} may help: {100 * near:.2g} % of its input lies within half a step of zero; not tried out"
                 )
         else:
             advice += self._weights(exact, of_weight)
@@ -190,33 +192,50 @@ class _Trial:
         """What other grids for the weight would gain."""
         if exact is None or not is_weight(self.weight):
             return []
-        codes, scale = (tensor_of(self.graph, self.weight.args[i]) for i in (0, 1))  # type: ignore[arg-type]
-        high = int(codes.abs().max())
-        bits = next((b for b, end in ((4, 7), (6, 31)) if high <= end), 8)
-        group = int(self.weight.args[4]) or None  # type: ignore[arg-type]
-        tried: list[tuple[str, Scheme, Any]] = [
-            (
-                "the least squared error, `weight_range: mse`",
-                Scheme(bits=bits, axis=0, group=group),
-                "mse",
-            ),
-            (
-                "scales as small as they can be, `overflow_fix: false`",
-                Scheme(bits=bits, axis=0, group=group),
-                "minmax",
-            ),
-        ]
-        if scale.numel() == 1:
-            tried.insert(0, ("a scale per channel", Scheme(bits=bits, axis=0), "minmax"))
-        if bits < 8:
-            tried.append(("`bits: 8`", Scheme(bits=8, axis=0, group=group), "minmax"))
+        scale, codes, group = self._scale, self.weight.args[0], self.weight.args[4]
+        is_one = scale.dim() == 0
+        kept = Scheme(
+            bits=bits_of(self.graph, codes),  # type: ignore[arg-type]
+            axis=None if is_one else 0,
+            group=int(group) or None,  # type: ignore[call-overload]
+        )
+        least, _ = weight_qparams(exact, kept)
+        if scale.shape != least.shape:
+            return []
+        is_mse = bool((scale < 0.99 * least).any())
+        method: Any = "mse" if is_mse else "minmax"
+        limit = PAIR if self._is_widened(exact, kept) else None
+        tried: list[tuple[str, Scheme, Any, int | None]] = []
+        if is_one:
+            per_channel = dataclasses.replace(kept, axis=0)
+            tried.append(("a scale per channel instead of one", per_channel, method, limit))
+        if not is_mse:
+            tried.append(("the least squared error, `weight_range: mse`", kept, "mse", limit))
+        if limit is not None:
+            word = "scales as small as they can be, `overflow_fix: false`"
+            tried.append((word, kept, method, None))
+        if kept.bits < 8:
+            wide = dataclasses.replace(kept, bits=8)
+            has_pairs = self._grid() is not None and kept.axis == 0 and not kept.group
+            tried.append(("`bits: 8`", wide, method, PAIR if has_pairs else None))
         found = []
-        for word, scheme, method in tried:
-            grid = weight_qparams(exact, scheme, method=method)
+        for word, scheme, how, pairs in tried:
+            grid = weight_qparams(exact, scheme, method=how, pair_limit=pairs)
             gain = _gain(noise, self.noise(weight=fake_quantize(exact, *grid, scheme)))
             if gain >= WORTH_DB:
                 found.append((gain, f"{word}: {gain:.1f} dB less noise of its weight"))
         return [text for _, text in sorted(found, reverse=True)]
+
+    @property
+    def _scale(self) -> Tensor:
+        return tensor_of(self.graph, self.weight.args[1])  # type: ignore[arg-type]
+
+    def _is_widened(self, exact: Tensor, scheme: Scheme) -> bool:
+        """Whether room for pairs of neighbours has made scales of an 8-bit weight wider than they need be."""
+        if scheme.bits != 8 or scheme.axis != 0 or scheme.group:
+            return False
+        pairs = pair_scale(exact, PAIR)
+        return bool((torch.isclose(self._scale, pairs, rtol=1e-3) & (pairs > 0)).any())
 
 
 def _gain(before: float, after: float) -> float:

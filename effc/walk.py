@@ -297,7 +297,8 @@ class _Way:
         with self.progress.stage("layers"):
             layers = Layers(before.only(), program.only(), self.tensors, is_made_up=self.is_made_up)
             found = layers.measured()
-            return layers.told(found), remedies(layers, list(found), top)
+            loudest = remedies(layers, list(found), top)
+            return _one_share(layers.told(found), loudest)
 
     def outputs(self, program: Program) -> Outputs:
         return {name: value.numpy() for name, value in program.only().run(self.tensors).items()}
@@ -333,6 +334,18 @@ class _Way:
                 for n in reference
             }
         return {name: dataclasses.asdict(drift) for name, drift in found.items()}
+
+
+def _one_share(sites: Sequence[Json], loudest: Sequence[Remedy]) -> tuple[list[Json], list[Remedy]]:
+    """Every layer with the share that was tried out, where it was, and that was estimated, where not."""
+    tried = {r.site: r.share for r in loudest}
+    shares = {s["site"]: tried.get(s["site"], s["share"]) for s in sites}
+    whole = max(1.0, sum(shares.values()))
+    rows = [
+        {**s, "share": shares[s["site"]] / whole, "is_estimated": s["site"] not in tried}
+        for s in sites
+    ]
+    return rows, [dataclasses.replace(r, share=r.share / whole) for r in loudest]
 
 
 def _advice(sites: Sequence[Json], loudest: Sequence[Remedy]) -> list[str]:

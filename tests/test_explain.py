@@ -328,6 +328,20 @@ def test_a_scale_moved_from_one_layer_to_the_next_is_on_purpose():
     assert first_fault(effc.explain(original, program, {"x": normal(4, 8)})) is None
 
 
+def test_pieces_of_a_tensor_are_compared_one_by_one():
+    original = effc.trace(
+        Call(lambda m, x: torch.cat(m.a(x).split(4, -1)[::-1], -1), a=nn.Linear(8, 12)),
+        {"x": normal(4, 8)},
+    )
+    program = original.clone()
+    assert effc.explain(original, program, {"x": normal(4, 8)}) == []
+    node = next(n for n in program.only().nodes if op_name(n).startswith("split"))
+    node.target = aten.split.Tensor
+    node.args = (insert(program.only(), node, aten.neg.default, (node.args[0],)), *node.args[1:])
+    found = effc.explain(original, program, {"x": normal(4, 8)})
+    assert first_fault(found) is not None
+
+
 def test_a_fused_norm_stands_for_the_last_node_of_its_pattern():
     original = effc.trace(LlamaNorm(), {"x": normal(4, 8)})
     program = original.clone()
