@@ -399,7 +399,7 @@ def held_out(seed: int, count: int) -> dict[str, Any]:
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
     clean: list[dict[str, Any]] = []
-    redrawn = 0
+    redrawn = {"no place": 0, "no effect": 0}
     with tempfile.TemporaryDirectory(prefix="effc-held-out-") as place:
         subjects = [unseen(name, Path(place)) for name in drawn.MODELS]
         for subject in subjects:
@@ -409,34 +409,35 @@ def held_out(seed: int, count: int) -> dict[str, Any]:
         while len(rows) < count:
             subject = subjects[len(rows) % len(subjects)]
             made = attempt(subject, rng)
-            if made is None:
-                redrawn += 1
+            if isinstance(made, str):
+                redrawn[made] += 1
                 continue
             rows.append(made)
             print(line(made), flush=True)
     counts = {word: sum(r[word] for r in rows) for word in ("named", "ranked")}
+    accused = sum(bool(r["accused"]) for r in clean)
     print(
         f"held out, seed {seed}: {counts['named']} of {count} drawn faults named, {counts['ranked']} ranked first; "
-        f"{redrawn} drawn again; {sum(bool(r['accused']) for r in clean)} of {len(clean)} copies without one accused"
+        f"{sum(redrawn.values())} drawn again; {accused} of {len(clean)} copies without one accused"
     )
     return {"seed": seed, "n": count, **counts, "redrawn": redrawn, "rows": rows, "clean": clean}
 
 
-def attempt(subject: Subject, rng: random.Random) -> dict[str, Any] | None:
-    """One drawn fault; None where it has no place here, cannot run, or does not move the outputs."""
+def attempt(subject: Subject, rng: random.Random) -> dict[str, Any] | str:
+    """One drawn fault, or why it is none: it has no place here or cannot run, or does not move the outputs."""
     program = subject.program.clone()
     fault = drawn.draw(program.only(), subject.original.only(), rng)
     if fault is None:
-        return None
+        return "no place"
     name, plant = fault
     try:
         wanted = plant(program.only())
         refresh(program.only())
         outputs = program.run(subject.feeds)
     except Exception:  # a plant for any graph does not fit every graph
-        return None
+        return "no place"
     moved = drift(subject.program.run(subject.feeds), outputs).rel_l2
-    return graph_row(subject, name, program, wanted) if moved >= VISIBLE else None
+    return graph_row(subject, name, program, wanted) if moved >= VISIBLE else "no effect"
 
 
 def unseen(name: str, place: Path) -> Subject:

@@ -91,7 +91,7 @@ def regridded(exact: Graph, op: str, number: int, factor: float) -> Plant:
         name = tensor_name(graph, codes)
         assert name is not None
         weight = exact.tensors()[graph.origins[name].source]
-        scheme = Scheme(bits=bits_of(graph, codes), axis=axis, group=group or None)  # type: ignore[arg-type]
+        scheme = Scheme(bits=bits_of(graph, node.args[1]), axis=axis, group=group or None)  # type: ignore[arg-type]
         step = tensor_of(graph, scale) * factor  # type: ignore[arg-type]
         made = quantize(weight, step, tensor_of(graph, zero), scheme)  # type: ignore[arg-type]
         change(graph, scale, lambda _: step)

@@ -157,7 +157,7 @@ class Noise:
             steps = theirs.abs().amax(-1) / 127
             return power(steps) * theirs.shape[-1] / 12, theirs.shape[-1]
         # An operator that no pass quantises: as if its value had been rounded on a grid of that many bits.
-        bits = min((bits_of(self.graph, n.args[0]) for n in region if is_weight(n)), default=8)
+        bits = min((bits_of(self.graph, n) for n in region if is_weight(n)), default=8)
         step = float(theirs.abs().max()) / (2 ** (bits - 1) - 1)
         return step**2 / 12 * theirs.numel(), 1
 
@@ -211,10 +211,10 @@ class Noise:
 
     def _scheme(self, node: fx.Node) -> Scheme:
         """The grid that a stored weight was meant for."""
-        codes, scale, _, axis, group = node.args
+        _, scale, _, axis, group = node.args
         is_one = tensor_of(self.graph, scale).dim() == 0  # type: ignore[arg-type]
         return Scheme(
-            bits=bits_of(self.graph, codes),  # type: ignore[arg-type]
+            bits=bits_of(self.graph, node),
             axis=None if is_one else axis,  # type: ignore[arg-type]
             group=group or None,  # type: ignore[arg-type]
         )
@@ -336,12 +336,14 @@ def region_of(node: fx.Node, alignment: Alignment) -> set[fx.Node]:
 def _rows(codes: Tensor, scheme: Scheme) -> Tensor:
     """Codes with everything that shares a scale along the last axis."""
     if scheme.group:
-        return codes.unflatten(-1, (-1, scheme.group))
+        return codes.reshape(*codes.shape[:-1], -1, scheme.group)
     return codes.reshape(-1) if scheme.axis is None else codes.movedim(scheme.axis, 0).flatten(1)
 
 
-def bits_of(graph: Graph, codes: fx.Node) -> int:
-    """The bits of stored codes: those that their quantiser noted, or else the fewest that hold them."""
+def bits_of(graph: Graph, weight: fx.Node) -> int:
+    """The bits of a stored weight: those that its quantiser noted, or else the fewest that hold its codes."""
+    codes = weight.args[0]
+    assert isinstance(codes, fx.Node)
     name = tensor_name(graph, codes)
     noted = graph.origins[name].transforms if name is not None else ()
     for word in reversed(noted):

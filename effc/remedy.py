@@ -192,13 +192,11 @@ class _Trial:
         """What other grids for the weight would gain."""
         if exact is None or not is_weight(self.weight):
             return []
-        scale, codes, group = self._scale, self.weight.args[0], self.weight.args[4]
+        scale = self._scale
         is_one = scale.dim() == 0
-        kept = Scheme(
-            bits=bits_of(self.graph, codes),  # type: ignore[arg-type]
-            axis=None if is_one else 0,
-            group=int(group) or None,  # type: ignore[call-overload]
-        )
+        group: Any = self.weight.args[4]
+        bits = bits_of(self.graph, self.weight)
+        kept = Scheme(bits=bits, axis=None if is_one else 0, group=group or None)
         least, _ = weight_qparams(exact, kept)
         if scale.shape != least.shape:
             return []

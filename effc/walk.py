@@ -269,12 +269,13 @@ class _Way:
             def judge(optimized: bool) -> Callable[[float], Judgement]:
                 def run(moved: float) -> Judgement:
                     found = nodes.check(path, optimized=optimized)
-                    counts = {"compared": found.compared, "of": found.of}
-                    if not found.off:
-                        return Judgement(is_fault=not moved <= most, **counts)
-                    bad = found.off[0]
-                    node = f"{bad.nodes[0]} ({bad.site})"
-                    return Judgement(is_fault=True, node=node, reason=bad.reason, **counts)
+                    bad = next(iter(found.off), None)
+                    return Judgement(
+                        is_fault=bad is not None or not moved <= most,
+                        node=None if bad is None else f"{bad.nodes[0]} ({bad.site})",
+                        reason="" if bad is None else bad.reason,
+                        compared=found.compared, of=found.of,
+                    )  # fmt: skip
 
                 return run
 
@@ -339,7 +340,7 @@ class _Way:
 def _one_share(sites: Sequence[Json], loudest: Sequence[Remedy]) -> tuple[list[Json], list[Remedy]]:
     """Every layer with the share that was tried out, where it was, and that was estimated, where not."""
     tried = {r.site: r.share for r in loudest}
-    shares = {s["site"]: tried.get(s["site"], s["share"]) for s in sites}
+    shares: Json = {s["site"]: tried.get(s["site"], s["share"]) for s in sites}
     whole = max(1.0, sum(shares.values()))
     rows = [
         {**s, "share": shares[s["site"]] / whole, "is_estimated": s["site"] not in tried}

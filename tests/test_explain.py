@@ -19,9 +19,11 @@ from effc.calib.data import Batch
 from effc.case import made_up
 from effc.ir.align import align
 from effc.ir.edit import insert, insert_after, rebind, refresh, replace, tensor_name, tensor_of
+from effc.ir.gap import Padding
 from effc.ir.select import op_name
 from effc.ir.values import Values
 from effc.layers import Layers, layer_errors
+from effc.noise import Local, Noise
 from effc.passes import CANONICAL, PASSES
 from effc.quant.affine import quantize as quantized
 from effc.quant.scheme import Scheme
@@ -254,6 +256,18 @@ def test_honest_noise_is_nobodys_fault(data):
     found = effc.explain(original, program, data)
     assert first_fault(found) is None
     assert {b.op for b in found} == {"linear", "quantize"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 20])
+def test_the_worst_grid_is_not_what_it_is_compared_with(count):
+    original, program = (p.only() for p in programs())
+    found = [Local(node=None, place=i, noise=1.0, expected=1.0, is_grid=True) for i in range(count)]
+    found[0].noise = 20.0
+    Noise(
+        reference=original, graph=program, alignment=align(original, program),
+        padding=Padding(program, X), is_made_up=False,
+    ).allow_grids(found)  # fmt: skip
+    assert [local.is_fault for local in found] == [True] + [False] * (count - 1)
 
 
 @pytest.mark.parametrize(
