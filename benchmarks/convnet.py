@@ -92,13 +92,17 @@ def train(epochs: int = 3) -> None:
     save_file(net.state_dict(), WEIGHTS)
 
 
-def write_arrays(place: Path, calibration: int = 512) -> tuple[Path, Path]:
-    """Calibration pictures out of the training set, and the test set with its labels, as .npz."""
+def write_arrays(place: Path, calibration: int = 512) -> tuple[Path, Path, Path]:
+    """Calibration pictures out of the training set, and either half of the test set with its labels, as .npz."""
     images, _ = pictures(TRAIN, "train")
     np.savez(place / "calib.npz", pixel_values=images[:calibration].numpy())
     images, labels = pictures(TRAIN, "t10k")
-    np.savez(place / "test.npz", pixel_values=images.numpy(), label=labels.numpy())
-    return place / "calib.npz", place / "test.npz"
+    for half, word in enumerate(("even", "odd")):
+        chosen = slice(half, None, 2)
+        np.savez(
+            place / f"{word}.npz", pixel_values=images[chosen].numpy(), label=labels[chosen].numpy()
+        )
+    return place / "calib.npz", place / "even.npz", place / "odd.npz"
 
 
 def net() -> effc.Source:

@@ -3,13 +3,15 @@
     python benchmarks/gate.py [--only NAME]     # an hour; writes benchmarks/results/gate-FEATURES.json row by row
 
 Wherever the naive engine is slower than its reference or loses more than it may, the gated one must not. Both are
-judged anew by `effc bench` with a budget of its own, not by what their compile measured. Random models have no task:
-they are judged by how often their largest output is that of the float model.
+judged anew by `effc bench`: timed again, and measured on samples that no gate has seen, since what was searched on a
+sample looks better there than it is. Random models have no task: they are judged by how often their largest output is
+that of the float model.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
 import tempfile
@@ -33,11 +35,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A model with its calibration data and metric."""
+    """A model with its calibration data, the metric of its gate, and that metric on other samples to judge by."""
 
     source: Json
     calib: Json
     metric: Json
+    judged: Json
     shapes: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (8, 128))
     quantize: Json | None = None
 
@@ -53,31 +56,57 @@ def minilm(place: Path) -> Task:
     return Task(
         source={"transformers": str(common.minilm())},
         calib={"file": str(common.SENTENCES)},
-        metric={"sts": str(data() / "stsb" / "stsb-en-test.csv")},
+        metric={"sts": str(data() / "stsb" / "stsb-en-dev.csv")},
+        judged={"sts": str(data() / "stsb" / "stsb-en-test.csv")},
     )
 
 
 def vit(place: Path) -> Task:
+    even, odd = idx_halves(data() / "fashion-mnist", place)
     return Task(
         source={"transformers": str(data() / "vit-fashion-mnist")},
-        calib={"file": str(data() / "fashion-mnist")},
-        metric={"accuracy": str(data() / "fashion-mnist")},
+        calib={"file": str(even)},
+        metric={"accuracy": str(even)},
+        judged={"accuracy": str(odd)},
     )
+
+
+def idx_halves(given: Path, place: Path) -> list[Path]:
+    """Every other picture of a folder of idx files, and the others."""
+    made = [place / "even", place / "odd"]
+    for half, folder in enumerate(made):
+        folder.mkdir()
+        for file in given.glob("*-ubyte.gz"):
+            with gzip.open(file) as stream:
+                content = stream.read()
+            dimensions = content[3]
+            sizes = np.frombuffer(content, ">u4", dimensions, 4)
+            values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes)
+            chosen = values[half::2]
+            head = content[:4] + np.array(chosen.shape, ">u4").tobytes()
+            with gzip.open(folder / file.name, "wb", compresslevel=1) as stream:
+                stream.write(head + chosen.tobytes())
+    return made
 
 
 def vit_4bit(place: Path) -> Task:
     made = vit(place)
     return Task(
-        source=made.source, calib=made.calib, metric=made.metric,
+        source=made.source, calib=made.calib, metric=made.metric, judged=made.judged,
         quantize={"pass": "quantize", "bits": 4, "activation_bits": 4, "weight_range": "mse"},
     )  # fmt: skip
 
 
 def stories(place: Path) -> Task:
+    text = (data() / "tinystories" / "train_head.txt").read_text(encoding="utf-8")
+    cut = text.index("\n", 3 * len(text) // 4)
+    (place / "calib.txt").write_text(text[:cut], encoding="utf-8")
+    (place / "gate.txt").write_text(text[cut:], encoding="utf-8")
     return Task(
         source={"transformers": str(data() / "stories260k-llama")},
-        calib={"file": str(data() / "tinystories" / "train_head.txt")},
-        metric={"perplexity": str(data() / "tinystories" / "valid_sample.txt")},
+        calib={"file": str(place / "calib.txt")},
+        metric={"perplexity": str(place / "gate.txt")},
+        judged={"perplexity": str(data() / "tinystories" / "valid_sample.txt")},
     )
 
 
@@ -86,11 +115,12 @@ def convnet(place: Path) -> Task:
 
     if not made.WEIGHTS.exists():
         made.train()
-    calib, test = made.write_arrays(place)
+    calib, even, odd = made.write_arrays(place)
     return Task(
         source={"python": f"{HERE.with_name('convnet.py')}:net"},
         calib={"file": str(calib)},
-        metric={"accuracy": str(test)},
+        metric={"accuracy": str(even)},
+        judged={"accuracy": str(odd)},
         shapes=((1, 1), (8, 1), (32, 1)),
     )
 
@@ -141,17 +171,20 @@ def random(name: str) -> Callable[[Path], Task]:
 
     def make(place: Path) -> Task:
         source = globals()[name]()
-        pixels = _pixels(2000, 3)
-        with torch.no_grad():
-            found = [
-                source.module(torch.from_numpy(p)).logits.argmax(-1) for p in np.split(pixels, 40)
-            ]
-        np.savez(place / "test.npz", pixel_values=pixels, label=torch.cat(found).numpy())
+        for word, seed in (("gate", 3), ("judge", 5)):
+            pixels = _pixels(2000, seed)
+            with torch.no_grad():
+                found = [
+                    source.module(torch.from_numpy(p)).logits.argmax(-1)
+                    for p in np.split(pixels, 40)
+                ]
+            np.savez(place / f"{word}.npz", pixel_values=pixels, label=torch.cat(found).numpy())
         np.savez(place / "calib.npz", pixel_values=_pixels(256, 4))
         return Task(
             source={"python": f"{HERE}:{name}"},
             calib={"file": str(place / "calib.npz")},
-            metric={"accuracy": str(place / "test.npz")},
+            metric={"accuracy": str(place / "gate.npz")},
+            judged={"accuracy": str(place / "judge.npz")},
             shapes=((1, 1), (8, 1)),
         )
 
@@ -180,7 +213,7 @@ def row(name: str, make: Callable[[Path], Task]) -> Json:
             "passes": [task.quantize or {"pass": "quantize"}],
             "bench": {"shapes": [list(s) for s in task.shapes], "threads": 2},
         }
-        found: Json = {"name": name}
+        found: Json = {"name": name, "circumstances": common.circumstances()}
         for word, spec in (("naive", False), ("gated", {"latency": "not-slower", "metric": {}})):
             (place / f"{word}.yaml").write_text(json.dumps({**recipe, "gate": spec}))
             report = place / f"{word}.json"
@@ -203,7 +236,7 @@ def _judge(place: Path, word: str, task: Task) -> Json:
     """Speed and metric of a package, measured anew."""
     file = place / f"{word}-bench.json"
     shapes = ",".join(f"{b}x{n}" for b, n in task.shapes)
-    ((metric, path),) = task.metric.items()
+    ((metric, path),) = task.judged.items()
     words = ["bench", place / word, "--shapes", shapes, "--threads", "2", "--json", file]
     model = task.source.get("transformers") or task.source["python"]
     common.run_cli(
@@ -211,7 +244,7 @@ def _judge(place: Path, word: str, task: Task) -> Json:
     )
     found = json.loads(file.read_text())
     checks = gate.checks(
-        GateSpec(), bench=found, metric=found["metric"], sizes=None, asked=False
+        GateSpec(), bench=found, metric=found["metric"], sizes=None, asked=()
     )  # fmt: skip
     return {
         "shapes": [
@@ -238,16 +271,13 @@ def main() -> int:
             rows = [r for r in rows if r["name"] != name] + [row(name, make)]
             rows.sort(key=lambda r: list(MODELS).index(r["name"]))
             print(common.write(file.stem, {"name": "gate", "rows": rows}))
-    missed = [r["name"] for r in rows if r["gated"]["failed"]]
+    missed = [r["name"] for r in rows if r["gated"]["failed"] or r["gated"]["beyond"]]
     for r in rows:
-        print(
-            r["name"],
-            "naive:",
-            r["naive"]["failed"] or "holds",
-            "gated:",
-            r["gated"]["failed"] or "holds",
-        )
-    return 1 if missed else 0
+        for word in ("naive", "gated"):
+            print(f"{r['name']}, {word}:", "; ".join(r[word]["beyond"]) or "holds")
+    for name in missed:
+        print(f"MISSED: {name}")
+    return 1 if missed or len(rows) < len(MODELS) else 0
 
 
 if __name__ == "__main__":

@@ -73,9 +73,14 @@ def main() -> int:
         )
         print(json.dumps(rows[-1], indent=1))
     print(common.write(f"plan-{common.features()}", {"name": "plan", "rows": rows}))
-    missed = [r["name"] for r in rows if not 0.5 <= r["predicted_s"] / r["real_s"] <= 2]
+    missed = [
+        f"{what} of {r['name']}"
+        for r in rows
+        for what in ("s", "mb", "bytes")
+        if not 0.5 <= r[f"predicted_{what}"] / r[f"real_{what}"] <= 2
+    ]
     for name in missed:
-        print(f"MISSED: the plan of {name} is off by more than a factor of 2")
+        print(f"MISSED: the plan's {name} is off by more than a factor of 2")
     return 1 if missed else 0
 
 

@@ -21,12 +21,13 @@ Json = dict[str, Any]
 
 HEAD = """# What was measured
 
-Every table here is made by `benchmarks/tables.py` from the files in `benchmarks/results`, which the script named above
-each table wrote. Ratios are plain float ÷ engine, so above 1 the engine is faster; in brackets a 99 % interval (Student,
-over sessions in each of which both are opened anew), with n counted runs of the engine. Engines take turns in one
-process, with threads that do not spin. Differences of a metric have a 95 % interval from a paired bootstrap over samples. Results of unlike
-processors stand side by side and are never compared with each other. A result whose revision is not recorded is of an
-earlier state of the code.
+Every table here is made by `benchmarks/tables.py` from the files in `benchmarks/results`, which the script named
+above each table wrote. Ratios are plain float ÷ engine, so above 1 the engine is faster; in brackets a 99 % interval
+(Student, over sessions in each of which both are opened anew), with n counted runs of the engine. Engines take turns
+in one process, with threads that do not spin. Differences of a metric have a 95 % interval: of paired shares where
+samples are right or wrong, else a paired bootstrap over samples. Results of unlike processors stand side by side and
+are never compared with each other. A result whose revision is not recorded is of an earlier state of the code, with
+intervals from drawing timing blocks again.
 """
 
 
@@ -212,6 +213,7 @@ def verdicts() -> list[str]:
         lines += table(["compared", *heads], rows)
         share = found["share"]
         lines += [
+            "Both are engines of onnxruntime; a compile times torch beside them, in the same budget. "
             f"Measured for {found['long_s']:.0f} s, the layer more makes reference ÷ engine {share['ratio']:.4f} "
             f"[{share['low']:.4f}, {share['high']:.4f}].",
             "",
@@ -223,12 +225,12 @@ def gated() -> list[str]:
     lines = [
         "## Naive int8 and gated int8 (benchmarks/gate.py)",
         "",
-        "The same recipe with the gate off and on, both timed and measured anew afterwards. Random models have no task; "
-        "their labels are their own float answers. Taken back are layers, or the whole pass.",
+        "The same recipe with the gate off and on. Afterwards both are timed anew, and measured on samples that no "
+        "gate has seen. Random models have no task: their labels are their own float answers. Taken back are layers, "
+        "or the whole pass.",
         "",
     ]
     for found in results("gate"):
-        lines += [circumstances(found), ""]
         rows = []
         for r in found["rows"]:
             for word in ("naive", "gated"):
@@ -241,16 +243,27 @@ def gated() -> list[str]:
                         f"{one['metric']['name']} {metric_row(one['metric'])}",
                         f"{one['bytes'] / 1e6:.2f} MB",
                         _taken_back(one["gate"]["rolled_back"]),
-                        "; ".join(one["failed"]) or "nothing",
+                        "; ".join(one["beyond"]) or "nothing",
                     ]
                 )
-        heads = ["", "faster reference ÷ engine", "metric", "size", "taken back", "fails"]
+        for where in sorted({circumstances(r["circumstances"]) for r in found["rows"]}):
+            lines += [where, ""]
+        heads = [
+            "",
+            "faster reference ÷ engine",
+            "metric",
+            "size",
+            "taken back",
+            "beyond its bound",
+        ]
         lines += table(["model", *heads], rows)
     return lines
 
 
 def _taken_back(rolled_back: list[Json]) -> str:
-    names = ["the pass" if r["sites"] == ["all"] else f"{len(r['sites'])} layers" for r in rolled_back]
+    names = [
+        "the pass" if r["sites"] == ["all"] else f"{len(r['sites'])} layers" for r in rolled_back
+    ]
     return ", ".join(names) or "nothing"
 
 
@@ -270,18 +283,39 @@ def faults() -> list[str]:
         lines += table(["program", "planted in", "named first", "missed", "seconds"], rows)
         accused = sum(r["accused"] > 0 for r in clean)
         lines += [f"Of {len(clean)} copies without a fault, {accused} had a node accused.", ""]
+        drawn = found["held_out"]
+        kinds: dict[str, list[Json]] = {}
+        for row in drawn["rows"]:
+            kinds.setdefault(row["subject"], []).append(row)
+        each = ", ".join(
+            f"{name} {sum(r['named'] for r in rows)} of {len(rows)}"
+            for name, rows in sorted(kinds.items())
+        )
+        falsely = sum(row["accused"] > 0 for row in drawn["clean"])
+        lines += [
+            f"Bounds were chosen on the faults above. Of {drawn['n']} more, drawn with seed {drawn['seed']} on other "
+            f"models, {drawn['named']} are named: {each}; of {len(drawn['clean'])} copies without a fault, {falsely} "
+            "had a node accused.",
+            "",
+        ]
     return lines
+
+
+MEMORY = {
+    "peak_mb": "peak MB",
+    "calibration_mb": "peak MB in calibration",
+    "seconds": "seconds",
+    "calibration_s": "of which calibration",
+}
 
 
 def memory() -> list[str]:
     lines = ["## Memory of a compile and the number of samples (benchmarks/memory.py)", ""]
     for found in results("memory"):
         lines += [circumstances(found), ""]
-        rows = [
-            [f"{r['samples']:,}", f"{r['peak_mb']}", f"{r['seconds']:.0f}"] for r in found["rows"]
-        ]
-        lines += table(["sentences", "peak MB", "seconds"], rows)
-        lines += [f"The largest peak is {found['spread']:.1%} above the smallest.", ""]
+        rows = [[f"{r['samples']:,}", *(f"{r[n]:.0f}" for n in MEMORY)] for r in found["rows"]]
+        lines += table(["sentences", *MEMORY.values()], rows)
+        lines += [f"The largest of either peak is {found['spread']:.1%} above the smallest.", ""]
     return lines
 
 
@@ -321,11 +355,19 @@ def torture() -> list[str]:
             f"{found['again_s_mean']:.0f} s",
             ", ".join(f"{stage} {n}" for stage, n in sorted(found["stages"].items())),
             f"{len(found['failed'])}",
+            circumstances(found),
         ]
         for found in results("kills")
     ]
     if rows:
-        heads = ["killed", "undisturbed", "run again (mean)", "killed in", "failed"]
+        heads = [
+            "killed",
+            "undisturbed",
+            "run again (mean)",
+            "killed in",
+            "failed",
+            "circumstances",
+        ]
         lines += ["SIGKILL at moments drawn evenly, and the same command again:", ""]
         lines += table(["model", *heads], rows)
     rows = [
@@ -335,12 +377,15 @@ def torture() -> list[str]:
             ", ".join(f"{n} × {code}" for code, n in sorted(found["codes"].items())),
             ", ".join(f"{stage} {n}" for stage, n in sorted(found["stages"].items())),
             f"{len(found['failed'])}",
+            circumstances(found),
         ]
         for found in results("full")
     ]
     if rows:
         lines += ["A disk without room, and the same command again with room:", ""]
-        lines += table(["model", "trials", "exit codes", "ended in", "failed"], rows)
+        lines += table(
+            ["model", "trials", "exit codes", "ended in", "failed", "circumstances"], rows
+        )
     return lines
 
 

@@ -190,7 +190,9 @@ def compare(
 ) -> BenchResult:
     """Time `engine` against every other name in `openers`, shape by shape.
 
-    Openers give engines whose threads do not spin. `budget_s` bounds a shape, give or take one block. `streams`
+    Openers give engines whose threads do not spin. `budget_s` bounds a shape, give or take one block, but for engines
+    so slow that the fewest sessions, of a round each, take longer. Those that open slowly are opened once: the
+    interval then knows nothing of what the next opening would get, and `openings` says so. `streams`
     callers use an engine at once; times are then what each of them waits. `references` are the names that the
     published ratio is against, the fastest of them counting; all where not given.
     """
@@ -409,8 +411,11 @@ def ratio_of(reference: Timing, engine: Timing) -> Ratio:
 
 
 def _log_ratio(reference: Sequence[Block], engine: Sequence[Block]) -> float:
-    """The median over a session's rounds of log(reference ÷ engine), of the medians of two blocks side by side."""
-    rounds = [np.median(a) / np.median(b) for a, b in zip(reference, engine, strict=True)]
+    """The median over a session's rounds of log(reference ÷ engine), of the least runs of two blocks side by side.
+
+    What else a machine does only ever adds to a run.
+    """
+    rounds = [min(a) / min(b) for a, b in zip(reference, engine, strict=True)]
     return float(np.median(np.log(rounds)))
 
 

@@ -78,21 +78,25 @@ class Rollback:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Rollback:
-        """Raises CalibrationError where the record is none."""
+    def from_json(cls, content: Mapping[str, Any], passes: Sequence[Pass]) -> Rollback:
+        """Raises CalibrationError where the record is none, or of other passes than these."""
+        places = {f"{i}:{pass_.name}": i for i, pass_ in enumerate(passes)}
         dropped, excluded = set(), {}
-        try:
-            for key, what in content.items():
-                index = int(key.partition(":")[0])
-                if what.get("dropped"):
-                    dropped.add(index)
-                else:
-                    excluded[index] = tuple(map(str, what["exclude"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CalibrationError(
-                f"the recorded decisions of the gate are damaged: {error}",
-                hint="compile again without --decisions",
-            ) from error
+        for key, what in content.items() if isinstance(content, Mapping) else [("", None)]:
+            index = places.get(key)
+            modules = what.get("exclude") if isinstance(what, Mapping) else None
+            if index is not None and isinstance(what, Mapping) and what.get("dropped") is True:
+                dropped.add(index)
+            elif (
+                index is not None and hasattr(passes[index], "select")
+                and isinstance(modules, list) and all(isinstance(m, str) for m in modules)
+            ):  # fmt: skip
+                excluded[index] = tuple(modules)
+            else:
+                raise CalibrationError(
+                    f"what the recorded decisions say of the gate is not about this recipe: {key!r}",
+                    hint="compile again without --decisions",
+                )
         return cls(dropped=frozenset(dropped), excluded=excluded)
 
 
@@ -179,7 +183,7 @@ class Builder:
     ) -> Built:
         """Rewrite and lower into `place`. `known` are decisions that a build with less rolled back has made."""
         if rollback is None:
-            rollback = self._recorded_rollback(target)
+            rollback = self.recorded_rollback(target)
         built = self.rewrite(target, rollback, known)
         return dataclasses.replace(built, lowered=tuple(self._lower(built, place)))
 
@@ -220,7 +224,7 @@ class Builder:
         self, pass_: Pass, index: int, program: Program, target: str, known: Json | None
     ) -> PassRecord:
         """One pass of the recipe: its decisions replayed, or known, or in the cache, or made now."""
-        replayed = self._recorded(target, f"{index}:{pass_.name}")
+        replayed = self.recorded(target, f"{index}:{pass_.name}")
         key = self._decisions_key(pass_, program, target) if replayed is None else None
         stored = self.cache.get(key) if key is not None and known is None else None
         recorded = replayed if replayed is not None else known
@@ -261,16 +265,22 @@ class Builder:
         )
 
     def _decisions_key(self, pass_: Pass, program: Program, target: str) -> str | None:
+        return self.key_of_pass("decisions", pass_, program, target) if pass_.measures else None
+
+    def key_of_pass(
+        self, stage: str, pass_: Pass, program: Program, target: str, **parts: Any
+    ) -> str | None:
+        """The key of something that a pass makes of a program; None where somebody's own code has a part in it."""
         is_ours = type(pass_).__module__.startswith("effc.")  # of others the code may change
-        if self.samples_key is None or not pass_.measures or not is_ours:
+        if self.samples_key is None or not is_ours:
             return None
         pass_ = pass_.resolve(DIALECTS[target])
         return key_of(
-            "decisions", graph=graph_digest([program]), name=pass_.name, options=options_of(pass_),
-            samples=self.samples_key, target=target, versions=versions(),
+            stage, graph=graph_digest([program]), name=pass_.name, options=options_of(pass_),
+            samples=self.samples_key, target=target, versions=versions(), **parts,
         )  # fmt: skip
 
-    def _recorded(self, target: str, key: str) -> Any:
+    def recorded(self, target: str, key: str) -> Any:
         """What an earlier compile decided in a step; None where nothing is replayed. Raises CalibrationError."""
         if self.decisions is None:
             return None
@@ -282,10 +292,11 @@ class Builder:
             hint=f"they know {', '.join(sorted(self.decisions)) or 'none'}; compile again without --decisions",
         )
 
-    def _recorded_rollback(self, target: str) -> Rollback:
+    def recorded_rollback(self, target: str) -> Rollback:
+        """What an earlier compile took back; nothing where nothing is replayed. Raises CalibrationError."""
         for name in (f"{target}/gate", "gate"):
             if self.decisions is not None and name in self.decisions:
-                return Rollback.from_json(self.decisions[name])
+                return Rollback.from_json(self.decisions[name], self.recipe.passes)
         return NOTHING
 
     def _lower(self, built: Built, place: Path) -> list[Lowered]:
@@ -362,7 +373,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("effc", "torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime"):
+    names = ("effc", "torch", "transformers", "tokenizers", "numpy", "pillow")
+    for name in (*names, "onnx-ir", "onnxscript", "onnxruntime"):
         try:
             found[name] = version(name).split("+")[0]
         except PackageNotFoundError:

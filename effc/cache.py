@@ -32,6 +32,8 @@ log = logging.getLogger("effc")
 LIMIT_BYTES = 10_000_000_000
 OFF = ("", "0", "off", "no", "none")
 _ENTRY, _VALUE = "entry.json", "value.json"
+_PUT, _GONE = "entry-", "gone-"
+"""How directories for entries on their way in and out are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Cache:
             place = self._place(key)
             (self.root / "tmp").mkdir(parents=True, exist_ok=True)
             place.parent.mkdir(parents=True, exist_ok=True)
-            with scratch.held(self.root / "tmp", "entry-") as stage:
+            with scratch.held(self.root / "tmp", _PUT) as stage:
                 made = stage / "entry"
                 made.mkdir()
                 (made / _VALUE).write_text(json.dumps(value, sort_keys=True), encoding="utf-8")
@@ -103,7 +105,7 @@ class Cache:
                 for file in made.iterdir():
                     with file.open("rb") as stream:
                         os.fsync(stream.fileno())
-                with contextlib.suppress(FileExistsError, OSError):  # another compile was first
+                if not place.exists():  # else another compile was first
                     os.rename(made, place)
             self._prune()
         except OSError as error:
@@ -113,6 +115,12 @@ class Cache:
         """Drop an entry, at once for every reader."""
         if self.root is not None:
             _remove(self.root, self._place(key))
+
+    def sweep(self) -> None:
+        """Remove what killed compiles were writing."""
+        if self.root is not None:
+            for prefix in (_PUT, _GONE):
+                scratch.sweep(self.root / "tmp", prefix)
 
     def _place(self, key: str) -> Path:
         assert self.root is not None
@@ -196,7 +204,6 @@ def check(root: Path) -> list[str]:
         except (OSError, ValueError) as error:
             found.append(f"{place.name}: {error}")
     if (root / "tmp").is_dir():
-        scratch.sweep(root / "tmp", "")
         found += [f"tmp/{file.name} was left" for file in sorted((root / "tmp").iterdir())]
     return found
 
@@ -218,7 +225,7 @@ def _remove(root: Path, place: Path) -> None:
     """Take an entry out of sight by one rename, then away."""
     with contextlib.suppress(OSError):
         (root / "tmp").mkdir(parents=True, exist_ok=True)
-        with scratch.held(root / "tmp", "gone-") as stage:
+        with scratch.held(root / "tmp", _GONE) as stage:
             os.rename(place, stage / "entry")
 
 

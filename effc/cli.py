@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -147,6 +146,11 @@ def options(
     logging.getLogger("effc").setLevel(level)
 
 
+DECISIONS = "give the decisions.json of an earlier output"
+DECISIONS = "give the decisions.json of an earlier output"
+DECISIONS = "give the decisions.json of an earlier output"
+DECISIONS = "give the decisions.json of an earlier output"
+DECISIONS = "give the decisions.json of an earlier output"
 DECISIONS = "give the decisions.json of an earlier output"
 STDOUT = ("-", "/dev/stdout", "/dev/fd/1")
 
@@ -377,7 +381,10 @@ def compile(
         from effc import plan
 
         with terminal() as progress:
-            predicted = plan.plan(made, out, progress=progress, threads=threads)
+            predicted = plan.plan(
+                made, out, progress=progress, threads=threads, decisions=recorded,
+                max_ram_bytes=_size_of(max_ram),
+            )  # fmt: skip
         for line in plan.lines(predicted):
             _say(line, json_)
         _write_json(json_, predicted)
@@ -634,10 +641,9 @@ def _write(option: str, place: str, text: str) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", hint=DECISIONS) from error
+    from effc import bounded, package
+
+    found = bounded.read_json(path, UsageError, package.MOST_RECORD_BYTES)
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
         raise UsageError(f"{path} holds no decisions", hint=DECISIONS)
     return found

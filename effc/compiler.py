@@ -65,12 +65,14 @@ def compile(
     progress: Progress | None = None,
     allow_worse: bool = False,
     time_budget_s: float | None = None,
+    max_ram_bytes: int | None = None,
 ) -> Result:
     """Compile a model, or a recipe, into the directory `out`.
 
     `model` is a transformers directory, `module:factory`, a `Recipe` or the path of one; for the first two the other
     options build a recipe. `decisions` replays the recorded ranges of an earlier compile. `time_budget_s` bounds the
-    search for what to take back where the gate is not met; `allow_worse` writes an engine that does not meet it.
+    search for what to take back where the gate is not met; `allow_worse` writes an engine that does not meet it;
+    `max_ram_bytes` is what calibration and verification stay within.
     Raises an `EffcError`, and then `out` is what it was before.
     """
     replayed = decisions is not None
@@ -95,7 +97,7 @@ def compile(
         recipe = without_bench(recipe)
     return run(
         recipe, Path(out), threads=threads, decisions=decisions, progress=progress,
-        allow_worse=allow_worse, time_budget_s=time_budget_s,
+        allow_worse=allow_worse, time_budget_s=time_budget_s, max_ram_bytes=max_ram_bytes,
     )  # fmt: skip
 
 
@@ -156,10 +158,12 @@ def run(
     dims = source.dims.get(graph.role, {})
     room = within(max_ram_bytes, graph, dims) if max_ram_bytes is not None else None
     samples = Samples(source, recipe.calib, room)
+    kept = kept or cache.default()
+    kept.sweep()
     with package.staged(out) as stage:
         builder = Builder(
             recipe=recipe, source=source, samples=samples, original=original, progress=progress,
-            cache=kept or cache.default(), decisions=decisions,
+            cache=kept, decisions=decisions,
         )  # fmt: skip
         lab = Lab(
             builder=builder, work=stage.work, threads=threads, metric=metric, spec=recipe.gate
@@ -168,18 +172,20 @@ def run(
         drifts = {target: d for made in built for target, d in lab.drifts(made).items()}
         lowering = {made.target: d for made in built if (d := lab.lowering(made)) is not None}
         base = lab.timed(lab.measured(built[0]))
-        found = search.search(lab, base, time_budget_s=time_budget_s)
+        found = Found(trial=base)
+        if decisions is None:  # else what to take back is recorded
+            found = search.search(lab, base, time_budget_s=time_budget_s)
         gated = _gated(lab, base, found)
         if gated["verdict"] == "refused" and not allow_worse:
             lab.finish()
             assert recipe.gate is not None
-            raise gate.refusal(recipe.gate, found.trial.checks, tried=found.tried)
+            raise gate.refusal(
+                recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out
+            )
         if found.trial is not base:
-            built[0] = found.trial.built
-            drifts |= lab.drifts(built[0])
-            lowering.pop(built[0].target, None)
-            if (d := lab.lowering(built[0])) is not None:
-                lowering[built[0].target] = d
+            built = [found.trial.built, *(lab.narrowed(b, found.trial.rollback) for b in built[1:])]
+            drifts = {target: d for made in built for target, d in lab.drifts(made).items()}
+            lowering = {made.target: d for made in built if (d := lab.lowering(made)) is not None}
         layers = {made.target: each for made in built if (each := lab.layers(made))}
         built = [_moved(made, stage) for made in built]
         content = _write(stage.package, recipe, source, samples, built)
@@ -219,10 +225,10 @@ def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
 
 def _gated(lab: Lab, base: Trial, found: Found) -> Json:
     """What the report says of the gate."""
-    taken = search.rolled_back(lab, base, found.trial) if found.trial is not base else []
+    taken = search.rolled_back(lab, base, found.trial)
     return gate.to_json(
         lab.spec, found.trial.checks, rolled_back=taken, tried=found.tried, seconds=found.seconds,
-        ran_out=found.ran_out,
+        ran_out=found.ran_out, target=base.built.target,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ lies across the bound the sample is too small to tell: that is a warning, or a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -52,16 +52,16 @@ class Check:
 
 def checks(
     spec: GateSpec, *, bench: Mapping[str, Any] | None, metric: Mapping[str, Any] | None,
-    sizes: tuple[int, int] | None, asked: bool,
+    sizes: tuple[int, int] | None, asked: Collection[str],
 ) -> tuple[Check, ...]:  # fmt: skip
     """Every question of a gate, answered from what was measured; `sizes` are bytes of engine and float export.
 
-    What was not measured is undecided where somebody `asked` for it, and no question where the gate is the default.
+    What was not measured is undecided where it was `asked` for by name, and no question else.
     """
     found: list[Check] = []
-    if spec.latency and (bench is not None or asked):
+    if spec.latency and (bench is not None or "latency" in asked):
         found += _latency(bench)
-    if spec.metric and (metric is not None or asked):
+    if spec.metric and (metric is not None or "metric" in asked):
         found.append(_metric(spec.metric.max_drop, metric))
     if spec.size:
         found.append(_size(sizes))
@@ -88,7 +88,7 @@ def _metric(wanted: float | None, metric: Mapping[str, Any] | None) -> Check:
         return _unmeasured("metric", bound)
     return _judged(
         f"metric {metric['name']}", metric["drop"], metric["drop_low"], metric["drop_high"],
-        bound, "relative loss" if relative else "loss", 4,
+        bound, "relative loss" if relative else "loss", 4, are_few=metric["are_few"],
     )  # fmt: skip
 
 
@@ -104,9 +104,12 @@ def _size(sizes: tuple[int, int] | None) -> Check:
 
 
 def _judged(
-    name: str, value: float, low: float, high: float, bound: float, what: str, digits: int
-) -> Check:
+    name: str, value: float, low: float, high: float, bound: float, what: str, digits: int,
+    *, are_few: bool = False,
+) -> Check:  # fmt: skip
     verdict: Verdict = "pass" if high <= bound else "fail" if low > bound else "undecided"
+    if are_few:
+        verdict = "undecided"
     word = {"undecided": "too few samples to tell"}.get(verdict, verdict)
     numbers = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
     text = f"{name}: {what} {numbers}, at most {bound:g} is asked: {word}"
@@ -129,8 +132,9 @@ def fails(spec: GateSpec, found: Sequence[Check]) -> list[Check]:
 
 
 def is_content(spec: GateSpec, found: Sequence[Check]) -> bool:
-    """Whether nothing is left to improve: no check refuses, and no value lies beyond its bound."""
-    return not fails(spec, found) and not any(check.is_beyond for check in found)
+    """Whether nothing is left to improve: of what was measured no check refuses, and no value is beyond its bound."""
+    measured = [check for check in found if check.value is not None]
+    return not fails(spec, measured) and not any(check.is_beyond for check in measured)
 
 
 def rank(spec: GateSpec, found: Sequence[Check]) -> tuple[int, int, float]:
@@ -152,12 +156,15 @@ def verdict(spec: GateSpec | None, found: Sequence[Check]) -> str:
     return "passed with warnings" if warned else "passed"
 
 
-def refusal(spec: GateSpec, found: Sequence[Check], *, tried: int) -> GateRefused:
+def refusal(
+    spec: GateSpec, found: Sequence[Check], *, tried: int, ran_out: bool = False
+) -> GateRefused:
     """The letter of a compile that cannot meet its gate: what was reached."""
     bad = fails(spec, found)
     others = [check.text for check in found if check not in bad]
     reached = "; ".join(check.text for check in bad)
     tries = f", the best of {tried} tried" if tried > 1 else ""
+    tries += ", and the time for the search is up" if ran_out else ""
     return GateRefused(
         f"the engine does not meet its gate{tries}: {reached}",
         where="; ".join(others) or None,
@@ -168,12 +175,13 @@ def refusal(spec: GateSpec, found: Sequence[Check], *, tried: int) -> GateRefuse
 
 def to_json(
     spec: GateSpec | None, found: Sequence[Check], *, rolled_back: Sequence[Json], tried: int,
-    seconds: float, ran_out: bool,
+    seconds: float, ran_out: bool, target: str,
 ) -> Json:  # fmt: skip
     """What the report says of the gate."""
     return {
         "verdict": verdict(spec, found),
         "strict": bool(spec and spec.strict),
+        "target": target,
         "checks": [asdict(check) for check in found],
         "rolled_back": list(rolled_back),
         "tried": tried,

@@ -27,6 +27,16 @@ Array = np.ndarray[Any, np.dtype[Any]]
 LONGEST = 128
 ONE_OR_MORE = "give one or more"
 A_SCORE_EACH = "let it return one number for each sample"
+ONE_OR_MORE = "give one or more"
+A_SCORE_EACH = "let it return one number for each sample"
+ONE_OR_MORE = "give one or more"
+A_SCORE_EACH = "let it return one number for each sample"
+ONE_OR_MORE = "give one or more"
+A_SCORE_EACH = "let it return one number for each sample"
+ONE_OR_MORE = "give one or more"
+A_SCORE_EACH = "let it return one number for each sample"
+ONE_OR_MORE = "give one or more"
+A_SCORE_EACH = "let it return one number for each sample"
 
 
 @dataclass(frozen=True)
@@ -707,6 +717,8 @@ class MetricResult:
     drop_high: float
     relative: bool
     higher_is_better: bool
+    are_few: bool = False
+    """Whether there are too few samples for any interval to be believed."""
     wilson: dict[str, list[float]] | None = None
     mcnemar: dict[str, float] | None = None
 
@@ -736,13 +748,20 @@ def compare(
         a, b = metric.value(reference, index), metric.value(engine, index)
         return b - a, metric.drop(a, b)
 
-    drawn = stats.resample(changes, n, seed=seed)
-    gap, drop = (stats.percentiles(column, n, level) for column in drawn.T)
+    right = _right(metric, reference, engine)
+    if right is not None:
+        gap = stats.paired_shares(right[0], right[1], level)
+        drop = stats.Interval(-gap.high, -gap.low, level)
+    else:
+        drawn = stats.resample(changes, n, seed=seed)
+        gap, drop = (stats.percentiles(column, n, level) for column in drawn.T)
+        gap, drop = (_widened(each, reference, engine) for each in (gap, drop))
     verdict = gap.verdict(higher_is_better=metric.higher_is_better)
-    if n < stats.fewest(level):
+    are_few = n < stats.fewest(level)
+    if are_few:
         verdict = stats.SAME
     wilson = mcnemar = None
-    if (right := _right(metric, reference, engine)) is not None:
+    if right is not None:
         shares = [stats.wilson(int(column.sum()), n, level) for column in right]
         wilson = {
             name: [share.low, share.high]
@@ -766,9 +785,27 @@ def compare(
         drop_high=drop.high,
         relative=metric.relative,
         higher_is_better=metric.higher_is_better,
+        are_few=are_few,
         wilson=wilson,
         mcnemar=mcnemar,
     )
+
+
+def _widened(interval: stats.Interval, reference: Samples, engine: Samples) -> stats.Interval:
+    """The interval, and where labels or counts differ in a few samples at most, the share that may differ in others.
+
+    Drawing samples again makes nothing of differences that none of them shows.
+    """
+    columns = reference.columns
+    if any(column.dtype.kind not in "biu" for column in columns.values()):
+        return interval  # scores of two engines always differ
+    differ = np.zeros(len(reference), bool)
+    for name, column in columns.items():
+        differ |= (column != engine.columns[name]).reshape(len(column), -1).any(axis=1)
+    if (count := int(differ.sum())) >= stats.fewest(interval.level):
+        return interval
+    most = stats.wilson(count, len(differ), interval.level).high
+    return stats.Interval(min(interval.low, -most), max(interval.high, most), interval.level)
 
 
 def _right(metric: Metric, *both: Samples) -> list[Array] | None:

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -245,7 +245,9 @@ def staged(out: Path) -> Iterator[Stage]:
     out = Path(os.path.abspath(out))
     with ExitStack() as stack:
         try:
+            stack.callback(_remove_empty, [p for p in out.parents if not p.exists()])
             out.parent.mkdir(parents=True, exist_ok=True)
+            _rescue(out)
             root = stack.enter_context(scratch.held(out.parent, f"{_STAGE}{out.name[:32]}-"))
             stage = Stage(package=root / "package", work=root / "work")
             stage.package.mkdir(mode=0o755)
@@ -263,6 +265,7 @@ def staged(out: Path) -> Iterator[Stage]:
                 out
             )  # again: a compile is long, and what was put there meanwhile is not ours
             _exchange(stage.package, out)
+            _sync_one(out.parent)
         except OSError as error:
             if not _is_about(error, out):
                 raise
@@ -299,10 +302,28 @@ def _is_about(error: OSError, out: Path) -> bool:
     return not below or below[0] == out.name or below[0].startswith(_STAGE)
 
 
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders that were made for an output that was not."""
+    for place in folders:
+        with suppress(OSError):
+            place.rmdir()
+
+
 def _sync(directory: Path) -> None:
-    for file in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    """Let everything below a directory, and its own entry in the folder above, reach the disk."""
+    for place in (*sorted(directory.rglob("*")), directory):
+        _sync_one(place)
+
+
+def _sync_one(place: Path) -> None:
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in _NO_ROOM or place.is_file():
+            raise  # some file systems cannot sync folders
+    finally:
+        os.close(handle)
 
 
 def _exchange(stage: Path, out: Path) -> None:
@@ -312,13 +333,28 @@ def _exchange(stage: Path, out: Path) -> None:
         return
     if _swap(stage, out):
         return
-    old = stage.with_name("old")
+    old = _old(out)
     os.rename(out, old)
     try:
         os.rename(stage, out)
     except OSError:
         os.rename(old, out)
         raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(out: Path) -> Path:
+    """Where an old package waits while the new one takes its place, on a system that cannot swap the two."""
+    return out.with_name(f".effc-old-{out.name}")
+
+
+def _rescue(out: Path) -> None:
+    """Put an old package back, or away, that a kill between two renames has left."""
+    old = _old(out)
+    if old.is_dir() and not os.path.lexists(out):
+        os.rename(old, out)
+    elif old.is_dir() and (out / MANIFEST).is_file():
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _swap(a: Path, b: Path) -> bool:
@@ -365,7 +401,7 @@ def replace(out: Path, name: str, text: str) -> None:
     Each is exchanged by one rename; between the two the file differs from its sha256, and whoever is killed there does
     it again.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     manifest = read(out)
     if name not in manifest.unhashed:
         raise PackageError(
@@ -482,7 +518,9 @@ def _false_words(out: Path, manifest: Manifest) -> list[str]:
     for engine in manifest.engines:
         if manifest.files.get(engine.path) != engine.sha256:
             found.append(f"{engine.path} is an engine but not a file of the manifest")
-        elif engine.path.endswith(".onnx"):
+        elif not engine.path.endswith(".onnx"):
+            found.append(f"{engine.path} is no kind of engine that this effc knows")
+        else:
             found += onnx_file.problems(
                 out, engine.path, inputs=engine.inputs, outputs=engine.outputs,
                 opset=engine.opset, listed=manifest.files,

@@ -25,12 +25,12 @@ from effc.backends.eager import GraphEngine, ports
 from effc.build import Builder
 from effc.cache import Cache
 from effc.ir.memory import peak_bytes
-from effc.ir.program import Graph, Program
+from effc.ir.program import Graph
 from effc.machine import default_threads
 from effc.passes.pipeline import apply
 from effc.progress import Progress, resident_mb
 from effc.recipe import Recipe
-from effc.room import KERNELS
+from effc.room import KERNELS, within
 from effc.samples import Samples
 from effc.source import Source
 
@@ -53,10 +53,19 @@ class Stage:
     how: str
 
 
-def plan(recipe: Recipe, out: Path, *, progress: Progress, threads: int | None = None) -> Json:
+def plan(
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress,
+    threads: int | None = None,
+    decisions: Json | None = None,
+    max_ram_bytes: int | None = None,
+) -> Json:
     """Every stage of a compile with what it will take, and what it will write. Writes nothing.
 
-    Raises what the compile itself would raise before its first long stage.
+    What a search takes where the gate is not met, and what the cache spares, nobody knows beforehand. Raises what the
+    compile itself would raise before its first long stage.
     """
     from effc.compiler import opened
 
@@ -68,18 +77,27 @@ def plan(recipe: Recipe, out: Path, *, progress: Progress, threads: int | None =
     if metric is not None:
         metric.check(source)
     samples = Samples(source, recipe.calib)
+    builder = Builder(
+        recipe=recipe, source=source, samples=samples, original=original, progress=Progress(),
+        cache=Cache(None), decisions=decisions,
+    )  # fmt: skip
+    graph = original.only()
+    left_mb = math.inf
+    if max_ram_bytes is not None:
+        left_mb = max(0.0, within(max_ram_bytes, graph, {}).left_bytes / 1e6)
     with progress.stage("probe"):
-        return _Probe(recipe, source, samples, original, metric, progress, threads).result()
+        return _Probe(builder, metric, progress, threads, left_mb).result()
 
 
 class _Probe:
     def __init__(
-        self, recipe: Recipe, source: Source, samples: Samples, original: Program,
-        metric: metrics.Metric | None, progress: Progress, threads: int,
+        self, builder: Builder, metric: metrics.Metric | None, progress: Progress, threads: int,
+        left_mb: float,
     ) -> None:  # fmt: skip
-        self.recipe, self.source, self.samples, self.original = recipe, source, samples, original
+        self.builder, self.recipe, self.source = builder, builder.recipe, builder.source
+        self.samples, self.original, self.left_mb = builder.samples, builder.original, left_mb
         self.metric, self.progress, self.threads = metric, progress, threads
-        self.graph = original.only()
+        self.graph = self.original.only()
         self.base_mb = resident_mb() or 0.0
         self.stages: list[Stage] = []
 
@@ -100,6 +118,7 @@ class _Probe:
             "disk_mb": round(sum(stage.disk_mb for stage in self.stages), 1),
             "model_bytes": sizes[0],
             "threads": self.threads,
+            "may_search": self.recipe.gate is not None and bool(self.recipe.passes),
         }
 
     def _add(
@@ -124,26 +143,27 @@ class _Probe:
 
     def _target(self, target: str, trace_s: float) -> int:
         """The passes of one target on two batches, and its engine; gives the bytes that it will have."""
-        builder = Builder(
-            recipe=self.recipe, source=self.source, samples=self.samples, original=self.original,
-            progress=Progress(), cache=Cache(None),
-        )  # fmt: skip
         started = time.perf_counter()
-        program, records = builder.cleaned(target)
+        program, _ = self.builder.cleaned(target)
         program = program.clone()
         self._add("exact passes", time.perf_counter() - started, how="measured")
-        spec = self.recipe.calib
-        for pass_ in self.recipe.passes:
+        spec, rollback = self.recipe.calib, self.builder.recorded_rollback(target)
+        for index, given in enumerate(self.recipe.passes):
+            pass_ = rollback.apply(index, given)
+            if pass_ is None:
+                continue
+            recorded = self.builder.recorded(target, f"{index}:{given.name}")
             data = list(itertools.islice(self.samples(self.graph.role), 2))
+            if recorded is not None:
+                data = []
             started = time.perf_counter()
-            record = apply(pass_, program, data or None, dialect=DIALECTS[target])
+            apply(pass_, program, data or None, dialect=DIALECTS[target], recorded=recorded)
             seconds, need = time.perf_counter() - started, 0.0
             if data and pass_.resolve(DIALECTS[target]).measures and spec is not None:
                 count = max(0, math.ceil(spec.samples / spec.batch) - 2)
                 seconds += count * self.rate * _values(data[-1].inputs) * 1.5
-                need = self._activations_mb(data[-1].inputs)
+                need = min(self.left_mb, self._activations_mb(data[-1].inputs))
             self._add(pass_.name, seconds, extra_mb=need, how="probed")
-            records = [*records, record]
         growth = sum(1 for _ in program.only().nodes) / max(sum(1 for _ in self.graph.nodes), 1)
         weights_mb = program.weight_bytes() / 1e6
         self._add(
@@ -169,7 +189,8 @@ class _Probe:
         values = sum(map(_values, found))
         need = max(map(self._activations_mb, found), default=0.0)
         engines = len(self.recipe.targets) * (2 + bool(self.recipe.passes))
-        self._add("verify", values * self.rate * engines, extra_mb=2 * need, how="probed")
+        need = min(self.left_mb, 2 * need)
+        self._add("verify", values * self.rate * engines, extra_mb=need, how="probed")
 
     def _metric(self) -> None:
         """The metric over an engine that answers nothing, to see what it would ask: all but the answers is real."""
@@ -243,4 +264,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{'in all':24} {found['seconds']:6.1f} s {found['memory_mb']:6.0f} MB {found['disk_mb']:6.1f} MB  "
         f"{found['threads']} threads; the engine will have about {found['model_bytes'] / 1e6:.1f} MB"
     )
+    if found["may_search"]:
+        made.append(
+            "where the gate is not met a search comes on top, as long as --time-budget lets it"
+        )
     return made

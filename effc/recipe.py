@@ -113,8 +113,8 @@ class Recipe:
     metric: str | None = None
     bench: BenchSpec | None = field(default_factory=BenchSpec)
     gate: GateSpec | None = field(default_factory=GateSpec)
-    gate_is_asked: bool = False
-    """Whether the recipe itself has a gate; what that asks and nobody measured is a warning."""
+    gate_asks: frozenset[str] = frozenset()
+    """What the recipe's own gate asks for by name: where nobody measured that, it is a warning."""
     canonicalize: bool = True
     """Run the exact clean-up passes first."""
     plugins: tuple[str, ...] = ()
@@ -308,7 +308,9 @@ class _Reader:
             metric=":".join(*data["metric"].items()) if metric else None,
             bench=self._bench(data),
             gate=self._gate(data),
-            gate_is_asked=bool(data.get("gate")),
+            gate_asks=frozenset(data["gate"])
+            if isinstance(data.get("gate"), dict)
+            else frozenset(),
             canonicalize=self._flag(data.get("canonicalize", True), "canonicalize"),
             plugins=tuple(plugins),
             text=canonical(data),

@@ -192,7 +192,10 @@ def bench_lines(bench: Mapping[str, Any]) -> list[str]:
     for s in bench["shapes"]:
         against = ", ".join(f"{n} {a['ms']:.2f}" for n, a in sorted(s.get("against", {}).items()))
         word = shape_word(s["batch"], s["length"])
-        lines.append(f"bench     {word}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}")
+        once = ", opened once" if s.get("openings") == 1 else ""
+        lines.append(
+            f"bench     {word}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}{once}"
+        )
     load = ", ".join(f"{n} {ms:.0f}" for n, ms in bench["load_ms"].items() if n != "torch")
     memory = ", ".join(f"{n} {mb:.0f}" for n, mb in bench["peak_rss_mb"].items())
     lines.append(f"          load {load} ms; peak memory {memory} MB")
@@ -214,11 +217,15 @@ def _gate(content: Mapping[str, Any]) -> list[str]:
         return []
     tried = f", {gate['tried']} tried" if (gate.get("tried") or 0) > 1 else ""
     tried += ", out of time" if gate.get("ran_out_of_time") else ""
+    others = sorted({e["target"] for e in content["manifest"]["engines"]} - {gate.get("target")})
+    if others and gate.get("target"):
+        tried += f"; asked of {gate['target']}, {', '.join(others)} has the same taken back"
     lines = [f"gate      {gate['verdict']}{tried}"]
     lines += [f"          {check['text']}" for check in gate["checks"]]
     for back in gate["rolled_back"]:
-        some = ", ".join(back["sites"][:3])
+        reasons = back.get("reasons") or {}
+        some = ", ".join(f"{s} ({reasons[s]})" if s in reasons else s for s in back["sites"][:3])
         more = f" and {len(back['sites']) - 3} more" if len(back["sites"]) > 3 else ""
         where = f": {some}{more}" if some else ""
-        lines.append(f"          rolled back {back['pass']}{where} ({back['why']})")
+        lines.append(f"          rolled back {back['pass']}{where}; because {back['why']}")
     return lines

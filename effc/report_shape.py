@@ -163,6 +163,8 @@ class Layer:
     sqnr_db: Number = None
     local_db: Number = None
     share: Number = None
+    rows: Count | None = None
+    probes: Count | None = None
 
 
 @dataclass(kw_only=True)
@@ -181,11 +183,13 @@ class RolledBack:
     step: Annotated[str, Field(alias="pass")]
     sites: list[str] = field(default_factory=list)
     why: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class Gate:
     verdict: str
+    target: str = ""
     checks: list[Check] = field(default_factory=list)
     rolled_back: list[RolledBack] = field(default_factory=list)
     strict: Flag = False

@@ -72,8 +72,9 @@ class Room:
 
 
 def within(max_bytes: int, graph: Graph, dims: Dims) -> Room:
-    """The room that is left of `max_bytes` beside what this process holds already."""
+    """The room that is left of `max_bytes` beside what this process holds already, and an engine's own weights."""
     used = (resident_mb() or 0.0) * 1e6
+    used += sum(t.numel() * t.element_size() for t in graph.tensors().values())
     return Room(graph, dims, max_bytes - used, max_bytes)
 
 

@@ -21,6 +21,8 @@ except ImportError:  # pragma: no cover - a system without flock: a killed run's
     fcntl = None  # type: ignore[assignment]
 
 PREFIX = "effc-scratch-"
+MARK = ".effc-scratch"
+"""A file that says that a directory is one of these: nothing else is swept, whatever it is called."""
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def held(parent: Path | None = None, prefix: str = PREFIX) -> Iterator[Path]:
     try:
         yield place
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        _remove(place)
         os.close(lock)
 
 
@@ -47,6 +49,7 @@ def _make(parent: Path, prefix: str) -> tuple[Path, int]:
             lock = os.open(place, os.O_RDONLY)
             take(lock, wait=True)
             if place.exists():
+                (place / MARK).touch()
                 return place, lock
             os.close(lock)
 
@@ -70,10 +73,26 @@ def _remove_abandoned(place: Path) -> bool:
     try:
         if os.fstat(lock).st_uid != os.getuid() or not take(lock):
             return False
-        shutil.rmtree(place, ignore_errors=True)
-        return True
+        if (place / MARK).is_file():
+            _remove(place)
+        else:  # somebody's own, or one that was made and no more
+            place.rmdir()
+        return not place.exists()
+    except OSError:
+        return False
     finally:
         os.close(lock)
+
+
+def _remove(place: Path) -> None:
+    """Everything in it, then its mark, then itself: cut short anywhere, it is still known for what it is."""
+    with contextlib.suppress(OSError):
+        for entry in place.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != MARK:
+                entry.unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def take(file: int, *, wait: bool = False) -> bool:

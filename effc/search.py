@@ -22,15 +22,14 @@ from torch import fx
 
 from effc import gate
 from effc.backends.dialect import DIALECTS
-from effc.build import NOTHING, Built, Rollback, graph_digest, versions
-from effc.cache import key_of
-from effc.errors import CalibrationError
+from effc.build import NOTHING, Built, Rollback
+from effc.errors import CalibrationError, EffcError
 from effc.ir.edit import is_constant
 from effc.ir.program import Graph, Program
 from effc.ir.select import module_path, op_name
 from effc.passes.base import Pass
-from effc.passes.pipeline import apply, options_of
-from effc.trial import Lab, Trial
+from effc.passes.pipeline import apply
+from effc.trial import Lab, OutOfTime, Trial
 
 log = logging.getLogger("effc")
 
@@ -55,8 +54,8 @@ class Found:
     """What a search ended with: the candidate to ship, and how many were tried."""
 
     trial: Trial
-    tried: int
-    seconds: float
+    tried: int = 1
+    seconds: float = 0.0
     ran_out: bool = False
 
 
@@ -69,22 +68,24 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
     started = time.monotonic()
     spec = lab.spec
     if spec is None or gate.is_content(spec, base.checks):
-        return Found(trial=base, tried=1, seconds=0.0)
-    deadline = started + time_budget_s if time_budget_s is not None else float("inf")
-    best, tried, ran_out = base, 1, False
-    for trial in _candidates(lab, base):
-        tried += 1
+        return Found(trial=base)
+    if time_budget_s is not None:
+        lab.deadline = started + time_budget_s
+    best, ran_out = base, False
+
+    def keep(trial: Trial) -> None:
+        nonlocal best
         best = min((best, trial), key=lambda t: (*gate.rank(spec, t.checks), _size(t.rollback)))
-        log.info("tried %d: %s", tried, "; ".join(check.text for check in trial.checks))
-        if time.monotonic() > deadline:
-            ran_out = not gate.is_content(spec, best.checks)
-            break
-    if not gate.is_content(spec, best.checks):
-        last = _everything(lab, base)
-        if last is not None:
-            tried += 1
-            best = min((best, last), key=lambda t: gate.rank(spec, t.checks))
-    return Found(trial=best, tried=tried, seconds=time.monotonic() - started, ran_out=ran_out)
+        log.info("tried %d: %s", lab.tried, "; ".join(check.text for check in trial.checks))
+
+    try:
+        for trial in _candidates(lab, base):
+            keep(trial)
+        if not gate.is_content(spec, best.checks) and (last := _everything(lab, base)) is not None:
+            keep(last)
+    except OutOfTime:
+        ran_out = True
+    return Found(trial=best, tried=lab.tried, seconds=time.monotonic() - started, ran_out=ran_out)
 
 
 def _size(rollback: Rollback) -> tuple[int, int]:
@@ -103,7 +104,7 @@ def _candidates(lab: Lab, base: Trial) -> Iterator[Trial]:
 
 
 def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
-    """Whether a check of that kind refuses, or its value is beyond its bound."""
+    """Whether a check of that kind was measured, and refuses or has a value beyond its bound."""
     assert lab.spec is not None
     mine = [check for check in trial.checks if check.name.startswith(word)]
     return not gate.is_content(lab.spec, mine)
@@ -117,7 +118,16 @@ def _everything(lab: Lab, base: Trial) -> Trial | None:
     if not lossy:
         return None
     rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | lossy)
-    return lab.attempt(base.built, rollback, timed=True)
+    return _tried(lab, base, rollback, timed=True)
+
+
+def _tried(lab: Lab, base: Trial, rollback: Rollback, *, timed: bool) -> Trial | None:
+    """A candidate with its checks; None where it cannot be built, or is not what the model does."""
+    try:
+        return lab.attempt(base.built, rollback, timed=timed)
+    except EffcError as error:
+        log.warning("a candidate of the search is left out: %s", error.what)
+        return None
 
 
 # Accuracy
@@ -125,29 +135,41 @@ def _everything(lab: Lab, base: Trial) -> Trial | None:
 
 def _for_accuracy(lab: Lab, base: Trial) -> Iterator[Trial]:
     ranked = sensitivity(lab, base.built)
-    good: int | None = None
-    bad, count = 0, 1
-    while ranked and count < len(ranked):
+    bad, good = 0, None
+    for count in _counts(len(ranked)):
         if _holds(lab, base, ranked, count):
             good = count
             break
-        bad, count = count, 2 * count
+        bad = count
     if good is None:
         return
-    yield lab.attempt(base.built, _without(base, ranked, good), timed=True)
+    yield from _one(lab, base, ranked, good)
     while good - bad > 1:
         middle = (good + bad) // 2
         if _holds(lab, base, ranked, middle):
             good = middle
-            yield lab.attempt(base.built, _without(base, ranked, good), timed=True)
+            yield from _one(lab, base, ranked, good)
         else:
             bad = middle
 
 
+def _counts(groups: int) -> list[int]:
+    """1, 2, 4 … of that many groups, and all but one at last."""
+    counts = [1 << power for power in range(groups.bit_length()) if 1 << power < groups]
+    return counts if not counts or counts[-1] == groups - 1 else [*counts, groups - 1]
+
+
+def _one(lab: Lab, base: Trial, ranked: Sequence[Group], count: int) -> Iterator[Trial]:
+    """The candidate without the worst `count` groups, timed."""
+    trial = _tried(lab, base, _without(base, ranked, count), timed=True)
+    if trial is not None:
+        yield trial
+
+
 def _holds(lab: Lab, base: Trial, ranked: Sequence[Group], count: int) -> bool:
     """Whether the metric is within its bound without the worst `count` groups."""
-    trial = lab.attempt(base.built, _without(base, ranked, count), timed=False)
-    return not _is_bad(lab, trial, "metric")
+    trial = _tried(lab, base, _without(base, ranked, count), timed=False)
+    return trial is not None and not _is_bad(lab, trial, "metric")
 
 
 def _without(base: Trial, ranked: Sequence[Group], count: int) -> Rollback:
@@ -173,8 +195,11 @@ def sensitivity(lab: Lab, built: Built) -> list[Group]:
         groups = by_layer(narrowed, built, index)
         with lab.progress.stage("sensitivity") as step:
             for number, group in enumerate(groups, 1):
+                lab.check_time()
                 error = _alone(lab, built, index, narrowed, group)
                 found.append(dataclasses.replace(group, error=error))
+                for module in group.modules:
+                    lab.reasons[index, module] = f"{error:.2g} of error alone"
                 step(number, len(groups))
     return sorted(found, key=lambda g: (-g.error, g.name))
 
@@ -182,12 +207,11 @@ def sensitivity(lab: Lab, built: Built) -> list[Group]:
 def _alone(lab: Lab, built: Built, index: int, pass_: Pass, group: Group) -> float:
     """Relative L2 at the outputs where only one group of sites is quantised."""
     before, decisions = built.before[index], built.steps[index].decisions
-    key = key_of(
-        "sensitivity", graph=graph_digest([before]), name=pass_.name, options=options_of(pass_),
-        modules=group.modules, decisions=json.dumps(decisions, sort_keys=True),
-        samples=lab.builder.samples_key, versions=versions(),
+    key = lab.builder.key_of_pass(
+        "sensitivity", pass_, before, built.target, modules=group.modules,
+        decisions=json.dumps(decisions, sort_keys=True),
     )  # fmt: skip
-    entry = lab.cache.get(key)
+    entry = lab.cache.get(key) if key is not None else None
     if entry is not None:
         return float(entry.value)
     select = dataclasses.replace(pass_.select, module=group.modules)  # type: ignore[attr-defined]
@@ -198,7 +222,8 @@ def _alone(lab: Lab, built: Built, index: int, pass_: Pass, group: Group) -> flo
     except CalibrationError:  # alone it reads a value that nobody measured
         record = apply(only, before.clone(), lab.samples, **options)
     error = record.drift.rel_l2 if record.drift is not None else 0.0
-    lab.cache.put(key, error)
+    if key is not None:
+        lab.cache.put(key, error)
     return error
 
 
@@ -216,7 +241,9 @@ def _for_speed(lab: Lab, base: Trial, current: Trial) -> Iterator[Trial]:
     slow = _slower_with(lab, base, current, classes[:MOST_CLASSES]) if len(classes) > 1 else []
     if 0 < len(slow) < len(classes):
         ranked = [*slow, *(group for group in classes if group not in slow)]
-        yield lab.attempt(base.built, _without(current, ranked, len(slow)), timed=True)
+        trial = _tried(lab, base, _without(current, ranked, len(slow)), timed=True)
+        if trial is not None:
+            yield trial
 
 
 def _slower_with(lab: Lab, base: Trial, current: Trial, classes: Sequence[Group]) -> list[Group]:
@@ -225,15 +252,25 @@ def _slower_with(lab: Lab, base: Trial, current: Trial, classes: Sequence[Group]
     others = {}
     for place, group in enumerate(classes):
         ranked = [group, *classes[:place], *classes[place + 1 :]]
-        trial = lab.attempt(base.built, _without(current, ranked, 1), timed=False)
-        others[group.name] = trial.built.first
+        trial = _tried(lab, base, _without(current, ranked, 1), timed=False)
+        if trial is not None:
+            lab.drifts(trial.built)  # verified before it is timed
+            others[group.name] = trial.built.first
+    lab.check_time()
     found = lab.bench(current.built.first, lab.recipe.bench, others)
     slow = []
     for group in classes:
+        if group.name not in others:
+            continue
         against = [shape["against"][group.name] for shape in found["shapes"]]  # without ÷ with
+        least = min(a["ratio"] for a in against)
         faster = any(a["high"] < 1 for a in against)
         if faster and not any(a["low"] > 1 for a in against):
             slow.append(group)
+            for module in group.modules:
+                lab.reasons[group.index, module] = (
+                    f"{group.name} left in float: {least:.2f} of the time"
+                )
     return slow
 
 
@@ -302,18 +339,23 @@ def literal(path: str) -> str:
 
 
 def rolled_back(lab: Lab, base: Trial, chosen: Trial) -> list[dict[str, Any]]:
-    """What was taken back, and the checks of the whole recipe that made it so."""
-    assert lab.spec is not None
-    why = "; ".join(
-        check.text
-        for check in base.checks
-        if check.is_beyond or check in gate.fails(lab.spec, base.checks)
-    )
-    made = []
+    """What was taken back, the checks of the whole recipe that made it so, and what spoke against each site."""
+    failed = gate.fails(lab.spec, base.checks) if lab.spec is not None else []
+    texts = [check.text for check in base.checks if check.is_beyond or check in failed]
+    why = "; ".join(texts) if chosen is not base else "recorded by an earlier compile"
+    made: list[dict[str, Any]] = []
     for index, pass_ in enumerate(lab.recipe.passes):
         modules = chosen.rollback.excluded.get(index, ())
         if index in chosen.rollback.dropped:
             made.append({"pass": f"{index}:{pass_.name}", "sites": ["all"], "why": why})
         elif modules:
-            made.append({"pass": f"{index}:{pass_.name}", "sites": list(modules), "why": why})
+            known = {m: lab.reasons[index, m] for m in modules if (index, m) in lab.reasons}
+            made.append(
+                {
+                    "pass": f"{index}:{pass_.name}",
+                    "sites": list(modules),
+                    "why": why,
+                    "reasons": known,
+                }
+            )
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ class Trial:
         return self.built.rollback
 
 
+class OutOfTime(Exception):
+    """The time that a search may take is up."""
+
+
 @dataclass(kw_only=True)
 class Lab:
     """Where candidates are tried: one builder, one target, room on disk, and the questions of the gate."""
@@ -57,6 +62,10 @@ class Lab:
     threads: int
     metric: metrics.Metric | None
     spec: GateSpec | None
+    deadline: float = math.inf
+    """When no new candidate is begun any more, on the monotonic clock."""
+    reasons: dict[tuple[int, str], str] = field(default_factory=dict)
+    """What speaks against a module of a pass, where a search has found something."""
     _tried: dict[Any, Trial] = field(default_factory=dict)
     _timings: list[str] = field(default_factory=list)
     _reference: metrics.Samples | None = None
@@ -140,10 +149,11 @@ class Lab:
             return ()
         sizes = None
         if self.spec.size:
-            sizes = model_bytes(trial.built.first), self.plain.stat().st_size
+            plain = sum(file.stat().st_size for file in self.plain.parent.iterdir())
+            sizes = model_bytes(trial.built.first), plain
         return gate.checks(
             self.spec, bench=trial.bench, metric=trial.metric, sizes=sizes,
-            asked=self.recipe.gate_is_asked,
+            asked=self.recipe.gate_asks,
         )  # fmt: skip
 
     # The metric: samples of model and engine are kept, so that a search measures the model once.
@@ -277,13 +287,30 @@ class Lab:
 
     # What the search asks for
 
+    @property
+    def tried(self) -> int:
+        """How many candidates there were, the whole recipe among them."""
+        return 1 + len(self._tried)
+
+    def narrowed(self, built: Built, rollback: Rollback) -> Built:
+        """The same with more rolled back, its decisions taken over."""
+        known = {index: record.decisions for index, record in built.steps.items()}
+        return self.build(built.target, rollback, known)
+
+    def check_time(self) -> None:
+        """Raises OutOfTime where the deadline has passed."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
     def attempt(self, base: Built, rollback: Rollback, *, timed: bool) -> Trial:
-        """A candidate with more rolled back than `base`, whose decisions it takes over."""
-        known = {index: record.decisions for index, record in base.steps.items()}
+        """A candidate with more rolled back than `base`, whose decisions it takes over. Raises OutOfTime."""
         trial = self._tried.get(rollback.key)
         if trial is None:
-            trial = self.measured(self.build(base.target, rollback, known))
+            self.check_time()
+            trial = self.measured(self.narrowed(base, rollback))
+            self._tried[rollback.key] = trial
         if timed and trial.bench is None:
+            self.check_time()
             self.drifts(trial.built)  # verified before it is timed
             trial = self.timed(trial)
         self._tried[rollback.key] = trial

@@ -198,7 +198,7 @@ class _Way:
         for word in CANONICAL if asked.canonicalize else ():
             self.passed(PASSES[word](), program, target, None)
         gate: Json = next((decisions[k] for k in (f"{target}/gate", "gate") if k in decisions), {})
-        rollback = Rollback.from_json(gate)
+        rollback = Rollback.from_json(gate, asked.passes)
         for index, given in enumerate(asked.passes):
             pass_ = rollback.apply(index, given)
             if pass_ is None:

@@ -3,12 +3,11 @@
 import json
 import multiprocessing
 import os
-import shutil
 import time
 
 import pytest
 
-from effc import cache
+from effc import cache, scratch
 from effc.cache import Cache, check, key_of
 from effc.errors import UsageError
 from effc.sizes import parse_bytes
@@ -154,12 +153,23 @@ def test_many_compiles_share_one_cache(tmp_path):
     assert size <= 4000 + 4 * 700
 
 
-def test_leftovers_of_a_killed_compile_are_no_fault(kept):
+@pytest.mark.parametrize("name", ["entry-dead", "gone-dead"])
+def test_leftovers_of_a_killed_compile_are_swept_by_the_next(kept, name):
     put(kept, KEY)
-    (kept.root / "tmp" / "entry-dead").mkdir(parents=True)
+    left = kept.root / "tmp" / name
+    (left / "entry").mkdir(parents=True)
+    (left / scratch.MARK).touch()
+    assert check(kept.root) == [f"tmp/{name} was left"]
+    kept.sweep()
     assert check(kept.root) == []
-    assert not (kept.root / "tmp" / "entry-dead").exists()
-    shutil.rmtree(kept.root)
+
+
+def test_what_others_keep_in_a_folder_of_such_a_name_is_not_swept(kept):
+    mine = kept.root / "tmp" / "entry-of-my-diary"
+    mine.mkdir(parents=True)
+    (mine / "today.txt").write_text("dear diary")
+    kept.sweep()
+    assert (mine / "today.txt").exists()
 
 
 @pytest.mark.parametrize(

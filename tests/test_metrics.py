@@ -555,14 +555,49 @@ def shares(tmp_path, model, engine):
 
 def test_the_interval_is_a_paired_bootstrap(tmp_path):
     rng = np.random.default_rng(2)
-    model = rng.integers(0, 2, 200).astype(float)
-    engine = np.where(rng.random(200) < 0.1, 1 - model, model)
-    found = shares(tmp_path, model, engine)
+    gold = rng.normal(size=200)
+    metric = metrics.SpearmanCosine(file=tmp_path)
+    both = [Samples({"cosine": gold + rng.normal(size=200), "gold": gold}) for _ in range(2)]
+    found = compare(metric, *both)
     draws = np.random.default_rng(0)
-    gaps = [(engine - model)[draws.integers(0, 200, 200)].mean() for _ in range(2000)]
+    gaps = []
+    for _ in range(2000):
+        index = draws.integers(0, 200, 200)
+        gaps.append(metric.value(both[1], index) - metric.value(both[0], index))
     wanted = stats.percentiles(np.array(gaps), 200)
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
     assert (found.n, found.level) == (200, 0.95)
+
+
+def test_right_and_wrong_have_the_interval_of_paired_shares(tmp_path):
+    rng = np.random.default_rng(2)
+    model = rng.integers(0, 2, 200).astype(float)
+    engine = np.where(rng.random(200) < 0.1, 1 - model, model)
+    found = shares(tmp_path, model, engine)
+    wanted = stats.paired_shares(model > 0, engine > 0)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+
+
+def labelled(n, changed):
+    """A classifier of n samples, and one that takes the first `changed` for another class."""
+    gold = np.arange(n) % 4
+    other = gold.copy()
+    other[:changed] += 1
+    return [Samples({"predicted": predicted, "gold": gold}) for predicted in (gold, other)]
+
+
+@pytest.mark.parametrize(("n", "changed"), [(5, 0), (100, 0), (10_000, 3)])
+def test_labels_that_hardly_differ_may_differ_in_others(tmp_path, n, changed):
+    found = compare(metrics.F1(file=tmp_path), *labelled(n, changed))
+    most = stats.wilson(changed, n).high
+    assert found.high >= most >= 3 / (n + 4)
+    assert found.drop_high >= most
+    assert found.are_few == (n < 6)
+
+
+def test_labels_that_often_differ_have_the_interval_of_the_bootstrap(tmp_path):
+    found = compare(metrics.F1(file=tmp_path), *labelled(400, 100))
+    assert found.high < 0 < found.drop_low
 
 
 def test_right_and_wrong_have_an_interval_each_and_an_exact_test(tmp_path):

@@ -212,6 +212,21 @@ def test_an_engine_that_is_not_what_the_manifest_says(out, change, said):
     assert_letter(cli("verify", out), "VerifyError", 10, said)
 
 
+@pytest.mark.parametrize("name", ["model.ort", "model", "engine.bin"])
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_an_engine_of_another_kind_is_not_opened(out, command, name):
+    """A runtime would open it by what is in it, and nobody has looked at that."""
+    (out / "model.onnx").rename(out / name)
+
+    def change(manifest) -> None:
+        manifest["files"][name] = manifest["files"].pop("model.onnx")
+        manifest["engines"][0]["path"] = name
+
+    change_manifest(out, change)
+    ran = cli(command, out, "--model", made().model)
+    assert_letter(ran, "VerifyError", 10, f"{name} is no kind of engine")
+
+
 @pytest.mark.parametrize("command", ["verify", "bench"])
 @pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "unlisted.bin", "link.bin"])
 def test_an_engine_whose_data_lie_elsewhere_is_not_opened(out, tmp_path, command, location):
@@ -519,6 +534,30 @@ def test_without_an_atomic_swap_it_is_renamed_in_two_steps(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_package_that_a_kill_left_aside_is_put_back(tmp_path, monkeypatch):
+    """Killed between the two renames: the old package has another name, and the new one none."""
+    monkeypatch.setattr(package, "_swap", lambda a, b: False)
+    out = tmp_path / "out"
+    with package.staged(out) as stage:
+        fill(stage, "old")
+    before = content(out)
+    out.rename(package._old(out))
+    with pytest.raises(RuntimeError), package.staged(out):
+        raise RuntimeError
+    assert content(out) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path, made_before):
+    out = tmp_path / "a" / "b" / "out"
+    if made_before:
+        out.parent.mkdir(parents=True)
+    with pytest.raises(RuntimeError), package.staged(out):
+        raise RuntimeError
+    assert (tmp_path / "a").exists() == made_before
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
 def test_a_block_that_fails_leaves_the_old_package(tmp_path, error):
     with package.staged(tmp_path / "out") as stage:
@@ -557,6 +596,52 @@ def test_compiling_twice_gives_the_same_bytes(tmp_path):
     for name in unhashed:
         first.pop(name), second.pop(name)
     assert first == second
+
+
+@pytest.mark.slow
+def test_the_bytes_hang_on_nothing_around_the_compile(tmp_path):
+    """Another folder, user, home, language, time zone, umask, order of hashes and number of threads."""
+    place = tmp_path / "elsewhere, with spaces"
+    shutil.copytree(made().model, place / made().model.name)
+    shutil.copy(made().sentences, place)
+    (place / "work").mkdir()
+    (place / "home").mkdir()
+    around = {
+        "HOME": str(place / "home"), "USER": "nobody", "LOGNAME": "nobody", "TZ": "Asia/Tokyo",
+        "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8", "PYTHONHASHSEED": "4711", "OMP_NUM_THREADS": "2",
+        "COLUMNS": "40",
+    }  # fmt: skip
+    words = [
+        "compile",
+        place / made().model.name,
+        "-o",
+        place / "work" / "out",
+        "--quantize",
+        "int8",
+    ]
+    words += ["--calib", place / made().sentences.name, "--no-bench", "--threads", "2"]
+    words += ["--samples", 16]
+
+    def as_somebody_else() -> None:
+        os.umask(0o077)
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+
+    if os.geteuid() == 0:
+        for path in (place, *place.rglob("*")):
+            os.chown(path, 65534, 65534)
+        for folder in (place, *list(place.parents)[:3]):
+            folder.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "effc", *map(str, words)], env={**os.environ, **around}, cwd=place / "work",
+        preexec_fn=as_somebody_else, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    unhashed = package.read(made().out).unhashed
+    here, there = content(made().out), content(place / "work" / "out")
+    assert sorted(here) == sorted(there)
+    assert {n for n in here if here[n] != there[n]} <= set(unhashed)
 
 
 def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch):

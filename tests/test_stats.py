@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as oracle
+from scipy.optimize import minimize_scalar
 
 from effc import stats
 from effc.errors import UsageError
@@ -101,8 +102,56 @@ def test_mcnemar_is_seldom_wrong_where_both_are_as_good():
 def test_samples_that_are_not_the_same_cannot_be_paired():
     with pytest.raises(UsageError, match="3 and 2 samples"):
         stats.mcnemar(np.ones(3), np.ones(2))
-    with pytest.raises(UsageError, match="3 and 2 rounds"):
-        stats.ratio_of_medians(np.ones((3, 2)), np.ones((2, 2)))
+
+
+def score_off(b, c, n, d):
+    """How many standard deviations c − b is from n·d, under the likeliest shares of which d is the difference."""
+
+    def unlikely(q):
+        counts = ((b, q), (c, q + d), (n - b - c, 1 - 2 * q - d))
+        return -sum(k * np.log(max(p, 1e-300)) for k, p in counts if k)
+
+    ends = max(0.0, -d), (1 - d) / 2
+    q = minimize_scalar(unlikely, bounds=ends, method="bounded", options={"xatol": 1e-12}).x
+    return (c - b - n * d) / np.sqrt(n * (2 * q + d - d * d))
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(3, 5, 100), (10, 2, 50), (0, 4, 30), (1, 0, 12)])
+def test_a_difference_of_shares_ends_where_its_score_is_that_improbable(b, c, n):
+    first = np.array([1] * b + [0] * c + [1] * (n - b - c))
+    second = np.array([0] * b + [1] * c + [1] * (n - b - c))
+    found = stats.paired_shares(first, second)
+    z = oracle.norm.ppf(0.975)
+    assert score_off(b, c, n, found.low) == pytest.approx(z, abs=1e-3)
+    assert score_off(b, c, n, found.high) == pytest.approx(-z, abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 5, 100, 10_000])
+def test_samples_that_never_differ_leave_room_for_a_difference(n):
+    same = np.arange(n) % 3 > 0
+    found = stats.paired_shares(same, same)
+    z2 = oracle.norm.ppf(0.975) ** 2
+    assert (found.low, found.high) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)), abs=1e-6)
+
+
+def test_samples_of_which_one_side_gets_all_right_have_an_interval():
+    found = stats.paired_shares(np.zeros(40), np.ones(40))
+    assert found.low == pytest.approx(1 - oracle.norm.ppf(0.975) ** 2 / 43.84, abs=0.1)
+    assert found.high == 1
+    turned = stats.paired_shares(np.ones(40), np.zeros(40))
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1])
+def test_a_difference_of_shares_is_covered_as_often_as_it_says(share):
+    rng = np.random.default_rng(4)
+    covered = []
+    for _ in range(300):
+        first = rng.random(150) < 0.8
+        second = first ^ (rng.random(150) < share)
+        found = stats.paired_shares(first, second)
+        covered.append(found.low <= -0.6 * share <= found.high)  # 0.8 of those that differ are lost
+    assert np.mean(covered) >= 0.92
 
 
 # Bootstrap
@@ -110,10 +159,11 @@ def test_samples_that_are_not_the_same_cannot_be_paired():
 
 def test_a_bootstrap_is_the_same_every_time_and_by_rows_the_same_as_one_by_one():
     x = np.random.default_rng(0).normal(size=50)
-    one = stats.paired_bootstrap(lambda i: x[i].mean(), 50, seed=3)
-    assert one == stats.paired_bootstrap(lambda i: x[i].mean(axis=-1), 50, seed=3, vectorised=True)
-    assert one == stats.paired_bootstrap(lambda i: x[i].mean(), 50, seed=3)
-    assert one != stats.paired_bootstrap(lambda i: x[i].mean(), 50, seed=4)
+    one = stats.resample(lambda i: x[i].mean(), 50, seed=3)
+    rows = stats.resample(lambda i: x[i].mean(axis=-1), 50, seed=3, vectorised=True)
+    np.testing.assert_allclose(one, rows)
+    np.testing.assert_array_equal(one, stats.resample(lambda i: x[i].mean(), 50, seed=3))
+    assert (one != stats.resample(lambda i: x[i].mean(), 50, seed=4)).any()
 
 
 def test_a_bootstrap_by_rows_draws_a_part_at_a_time(monkeypatch):
@@ -138,16 +188,18 @@ def test_a_bootstrap_covers_a_difference_as_often_as_it_says(n):
     for seed in range(300):
         hard = rng.normal(size=n)
         gap = (hard + rng.normal(0.3, 0.5, n)) - hard
-        found = stats.paired_bootstrap(
+        drawn = stats.resample(
             lambda i, gap=gap: gap[i].mean(axis=-1), n, draws=400, seed=seed, vectorised=True
         )
+        found = stats.percentiles(drawn, n)
         covered.append(found.low <= 0.3 <= found.high)
     assert 0.92 <= np.mean(covered) <= 0.98
 
 
 def test_a_bootstrap_of_many_samples_is_that_of_scipy():
     x = np.random.default_rng(0).exponential(size=2_000)
-    found = stats.paired_bootstrap(lambda i: x[i].mean(axis=-1), 2_000, vectorised=True)
+    drawn = stats.resample(lambda i: x[i].mean(axis=-1), 2_000, vectorised=True)
+    found = stats.percentiles(drawn, 2_000)
     wanted = oracle.bootstrap((x,), np.mean, n_resamples=2_000, method="percentile", rng=1)
     bounds = wanted.confidence_interval
     assert (found.low, found.high) == pytest.approx((bounds.low, bounds.high), abs=0.006)
@@ -178,27 +230,3 @@ def test_student_is_that_of_scipy(values, level):
 def test_one_value_has_no_interval():
     with pytest.raises(UsageError, match="1 value has no interval"):
         stats.student(np.ones(1))
-
-
-def rounds(rng, n, ratio=1.0):
-    """Two engines in rounds of five runs: what slows a round down slows both."""
-    slow = np.exp(0.3 * rng.normal(size=(n, 1)))
-    top, bottom = slow * np.exp(0.05 * rng.normal(size=(2, n, 5)))
-    return ratio * top, bottom
-
-
-def test_what_slows_both_sides_of_a_round_cancels():
-    top, bottom = rounds(np.random.default_rng(0), 30, ratio=2)
-    found = stats.ratio_of_medians(top, bottom)
-    alone = stats.ratio_of_medians(top, bottom[np.random.default_rng(1).permutation(30)])
-    assert found.low < 2 < found.high
-    assert found.high - found.low < (alone.high - alone.low) / 2
-
-
-def test_a_ratio_of_medians_is_covered_at_least_as_often_as_it_says():
-    rng = np.random.default_rng(3)
-    covered = []
-    for seed in range(150):
-        found = stats.ratio_of_medians(*rounds(rng, 25), level=0.9, draws=300, seed=seed)
-        covered.append(found.low <= 1 <= found.high)
-    assert np.mean(covered) >= 0.88

@@ -234,11 +234,13 @@ def try_one(
         kind, case = malformed.case_of(seed, number, work, base, only)
         out = _out_of(case.words, work)
         replaces = case.words[0] == "compile"
-        before, was = seen(work, [out]), seen(out)
+        own = [out, *(place / name for name in ("log", "home", "tmp"))]
+        before, was = seen(place, own), seen(out)
         end = boxed(case.words, place)  # a compile, or a part of one, or a look at a package
         faults = [*_wrong_end(end, case.codes)]
-        if end.code is not None and seen(work, [out]) != before:
-            faults.append(f"wrote beside OUT: {sorted(set(seen(work, [out])) ^ set(before))[:5]}")
+        if end.code is not None and (after := seen(place, own)) != before:
+            changed = {n for n in after.keys() | before.keys() if after.get(n) != before.get(n)}
+            faults.append(f"wrote beside OUT: {sorted(changed)[:5]}")
         if (not replaces or end.code) and seen(out) != was:
             faults.append("changed OUT")
         if replaces and end.code == 0:
@@ -382,7 +384,7 @@ def main() -> int:
     for name, run in (("kills", killed.kills_main), ("full", killed.full_main)):
         mode = modes.add_parser(name)
         mode.add_argument("--model", help="what is compiled [default: a small encoder, to int8]")
-        mode.add_argument("--words", help="more words of the compile, as one [default: --no-bench]")
+        mode.add_argument("--words", help="more words of the compile, as one")
         mode.add_argument("--trials", type=int, default=20)
         mode.add_argument("--seed", type=int, default=0)
         mode.add_argument("--place", help="where to work [default: the temporary directory]")
