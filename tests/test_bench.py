@@ -73,7 +73,7 @@ def clock(monkeypatch):
     return make
 
 
-def timed(clock, engine_ms=3.0, reference_ms=3.0, budget_s=9.5, seed=0, **options):
+def timed(clock, engine_ms=3.0, reference_ms=3.0, budget_s=8.0, seed=0, **options):
     """One shape of a comparison of two stubs, and what was called on them in order."""
     log = []
     openers = {
@@ -210,9 +210,10 @@ def test_warming_up_lasts_until_it_gets_no_faster(clock):
 
 def test_the_ratio_is_the_mean_over_sessions_and_its_interval_holds_it():
     ones = ((1.0, 1.0),)
-    reference = Timing(sessions=(((2.0, 2.0), (2.0, 2.2), (50.0, 50.0)), ((4.0, 4.0),)))
+    reference = Timing(sessions=(((2.0, 2.0), (9.0, 2.2), (50.0, 50.0)), ((4.0, 4.0),)))
     found = ratio_of(reference, Timing(sessions=(3 * ones, ones)))
-    assert found.ratio == pytest.approx((2.1 * 4) ** 0.5)  # the disturbed round is one of three
+    # of a block the least run, of three rounds the middle one
+    assert found.ratio == pytest.approx((2.2 * 4) ** 0.5)
     assert found.low < found.ratio < found.high
     assert found.low * found.high == pytest.approx(found.ratio**2)
 

@@ -750,7 +750,7 @@ def test_the_text_says_what_the_gate_asked_and_what_was_taken_back():
         "          latency 1x16 in words",
         "          latency 8x128 in words",
         "          metric accuracy in words",
-        "          rolled back 0:quantize: encoder.layer.1.output.dense (it lost too much)",
+        "          rolled back 0:quantize: encoder.layer.1.output.dense; because it lost too much",
     ]
     assert not [
         line for line in report.text(read(made().out)).splitlines() if line.startswith("gate")
