@@ -77,6 +77,7 @@ def spec(**changes):
     return recipe.build({**data, **changes})
 
 
+@pytest.mark.slow
 def test_bounded_memory_changes_no_byte(tmp_path, monkeypatch):
     """Rows at a time, down to one, through calibration and verification."""
     compiler.run(spec(), tmp_path / "A", kept=Cache(None))
@@ -127,6 +128,7 @@ def test_a_plan_names_every_stage_and_writes_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_large_the_engine_will_be(tmp_path):
     found = plan.plan(spec(), tmp_path / "OUT", progress=Progress())
     made_ = compiler.run(spec(), tmp_path / "OUT", kept=Cache(None))

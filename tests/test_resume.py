@@ -1,6 +1,7 @@
 """A compile that was ended takes up what it had finished, and comes to the same bytes."""
 
 import json
+import random
 from contextlib import contextmanager
 
 import pytest
@@ -77,6 +78,41 @@ def test_it_goes_on_wherever_it_was_ended(number, whole, tmp_path):
     assert cache.check(kept.root) == []
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A recipe whose gate asks for more than 4 bits can give, and what an undisturbed compile makes of it."""
+    place = tmp_path_factory.mktemp("searched")
+    draw = random.Random(0)
+    lines = made().sentences.read_text(encoding="utf-8").splitlines()
+    rows = [f"{draw.choice(lines)},{draw.choice(lines)},{draw.random():.2f}" for _ in range(60)]
+    (place / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+    asked = spec(
+        passes=[{"pass": "quantize", "bits": 4, "activation_bits": 4}],
+        metric={"sts": str(place / "pairs.csv")}, bench=False,
+        gate={"latency": False, "metric": {"max_drop": 0}},
+    )  # fmt: skip
+    watched = Ending(0)
+    compiler.run(asked, place / "OUT", kept=Cache(None), progress=watched, allow_worse=True)
+    return asked, stable(place / "OUT"), watched.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("after", "within"), [(0, True), (1, False), (3, True), (6, False)])
+def test_a_search_goes_on_wherever_it_was_ended(after, within, searched, tmp_path):
+    asked, expected, stages = searched
+    kept = Cache(tmp_path / "cache")
+    number = stages.index("sensitivity") + 1 + after
+    assert number <= len(stages)
+    progress = Ending(number, within=within)
+    with pytest.raises(Ended):
+        compiler.run(asked, tmp_path / "OUT", kept=kept, progress=progress, allow_worse=True)
+    assert not (tmp_path / "OUT").exists()
+    compiler.run(asked, tmp_path / "OUT", kept=kept, allow_worse=True)
+    assert stable(tmp_path / "OUT") == expected
+    assert cache.check(kept.root) == []
+
+
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(whole, tmp_path):
     expected, stages = whole
     kept = Cache(tmp_path / "cache")
@@ -90,6 +126,7 @@ def test_what_is_finished_is_not_done_again(whole, tmp_path):
     assert stable(tmp_path / "OUT") == expected
 
 
+@pytest.mark.slow
 def test_a_timing_is_taken_up_only_by_the_compile_that_was_ended(tmp_path):
     kept = Cache(tmp_path / "cache")
     compiler.run(spec(), tmp_path / "A", kept=kept)
@@ -102,6 +139,7 @@ def test_a_timing_is_taken_up_only_by_the_compile_that_was_ended(tmp_path):
     assert stages["lower"]["cached"] >= 1 and stages["bench"]["cached"] == 0
 
 
+@pytest.mark.slow
 def test_other_data_is_other_work(tmp_path):
     kept = Cache(tmp_path / "cache")
     compiler.run(spec(bench=False), tmp_path / "A", kept=kept)
@@ -111,6 +149,7 @@ def test_other_data_is_other_work(tmp_path):
     assert again.stages["quantize"].cached == 0
 
 
+@pytest.mark.slow
 def test_an_entry_that_was_harmed_is_made_anew(whole, tmp_path):
     expected, _ = whole
     kept = Cache(tmp_path / "cache")
