@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -422,10 +422,25 @@ def filled(text: str, source: str, content: str) -> str:
     return f"{before}{mark}\n{content}\n{END}{rest.partition(END)[2]}"
 
 
+PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
+    minilm: ("minilm",),
+    models: ("models",),
+    gated: ("gate",),
+    coverage: ("coverage",),
+    rules: ("opset",),
+    kernels: ("kernels",),
+    overflow: ("overflow",),
+    verdicts: ("verdicts",),
+    faults: ("faults",),
+    memory: ("memory",),
+    plans: ("plan",),
+    torture: ("malformed", "kills", "full"),
+}
+"""The sections of the page, in order, and the results that they are made of; without any a section is left out."""
+
+
 def main(check: bool) -> int:
-    parts = (
-        minilm, models, gated, coverage, rules, kernels, overflow, verdicts, faults, memory, plans, torture,
-    )  # fmt: skip
+    parts = [part for part, names in PARTS.items() if any(any(results(n)) for n in names)]
     page = "\n".join([HEAD, *(line for part in parts for line in part())]).rstrip() + "\n"
     readme = README.read_text(encoding="utf-8")
     readme = filled(readme, "tools/demo.sh", f"\n{demo()}\n")
