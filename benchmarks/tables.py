@@ -261,10 +261,12 @@ def gated() -> list[str]:
 
 
 def _taken_back(rolled_back: list[Json]) -> str:
-    names = [
-        "the pass" if r["sites"] == ["all"] else f"{len(r['sites'])} layers" for r in rolled_back
-    ]
-    return ", ".join(names) or "nothing"
+    def word(sites: list[str]) -> str:
+        if sites == ["all"]:
+            return "the pass"
+        return "1 layer" if len(sites) == 1 else f"{len(sites)} layers"
+
+    return ", ".join(word(r["sites"]) for r in rolled_back) or "nothing"
 
 
 def faults() -> list[str]:
