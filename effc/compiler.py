@@ -169,8 +169,7 @@ def run(
             builder=builder, work=stage.work, threads=threads, metric=metric, spec=recipe.gate
         )
         built = [lab.build(target) for target in recipe.targets]
-        drifts = {target: d for made in built for target, d in lab.drifts(made).items()}
-        lowering = {made.target: d for made in built if (d := lab.lowering(made)) is not None}
+        drifts, lowering = _compared(lab, built)
         base = lab.timed(lab.measured(built[0]))
         found = Found(trial=base)
         if decisions is None:  # else what to take back is recorded
@@ -184,8 +183,7 @@ def run(
             )
         if found.trial is not base:
             built = [found.trial.built, *(lab.narrowed(b, found.trial.rollback) for b in built[1:])]
-            drifts = {target: d for made in built for target, d in lab.drifts(made).items()}
-            lowering = {made.target: d for made in built if (d := lab.lowering(made)) is not None}
+            drifts, lowering = _compared(lab, built)
         layers = {made.target: each for made in built if (each := lab.layers(made))}
         built = [_moved(made, stage) for made in built]
         content = _write(stage.package, recipe, source, samples, built)
@@ -221,6 +219,13 @@ def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
         original = trace_source(source)
         _refuse_unsupported(original, recipe.targets)
     return source, original
+
+
+def _compared(lab: Lab, built: Sequence[Built]) -> tuple[dict[str, Json], dict[str, Json]]:
+    """By target, the drift of its engine from the model, and from its own graph where something lossy was done."""
+    drifts = {target: d for made in built for target, d in lab.drifts(made).items()}
+    lowering = {made.target: d for made in built if (d := lab.lowering(made)) is not None}
+    return drifts, lowering
 
 
 def _gated(lab: Lab, base: Trial, found: Found) -> Json:
