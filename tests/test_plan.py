@@ -111,21 +111,23 @@ def test_a_memory_bound_is_a_size(word):
 
 
 def test_a_plan_names_every_stage_and_writes_nothing(tmp_path):
-    file = tmp_path / "plan.json"
+    file, pairs = tmp_path / "plan.json", tmp_path / "pairs.csv"
+    pairs.write_text("the cat,the cat,5\nthe cat sat,a dog,1\nthe cat sat,the cat ran,3\n")
     ran = cli(
         "compile", made().model, "-o", tmp_path / "OUT", "--quantize", "int8", "--calib",
-        made().sentences, "--plan", "--json", file,
+        made().sentences, "--metric", f"sts:{pairs}", "--plan", "--json", file,
     )  # fmt: skip
     assert ran.code == 0, ran.err
     found = json.loads(file.read_text())
     names = [s["name"] for s in found["stages"]]
     assert names == [
-        "load", "trace", "exact passes", "quantize", "lower", "verify", "lower (float reference)", "bench",
+        "load", "trace", "exact passes", "quantize", "lower", "verify", "metric",
+        "lower (float reference)", "bench",
     ]  # fmt: skip
     assert all(s["seconds"] >= 0 and s["memory_mb"] > 0 for s in found["stages"])
     assert found["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"]), abs=0.1)
     assert "in all" in ran.out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.csv", "plan.json"]
 
 
 @pytest.mark.slow
