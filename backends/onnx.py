@@ -6,31 +6,23 @@ form everywhere, names of inputs, outputs and free dimensions, and a file that i
 
 from __future__ import annotations
 
-import functools
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx_ir as ir
-import torch
-from onnxscript import opset21
 from torch import fx
 
 from effc.backends.base import Lowered, Port, Site, Unsupported
 from effc.backends.dialect import ONNX
 from effc.backends.eager import GraphEngine, ports
+from effc.backends.onnx_export import decomposed, registry, translated, untranslated
 from effc.dialect import Dialect
 from effc.errors import LoweringError
 from effc.ir.program import Graph
 from effc.ir.select import module_path, op_name
-from effc.quant.ops import DEQUANTIZE, QUANTIZE
-
-op: Any = opset21
+from effc.quant.ops import DEQUANTIZE
 
 EXTERNAL_BYTES = 1 << 30
 """Models above this many bytes keep their weights in a file beside the graph (protobuf ends at 2 GiB)."""
@@ -38,91 +30,16 @@ FILE = "model.onnx"
 DATA = "model.onnx.data"
 
 
-def _quantize(
-    x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int, group: int
-) -> Any:
-    codes = op.QuantizeLinear(x, scale, zero_point, axis=axis)
-    if (low, high) in ((0, 255), (-128, 127)):
-        return codes
-    kind = ir.DataType.UINT8 if low >= 0 else ir.DataType.INT8
-    bounds = [op.Cast(op.Constant(value_int=v), to=int(kind)) for v in (low, high)]
-    return op.Clip(codes, *bounds)
-
-
-def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
-    if group:
-        return op.DequantizeLinear(q, scale, zero_point, axis=1, block_size=group)
-    if q.dtype == ir.DataType.INT32:
-        return op.DequantizeLinear(q, scale, axis=axis)
-    return op.DequantizeLinear(q, scale, zero_point, axis=axis)
-
-
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-    return product if bias is None else op.Add(product, bias)
-
-
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    QUANTIZE: _quantize,
-    DEQUANTIZE: _dequantize,
-    torch.ops.aten.linear.default: _linear,
-}
-
-
-@functools.cache
-def registry(opset: int, *, ours: bool) -> Any:
-    """torch's translations for an opset, with `TRANSLATIONS` on top where they are ours to choose.
-
-    `torch.onnx.export` reads a thousand of them from source at every call, which takes longer than a small model.
-    """
-    from torch.onnx._internal.exporter import _registration
-
-    with quiet():
-        registry = _registration.ONNXRegistry.from_torchlib(opset)
-        for target, translation in TRANSLATIONS.items() if ours else ():
-            registry.register_op(target, translation)
-    return registry
-
-
 def unsupported(graph: Graph, opset: int) -> list[Unsupported]:
     """Every node that cannot be written as ONNX of that opset."""
-    from torch.onnx._internal.exporter import _decomp
-
     known = registry(opset, ours=True)
-
-    def unknown(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        return [
-            n
-            for n in nodes
-            if isinstance(n.target, torch._ops.OpOverload)
-            and n.meta.get("val") is not None  # an assertion computes nothing
-            and not known.is_registered(n.target)
-        ]
-
-    found = unknown(graph.nodes)
-    if any(map(_is_decomposable, found)):
-        table = _decomp.create_onnx_friendly_decomposition_table(
-            set(_decomp.get_onnx_implemented_overloads(known))
-        )
-        with quiet():
-            found = unknown(graph.clone().exported.run_decompositions(table).graph.nodes)
+    exported = decomposed(graph.clone().exported, known)
     return [
         Unsupported(
             node=_where(n), op=op_name(n), reason=f"no ONNX translation is known for {n.target}"
         )
-        for n in found
+        for n in untranslated(exported.graph.nodes, known)
     ]
-
-
-def _is_decomposable(node: fx.Node) -> bool:
-    target: Any = node.target
-    return target in torch._decomp.decomposition_table or _is_composite(target)
-
-
-def _is_composite(target: torch._ops.OpOverload) -> bool:
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
-    )
 
 
 def _where(node: fx.Node) -> str:
@@ -134,24 +51,13 @@ def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
 
     Raises LoweringError where the exporter gives up, with its first reason.
     """
-    from torch.onnx._internal.exporter import _core
-
-    exported = graph.clone().exported
     try:
-        with quiet():
-            program = _core.export(
-                exported,
-                registry=registry(opset, ours=translate),
-                opset_version=opset,
-                optimize=True,
-                verbose=False,
-            )
+        model = translated(graph.clone().exported, opset, ours=translate)
     except Exception as error:
         raise LoweringError(
             f"graph {graph.role!r} cannot be written as ONNX opset {opset}: {_reason(error)}",
             hint="run with --debug for the exporter's whole explanation",
         ) from error
-    model = program.model
     _rename_ports(graph, model)
     strip(model)
     if translate:
@@ -281,21 +187,6 @@ def save(model: ir.Model, directory: Path) -> tuple[str, ...]:
     external = size > EXTERNAL_BYTES
     ir.save(model, directory / FILE, external_data=DATA if external else None)
     return (FILE, DATA) if external else (FILE,)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    loggers = ["torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export"]
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
 
 
 def weight_sites(graph: Graph) -> list[tuple[str, str, str]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from effc import scratch
 from effc.backends import onnx
 from effc.backends.base import Array
+from effc.backends.onnx_export import prepared
 from effc.backends.ort import session, session_options
 from effc.errors import LoweringError, first_line
 from effc.ir.align import computed
@@ -119,17 +120,8 @@ class Nodes:
 
 
 def _exported(graph: Graph, opset: int) -> Graph:
-    """The graph as torch's exporter decomposes it, under the names that values have in a file."""
-    from torch.onnx._internal.exporter import _core
-
-    prepare = getattr(_core, "_prepare_exported_program_for_export", None)
-    if prepare is None:
-        raise LoweringError(
-            f"torch {torch.__version__} has no _prepare_exported_program_for_export, which says what values a file has",
-            hint="explain the package with the torch of its manifest's versions",
-        )
-    with onnx.quiet():
-        program = prepare(graph.clone().exported, registry=onnx.registry(opset, ours=True))
+    """The graph as it is translated, under the names that values have in a file."""
+    program = prepared(graph.clone().exported, opset)
     return Graph(
         graph.role, program, graph.inputs, graph.outputs, dict(graph.dims), dict(graph.origins)
     )

@@ -198,13 +198,13 @@ def _size(graph: Graph, word: str, axis: int, example: Tensor | None) -> int:
     return 2 if word == "batch" or example is None else example.shape[axis]
 
 
-def few(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As many rows of a batch as a backward pass has memory for: about a thousand tokens, or one large picture."""
+def few(graph: Graph, feeds: Mapping[str, Tensor], tokens: int = 1024) -> dict[str, Tensor]:
+    """As many rows of a batch as a backward pass has memory for: so many tokens, or as much of pictures."""
     firsts = {tuple(shape_words(graph, n.meta["val"].shape[:1])) for n in _users(graph)}
     if firsts != {("batch",)}:
         return dict(feeds)
     cost = max(v[0].numel() * (1 if v.is_floating_point() else 64) for v in feeds.values())
-    rows = max(1, (1 << 16) // max(1, cost))
+    rows = max(1, 64 * tokens // max(1, cost))
     return {name: value[:rows] for name, value in feeds.items()}
 
 

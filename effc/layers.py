@@ -17,6 +17,9 @@ from effc.ir.values import Values, compared
 from effc.noise import Local, measured
 from effc.quant.ops import DEQUANTIZE
 
+TOKENS = 512
+"""Of a batch, as many are looked at: every compile does it, and it should not be what takes the most memory."""
+
 
 def layer_errors(reference: Graph, graph: Graph, feeds: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every layer with an integer weight in order of execution, from one pass over (some rows of) one batch.
@@ -25,7 +28,7 @@ def layer_errors(reference: Graph, graph: Graph, feeds: Mapping[str, Any]) -> li
     its weight and of the grids on its inputs. `share` is its part of the squared error of the outputs, estimated from
     `rows` of the batch and `probes` random signs for each.
     """
-    layers = Layers(reference, graph, few(graph, tensors(graph, feeds)))
+    layers = Layers(reference, graph, few(graph, tensors(graph, feeds), TOKENS))
     return layers.told(layers.measured())
 
 

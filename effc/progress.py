@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from effc.machine import trim_heap
+
 log = logging.getLogger("effc")
 
 Step = Callable[[int, int | None], None]
@@ -43,6 +45,7 @@ class Progress:
     def stage(self, name: str) -> Iterator[Step]:
         found = self.stages.setdefault(name, Stage(name))
         started = time.perf_counter()
+        trim_heap()
         _forget_peak()
         log.info("stage %s", name)
         try:

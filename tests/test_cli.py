@@ -65,6 +65,7 @@ def test_the_version():
     assert cli("--version").out == f"effc {effc.__version__}\n"
 
 
+@pytest.mark.slow
 def test_debug_and_verbose_are_taken_before_and_after_the_command(tmp_path, caplog):
     for words in (("--debug", "verify", tmp_path), ("verify", tmp_path, "--debug")):
         assert "Traceback" in cli(*words).err

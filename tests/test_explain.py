@@ -17,7 +17,6 @@ from effc.backends.ort_values import Nodes, _gap
 from effc.blame import first_fault
 from effc.calib.data import Batch
 from effc.case import made_up
-from effc.errors import LoweringError
 from effc.ir.align import align
 from effc.ir.edit import insert, insert_after, rebind, refresh, replace, tensor_name, tensor_of
 from effc.ir.gap import Padding
@@ -496,13 +495,6 @@ def test_a_zero_point_off_by_one_is_more_than_codes_on_a_border(tmp_path):
     ir.save(model, tmp_path / "faulty.onnx")
     found = Nodes(programs()[1].only(), X, made.opset).check(tmp_path / "faulty.onnx").off
     assert found[0].nodes[0] == node.name
-
-
-def test_a_torch_that_prepares_exports_otherwise_is_named(monkeypatch):
-    name = "_prepare_exported_program_for_export"
-    monkeypatch.delattr(f"torch.onnx._internal.exporter._core.{name}")
-    with pytest.raises(LoweringError, match=f"has no {name}"):
-        Nodes(programs()[1].only(), X, 23)
 
 
 def test_few_codes_may_be_one_step_off_and_none_two():

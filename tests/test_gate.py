@@ -328,6 +328,7 @@ def test_a_search_stops_when_its_time_is_up(place, tmp_path):
     assert gate["rolled_back"] == []
 
 
+@pytest.mark.slow
 def test_a_search_that_is_cut_short_gives_the_best_so_far(place, tmp_path, monkeypatch):
     """Time is up when a second whole candidate is asked for."""
     attempt, whole = Lab.attempt, []
@@ -344,6 +345,7 @@ def test_a_search_that_is_cut_short_gives_the_best_so_far(place, tmp_path, monke
     assert found["verdict"] != "refused" and found["rolled_back"]
 
 
+@pytest.mark.slow
 def test_a_candidate_that_cannot_be_built_ends_no_search(place, tmp_path, monkeypatch):
     attempt, calls = Lab.attempt, []
 
@@ -368,6 +370,7 @@ def test_strict_without_a_bench_or_a_metric_searches_nothing(place, tmp_path, mo
     assert compiler.run(spec, tmp_path / "OUT").report["gate"]["verdict"] == "off"
 
 
+@pytest.mark.slow
 def test_what_is_taken_back_for_one_target_is_for_all(place, tmp_path):
     found = compiler.run(made(place, targets=["ort", "onnx"]), tmp_path / "OUT")
     decisions = json.loads((tmp_path / "OUT" / "decisions.json").read_text())

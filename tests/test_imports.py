@@ -20,8 +20,8 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors progress scratch sizes machine
-    paths
+    errors scratch sizes machine
+    progress paths
     bounded table stats
     quant
     dialect

@@ -641,6 +641,7 @@ def test_a_verdict_is_on_the_samples_that_differ(tmp_path, lost, won, word):
     assert shares(tmp_path, model, engine).verdict == word
 
 
+@pytest.mark.slow
 def test_an_engine_as_good_as_the_model_is_seldom_called_worse(tmp_path):
     rng = np.random.default_rng(0)
     metric = metrics.SpearmanCosine(file=tmp_path)

@@ -96,6 +96,7 @@ def test_bounded_memory_changes_no_byte(tmp_path, monkeypatch):
         assert (tmp_path / "A" / name).read_bytes() == (tmp_path / "B" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_said_at_once(tmp_path):
     ran = cli(
         "compile", made().model, "-o", tmp_path / "OUT", "--quantize", "int8", "--calib",
@@ -138,6 +139,7 @@ def test_a_plan_says_how_large_the_engine_will_be(tmp_path):
     assert 0 <= made_.report["model_bytes"] - found["model_bytes"] < graph_bytes
 
 
+@pytest.mark.slow
 def test_a_plan_of_recorded_decisions_needs_no_data(tmp_path):
     decisions = json.loads((made().out / "decisions.json").read_text())
     data = {"source": {"transformers": str(made().model)}, "passes": ["quantize"], "bench": False}
@@ -146,6 +148,7 @@ def test_a_plan_of_recorded_decisions_needs_no_data(tmp_path):
     assert [s["name"] for s in found["stages"]][3] == "quantize"
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_to_the_memory_that_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "resident_mb", lambda: 100.0)
     monkeypatch.setattr(plan._Probe, "_activations_mb", lambda *_: 500.0)

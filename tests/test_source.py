@@ -97,6 +97,7 @@ def spoil_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").write_text('{"version": "1.0", "model": 7}', encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_load_is_copied_and_not_needed_for_arrays(model, tmp_path):
     spoil_tokenizer(model)
     ids = np.random.default_rng(0).integers(2, 30, (8, 6))

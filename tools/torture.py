@@ -158,13 +158,12 @@ def warm() -> None:
     import transformers
 
     from effc import cli, compiler, inspection, recipe
-    from effc.backends import onnx as backend
-    from effc.backends import onnx_file, ort
+    from effc.backends import onnx_export, onnx_file, ort
 
     for name in ("BertModel", "ViTForImageClassification", "AutoTokenizer", "AutoModel"):
         getattr(transformers, name)
     for opset in (21, 23):
-        backend.registry(opset, ours=True)
+        onnx_export.registry(opset, ours=True)
     _ = onnx, onnxruntime, PIL.Image, torch, cli, compiler, inspection, recipe, onnx_file, ort
 
 

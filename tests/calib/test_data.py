@@ -446,6 +446,7 @@ def test_a_line_without_end_is_not_read_to_its_end(write, monkeypatch):
         ("a-images-idx3-ubyte.gz", idx(np.zeros((4, 2000, 2000)))),
     ],
 )
+@pytest.mark.slow
 def test_what_unpacks_to_far_more_than_it_is_is_refused(write, name, content):
     refused(write(name, gzip.compress(content)), "unpacks to more than 200 times its size")
 
