@@ -121,7 +121,7 @@ def untranslated(nodes: Iterable[fx.Node], known: Any) -> list[fx.Node]:
 
 
 def decomposed(exported: ExportedProgram, known: Any) -> ExportedProgram:
-    """A program of our own, settled; decomposed by torch where an operator has no translation and its parts may have."""
+    """A program of our own, settled; decomposed by torch where an operator has no translation but its parts may."""
     settle(exported.graph)
     if any(map(_has_parts, untranslated(exported.graph.nodes, known))):
         from torch.onnx._internal.exporter import _fx_passes

@@ -8,6 +8,7 @@ command again give the same bytes as one that nobody disturbed, and leave nothin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -19,9 +20,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,18 +179,31 @@ def trial(number: int, args: argparse.Namespace, reference: Json) -> Json:
 
 
 def undisturbed(args: argparse.Namespace, out: Path) -> Json:
-    """Seconds and bytes of a compile that nobody kills; its package is copied to `out`."""
-    with tempfile.TemporaryDirectory(prefix="torture-whole-", dir=args.place) as folder:
-        place = Place(root=Path(folder).resolve())
-        code, seconds, text = run(args.model, place, args.words)
-        if code:
-            raise SystemExit(f"the compile itself ends with {code}:\n{text[-2000:]}")
-        faults = [*not_whole(place.out), *place.leftovers(), *broken_cache(place.cache)]
-        if faults:
-            raise SystemExit(f"the compile itself is not in order: {faults}")
+    """Seconds and bytes of a compile that nobody kills, beside as many others as there are jobs.
+
+    Its package is copied to `out`.
+    """
+    with ThreadPoolExecutor(args.jobs) as pool:
+        made = list(pool.map(lambda _: _whole(args), range(args.jobs)))
+    try:
+        package = made[0][1].out
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(place.out, out)
+        shutil.copytree(package, out)
+        seconds = sum(seconds for seconds, _ in made) / len(made)
         return {"seconds": seconds, "files": hashed(out), "out": str(out)}
+    finally:
+        for _, place in made:
+            shutil.rmtree(place.root)
+
+
+def _whole(args: argparse.Namespace) -> tuple[float, Place]:
+    place = Place(root=Path(tempfile.mkdtemp(prefix="torture-whole-", dir=args.place)).resolve())
+    code, seconds, text = run(args.model, place, args.words)
+    if code:
+        raise SystemExit(f"the compile itself ends with {code}:\n{text[-2000:]}")
+    if faults := [*not_whole(place.out), *place.leftovers(), *broken_cache(place.cache)]:
+        raise SystemExit(f"the compile itself is not in order: {faults}")
+    return seconds, place
 
 
 def kills_main(args: argparse.Namespace) -> int:
@@ -206,19 +222,13 @@ def kills_main(args: argparse.Namespace) -> int:
             state["reference"] = undisturbed(args, out)
             _keep(state_file, state)
         print(f"undisturbed: {state['reference']['seconds']:.1f} s", flush=True)
-        number, killed = 0, 0
-        while killed < args.trials and number < MOST_TRIES * args.trials:
-            number += 1
-            if str(number) not in state["done"]:
-                state["done"][str(number)] = found = trial(number, args, state["reference"])
-                _keep(state_file, state)
-                print(_line(number, found), flush=True)
-            killed += state["done"][str(number)]["was_killed"]
-    done = {n: t for n, t in state["done"].items() if int(n) <= number}
+        _tried(args, state, state_file)
+    done = state["done"]
+    killed = sum(t["was_killed"] for t in done.values())
     summary = {
         **{name: without_places(str(word)) for name, word in key.items()},
         "trials": len(done),
-        "killed": sum(t["was_killed"] for t in done.values()),
+        "killed": killed,
         "undisturbed_s": round(state["reference"]["seconds"], 1),
         "stages": dict(Counter(t["stage"] for t in done.values() if t["was_killed"])),
         "again_s_mean": round(sum(t["again_s"] for t in done.values()) / max(1, len(done)), 1),
@@ -230,6 +240,28 @@ def kills_main(args: argparse.Namespace) -> int:
     )
     write_json(args.json, summary)
     return 1 if summary["failed"] or killed < args.trials else 0
+
+
+def _tried(args: argparse.Namespace, state: Json, file: Path | None) -> None:
+    """Trials, as many at once as there are jobs, until enough were killed."""
+    numbers, lock, done = itertools.count(1), threading.Lock(), state["done"]
+
+    def work() -> None:
+        while True:
+            with lock:
+                killed = sum(t["was_killed"] for t in done.values())
+                number = next(n for n in numbers if str(n) not in done)
+            if killed >= args.trials or number > MOST_TRIES * args.trials:
+                return
+            found = trial(number, args, state["reference"])
+            with lock:
+                done[str(number)] = found
+                _keep(file, state)
+                print(_line(number, found), flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for worker in [pool.submit(work) for _ in range(args.jobs)]:
+            worker.result()
 
 
 def _line(number: int, found: Json) -> str:

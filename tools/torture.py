@@ -1,7 +1,7 @@
 """What effc does where everything goes wrong: spoilt inputs, a killed process, a full disk.
 
     python tools/torture.py malformed --seed 0 --count 300 [--only KIND] [--case 17] [--json FILE]
-    python tools/torture.py kills [--model MODEL --words "--quantize int8 --calib FILE"] --trials 20 [--state FILE]
+    python tools/torture.py kills [--model MODEL --words "--quantize int8 --calib FILE"] [--jobs 2] [--state FILE]
     python tools/torture.py full [--model MODEL --words …]
 
 Ends with 1 where something did not go as it must, and says how to see that again.
@@ -386,11 +386,13 @@ def main() -> int:
         mode.add_argument("--words", help="more words of the compile, as one")
         mode.add_argument("--trials", type=int, default=20)
         mode.add_argument("--seed", type=int, default=0)
+        if name == "kills":
+            mode.add_argument("--jobs", type=int, default=1, help="trials at once")
         mode.add_argument("--place", help="where to work [default: the temporary directory]")
         mode.add_argument("--state", help="a file that remembers finished trials")
         mode.add_argument("--keep", help="copy everything of a failed trial to this folder")
         mode.add_argument("--json")
-        mode.set_defaults(run=run)
+        mode.set_defaults(run=run, jobs=1)
     args = parser.parse_args()
     found: int = args.run(args)
     return found
