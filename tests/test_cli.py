@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +106,11 @@ print(sorted(heavy), time.perf_counter() - began, file=sys.stderr)
 @pytest.mark.parametrize("command", [["-c", "import effc"], ["-m", "effc", "--help"]])
 def test_it_starts_in_less_than_three_tenths_of_a_second(command):
     def once(*words: str) -> float:
-        began = time.perf_counter()
+        """Seconds of the processor: beside other processes, those of the clock say little."""
+        began = os.times()
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
-        return time.perf_counter() - began
+        ended = os.times()
+        return sum(ended[2:4]) - sum(began[2:4])
 
     assert min(once(*command) for _ in range(7)) < 0.3
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
 
 from effc.ir.program import LIFTED, Graph, Origin
 
@@ -157,8 +157,6 @@ def keep_outputs(graph: Graph, names: Sequence[str]) -> None:
 
 def _forget_call_tree(graph: Graph) -> None:
     """Make the recorded return value of the whole module a plain tuple of the outputs."""
-    from torch.utils import _pytree as pytree
-
     entry = graph.exported.module_call_graph[0]
     assert entry.signature is not None
     specs: list[OutputSpec] = graph.exported.graph_signature.output_specs
@@ -167,19 +165,63 @@ def _forget_call_tree(graph: Graph) -> None:
 
 
 def refresh(graph: Graph) -> None:
-    """Make the graph honest after an edit: dead code out, unused tensors out, shapes anew, all validated."""
+    """Make the graph honest after an edit: dead code out, unused tensors out, shapes anew, all validated.
+
+    Shapes are worked out where a call, or the shape of something that it reads, is not what it was; the rest stands.
+    """
     graph.fx.eliminate_dead_code()
     _drop_unused(graph)
-    placeholders = [n for n in graph.fx.nodes if n.op == "placeholder"]
-    mode = fake_mode(graph)
-    module = graph.exported.graph_module
-    with _no_new_guards(mode):
-        FakeTensorProp(module, mode=mode).propagate_dont_convert_inputs(
-            *[n.meta["val"] for n in placeholders]
-        )
+    for node in graph.fx.nodes:
+        if node.op != "call_function" or _is_known(node):
+            continue
+        found, old = _fake_run(graph, node), node.meta.get("val")
+        node.meta["val"] = old if _shape(old) == _shape(found) else found
+        know(node)
     graph.fx.lint()
-    module.recompile()
+    graph.exported.graph_module.recompile()
     graph.exported.validate()
+
+
+KNOWN = "effc_known"
+
+
+def know(node: fx.Node) -> None:
+    """Remember that the shape of a node is right for the call that it is now."""
+    node.meta[KNOWN] = _call(node)
+
+
+def _is_known(node: fx.Node) -> bool:
+    old, new = node.meta.get(KNOWN), _call(node)
+    return (
+        old is not None
+        and "val" in node.meta
+        and len(old) == len(new)
+        and all(
+            a is b or (type(a) is type(b) and type(a) in _LITERALS and a == b)
+            for a, b in zip(old, new, strict=True)
+        )
+    )
+
+
+_LITERALS = {bool, int, float, str, tuple}
+
+
+def _call(node: fx.Node) -> list[Any]:
+    """What decides the shape of a node: its operator, the shapes that it reads, its literals and their places."""
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    read = [x.meta.get("val") if isinstance(x, fx.Node) else x for x in leaves]
+    return [node.target, str(spec), *read]
+
+
+def _shape(value: Any) -> Any:
+    """Shapes, strides and types of the tensors in a value, to be compared."""
+    leaves, spec = pytree.tree_flatten(value)
+    return str(spec), [
+        (str(tuple(x.shape)), str(x.stride()), x.dtype, x.device)
+        if isinstance(x, Tensor)
+        else (type(x), str(x))
+        for x in leaves
+    ]
 
 
 def _no_new_guards(mode: FakeTensorMode) -> AbstractContextManager[None]:

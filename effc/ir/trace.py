@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from effc.errors import TraceError, first_line
+from effc.ir.edit import know
 from effc.ir.program import Graph, Origin, Program
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ def _graph(exported: ExportedProgram, inputs: tuple[str, ...], dims: Dims, role:
     tensors = exported.graph_signature.input_specs
     origins = {s.target: Origin(s.target) for s in tensors if s.target is not None}
     graph = Graph(role, exported, inputs, output_names(exported.call_spec.out_spec), names, origins)
+    for node in graph.nodes:
+        know(node)
     _refuse_odd_outputs(graph)
     return graph
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.export.graph_signature import TensorArgument
 
 import effc
+from effc.ir import edit
 from effc.ir.check import problems
 from effc.ir.edit import (
     insert,
@@ -203,3 +204,22 @@ def test_every_kind_of_break_is_named(program, break_it, words):
 def test_a_missing_input_is_named(program):
     with pytest.raises(KeyError, match="main needs the inputs x"):
         program.run(y=normal(1, 4))
+
+
+def test_a_refresh_works_out_what_an_edit_touched_and_no_more(program, monkeypatch):
+    graph = program.only()
+    seen = []
+    real = edit._fake_run
+    monkeypatch.setattr(edit, "_fake_run", lambda g, n: seen.append(n.name) or real(g, n))
+    refresh(graph)
+    assert seen == []
+    linear = next(n for n in graph.nodes if n.target is torch.ops.aten.linear.default)
+    doubled = edit.insert_after(graph, linear, torch.ops.aten.mul.Tensor, (linear, 2.0))
+    linear.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    seen.clear()
+    refresh(graph)
+    readers = {n.name for n in doubled.users if n.op == "call_function"}
+    assert set(seen) == {doubled.name} | readers
+    seen.clear()
+    refresh(graph)
+    assert seen == []
