@@ -1,7 +1,7 @@
 """From a graph to an ONNX file: quantise and dequantise nodes stay what they are, names are the user's own.
 
-torch's exporter translates the operators. What it leaves to us: the two quantisation operators, linear layers in one
-form everywhere, names of inputs, outputs and free dimensions, and a file that is the same bytes every time.
+Operators are translated by `onnx_export`. What is left: names of inputs, outputs and free dimensions, a tied table on
+disk once, and a file that is the same bytes every time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _where(node: fx.Node) -> str:
 
 
 def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
-    """The graph as an ONNX model. `translate=False` is torch's plain export, the float reference.
+    """The graph as an ONNX model. `translate=False` has torch's own operators for everything: the float reference.
 
     Raises LoweringError where the exporter gives up, with its first reason.
     """

@@ -1,9 +1,9 @@
-"""From ATen to ONNX with torch's translations, one node at a time, in time linear in the number of nodes.
+"""From ATen to ONNX with torch's translations, without tracing the graph again.
 
-`torch.onnx.export` runs a graph through its tracer twice more before it translates it, to decompose operators and to
-promote types, and afterwards tries every rewrite rule on every node. That takes ten times as long as the translation.
-A graph that was exported once needs little of it: the few operators that are no computation are settled in place,
-and only what then has no translation, or mixes types, is left to torch's own passes.
+`torch.onnx.export` runs a graph through its tracer twice before it translates it, to decompose operators and to
+promote types, which takes longer than all the rest. A graph that was exported once seldom needs it: the few operators
+that are no computation are settled in place, and a graph goes through torch's own passes only where an operator that is
+left has no translation, or only one that torch never uses, or mixes types.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
 from onnxscript import opset21
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
 
+from effc.backends.onnx_simplify import simplify
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 
 op: Any = opset21
@@ -60,12 +60,15 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.linear.default: _linear,
 }
 
-SAME = {
+SAME: dict[Any, Any] = {
     aten.__and__: aten.bitwise_and,
     aten.__or__: aten.bitwise_or,
     aten.__xor__: aten.bitwise_xor,
 }
 """Operators that are another one by another name; the overloads have the same names too."""
+
+ALIASING = {aten.reshape, aten.flatten}
+"""Of the operators that torch decomposes because they may be a view, those whose own translation is right too."""
 
 
 @functools.cache
@@ -80,33 +83,36 @@ def registry(opset: int, *, ours: bool) -> Any:
         registry = _registration.ONNXRegistry.from_torchlib(opset)
         for target, translation in TRANSLATIONS.items() if ours else ():
             registry.register_op(target, translation)
+        (view,) = (t for t in registry.get_decomps(aten.view.default) if not t.is_complex)
+        registry.register_op(aten.reshape.default, view.onnx_function)  # which keeps sizes of 0
     return registry
 
 
 def settle(graph: fx.Graph) -> None:
-    """Take out assertions and conversions that convert nothing, and call operators by their usual names."""
+    """Take out what computes nothing, and call operators by their usual names."""
     for node in list(graph.nodes):
         packet = getattr(node.target, "overloadpacket", None)
         if node.op != "call_function" or packet is None:
             continue
         if packet in SAME:
             node.target = getattr(SAME[packet], node.target._overloadname)
-        elif packet is aten.to:
-            _settle_conversion(node)
-        elif packet._qualified_op_name.startswith("aten::_assert") and not node.users:
+        elif packet is aten.to and _dtype(node) != _dtype(node.args[0]):
+            node.target, node.kwargs = aten._to_copy.default, {"dtype": _dtype(node)}
+            node.args = node.args[:1]
+        elif packet in (aten.to, aten.contiguous) or (packet is aten.dropout and not node.args[2]):
+            _pass_by(node)
+        elif node.meta.get("val") is None and not node.users:  # an assertion
             graph.erase_node(node)
 
 
-def _settle_conversion(node: fx.Node) -> None:
+def _pass_by(node: fx.Node) -> None:
+    """Let the readers of a node read what it reads."""
     source: Any = node.args[0]
-    dtype = node.meta["val"].dtype
-    if dtype != source.meta["val"].dtype:
-        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
-    elif any(user.op == "output" for user in node.users):  # whose name stands in the signature
+    if any(user.op == "output" for user in node.users):  # its name stands in the signature
         node.target, node.args, node.kwargs = aten.clone.default, (source,), {}
-    else:
-        node.replace_all_uses_with(source)
-        node.graph.erase_node(node)
+        return
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
 
 
 def untranslated(nodes: Iterable[fx.Node], known: Any) -> list[fx.Node]:
@@ -123,7 +129,8 @@ def untranslated(nodes: Iterable[fx.Node], known: Any) -> list[fx.Node]:
 def decomposed(exported: ExportedProgram, known: Any) -> ExportedProgram:
     """A program of our own, settled; decomposed by torch where an operator has no translation but its parts may."""
     settle(exported.graph)
-    if any(map(_has_parts, untranslated(exported.graph.nodes, known))):
+    strange = untranslated(exported.graph.nodes, known)
+    if any(map(_has_parts, strange)) or any(map(_may_be_view, exported.graph.nodes)):
         from torch.onnx._internal.exporter import _fx_passes
 
         with quiet(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -133,11 +140,22 @@ def decomposed(exported: ExportedProgram, known: Any) -> ExportedProgram:
 
 
 def _has_parts(node: fx.Node) -> bool:
-    target: Any = node.target
+    return node.target in torch._decomp.decomposition_table or _is_composite(node.target)
+
+
+def _is_composite(target: Any) -> bool:
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    return target in torch._decomp.decomposition_table or target.has_kernel_for_dispatch_key(
-        composite
-    )
+    return bool(target.has_kernel_for_dispatch_key(composite))
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    """Whether torch decomposes an operator although it has a translation, which then nobody ever used."""
+    from torch._export.utils import _check_valid_to_preserve
+
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in ALIASING:
+        return False
+    return _is_composite(target) and not _check_valid_to_preserve(target)
 
 
 def prepared(exported: ExportedProgram, opset: int, *, ours: bool = True) -> ExportedProgram:
@@ -176,65 +194,29 @@ def _mixes_types(node: fx.Node) -> bool:
     return len(kinds) > 1
 
 
-_SCALARS = {int: torch.int64, float: torch.float32, torch.SymInt: torch.int64}
-
-
 def _dtype(argument: Any) -> torch.dtype | None:
+    """Type of a tensor or number; None for what is neither."""
+    from torch.onnx._internal.fx.type_utils import from_scalar_type_to_torch_dtype
+
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
-    return value.dtype if isinstance(value, Tensor) else _SCALARS.get(type(value))
+    return (
+        value.dtype if isinstance(value, Tensor) else from_scalar_type_to_torch_dtype(type(value))
+    )
 
 
 def translated(exported: ExportedProgram, opset: int, *, ours: bool) -> ir.Model:
     """A program of our own as an ONNX model whose constants are folded and whose nodes are all of use."""
+    from torch.onnx._internal import _lazy_import
     from torch.onnx._internal.exporter import _core
 
     known = registry(opset, ours=ours)
     with quiet():
         program = prepared(exported, opset, ours=ours)
-        model: ir.Model = _core._exported_program_to_onnx_program(program, registry=known).model
-        from onnxscript._framework_apis.torch_2_8 import convert_version
-
-        model = convert_version(model, opset)
-        _simplify(model)
+        made = _core._exported_program_to_onnx_program(program, registry=known)
+        apis: Any = _lazy_import.onnxscript_apis  # type: ignore[attr-defined]
+        model: ir.Model = apis.convert_version(made.model, opset)
+        simplify(model)
     return model
-
-
-def _simplify(model: ir.Model) -> None:
-    """What onnxscript's optimiser does, but for one rule that takes most of its time and never fires here."""
-    from onnxscript.optimizer import _constant_folding
-
-    common.InlinePass()(model)
-    for _ in range(2):
-        _constant_folding.FoldConstantsPass(
-            shape_inference=True,
-            input_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
-            output_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
-            should_fold=lambda node: None,
-        )(model)
-        changed = _rules()(model).modified
-        common.RemoveUnusedNodesPass()(model)
-        if not changed:
-            break
-    for tidy in (
-        common.RemoveUnusedFunctionsPass(),
-        common.RemoveUnusedOpsetsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
-    ):
-        tidy(model)
-
-
-@functools.cache
-def _rules() -> Any:
-    from onnxscript import rewriter
-
-    return rewriter.RewritePass(
-        [r for r in rewriter._DEFAULT_REWRITE_RULES if r.name != "SlicesSplit"]
-    )
 
 
 @contextmanager

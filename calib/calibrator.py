@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from effc import heap
 from effc.calib.data import Array, Batch
 from effc.calib.probe import Probe
 from effc.errors import CalibrationError
 from effc.ir.program import Graph
-from effc.machine import trim_heap
 
 MASK = "attention_mask"
 
@@ -85,7 +85,7 @@ def collect(
             except _Done:
                 watcher.env.clear()
             seen += 1
-            trim_heap()
+            heap.trim()
             if on_batch is not None:
                 on_batch(seen)
     if not seen:

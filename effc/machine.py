@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-from typing import Any
 
 FEATURES = (
     "avx2",
@@ -36,23 +33,6 @@ def cpu_features() -> list[str]:
     except OSError:
         return []
     return [name for name in FEATURES if name in flags]
-
-
-@functools.cache
-def _heap() -> Any:
-    """The C library where it is glibc, else None."""
-    import ctypes  # takes a tenth of what `effc --help` does
-
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "malloc_trim") else None
-
-
-def trim_heap() -> None:
-    """Give free memory back to the system: glibc keeps the holes that tensors of ever new sizes leave behind."""
-    if (heap := _heap()) is not None:
-        heap.malloc_trim(0)
 
 
 def default_threads() -> int:

@@ -225,7 +225,7 @@ class _Probe:
 
 
 class _Noise(EngineBase):
-    """An engine that gives noise of the right shape and counts what it is asked.
+    """An engine that gives noise of the right shape, another for every row, and counts what it is asked.
 
     Noise and not zeros, since a cosine of zeros is none and a metric refuses it.
     """
@@ -234,7 +234,7 @@ class _Noise(EngineBase):
         self.graph, self.outputs = graph, outputs
         self.inputs = ports(graph)[0]
         self.dims = source.dims.get(graph.role, {})
-        self.noise = np.random.default_rng(0).standard_normal(4099)  # a prime: rows differ
+        self.noise = np.abs(np.random.default_rng(0).standard_normal(4099))  # a prime: rows differ
         self.values = 0
         self.most_bytes = 0
 
@@ -247,7 +247,9 @@ class _Noise(EngineBase):
         made = {}
         for port in self.outputs:
             shape = [sizes.get(s, 1) if isinstance(s, str) else s for s in port.shape]
-            made[port.name] = np.resize(self.noise, shape).astype(port.dtype)
+            rows = [shape[0], *[1] * len(shape[1:-1]), *shape[1:][-1:]] if shape else []
+            filled = np.resize(self.noise.astype(port.dtype), rows)
+            made[port.name] = np.broadcast_to(filled, shape)
         self.most_bytes = max(self.most_bytes, peak_bytes(self.graph, sizes))
         return made
 

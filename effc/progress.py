@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from effc.machine import trim_heap
+from effc import heap
 
 log = logging.getLogger("effc")
 
@@ -44,9 +44,9 @@ class Progress:
     @contextmanager
     def stage(self, name: str) -> Iterator[Step]:
         found = self.stages.setdefault(name, Stage(name))
-        started = time.perf_counter()
-        trim_heap()
+        heap.trim()  # so that the peak of a stage is its own
         _forget_peak()
+        started = time.perf_counter()
         log.info("stage %s", name)
         try:
             with self.draw(name) as step:

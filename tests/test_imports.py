@@ -20,7 +20,7 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors scratch sizes machine
+    errors scratch sizes machine heap
     progress paths
     bounded table stats
     quant
@@ -56,6 +56,7 @@ STANDARD_LIBRARY_ONLY = {
     "scratch",
     "sizes",
     "machine",
+    "heap",
     "paths",
     "bounded",
     "table",

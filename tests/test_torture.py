@@ -38,7 +38,17 @@ def test_spoilt_inputs_end_in_one_clear_error(tmp_path):
 def test_a_killed_compile_leaves_nothing_or_all_and_goes_on(tmp_path):
     factories = write_factories(tmp_path / "factories.py")
     state, file = tmp_path / "state.json", tmp_path / "found.json"
-    words = ("kills", "--model", f"{factories}:perceptron", "--trials", 1, "--state", state)
+    words = (
+        "kills",
+        "--model",
+        f"{factories}:perceptron",
+        "--trials",
+        1,
+        "--jobs",
+        2,
+        "--state",
+        state,
+    )
     done = torture(*words, "--json", file)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text(encoding="utf-8"))

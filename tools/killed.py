@@ -20,11 +20,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,39 +177,37 @@ def trial(number: int, args: argparse.Namespace, reference: Json) -> Json:
     }  # fmt: skip
 
 
-def undisturbed(args: argparse.Namespace, out: Path) -> Json:
+def undisturbed(args: argparse.Namespace, out: Path, jobs: int = 1) -> Json:
     """Seconds and bytes of a compile that nobody kills, beside as many others as there are jobs.
 
     Its package is copied to `out`.
     """
-    with ThreadPoolExecutor(args.jobs) as pool:
-        made = list(pool.map(lambda _: _whole(args), range(args.jobs)))
-    try:
-        package = made[0][1].out
+    with tempfile.TemporaryDirectory(prefix="torture-whole-", dir=args.place) as folder:
+        places = [Place(root=Path(folder).resolve() / str(job)) for job in range(jobs)]
+        with ThreadPoolExecutor(jobs) as pool:
+            seconds = list(pool.map(lambda place: _whole(args, place), places))
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(package, out)
-        seconds = sum(seconds for seconds, _ in made) / len(made)
-        return {"seconds": seconds, "files": hashed(out), "out": str(out)}
-    finally:
-        for _, place in made:
-            shutil.rmtree(place.root)
+        shutil.copytree(places[0].out, out)
+        return {"seconds": sum(seconds) / jobs, "files": hashed(out), "out": str(out)}
 
 
-def _whole(args: argparse.Namespace) -> tuple[float, Place]:
-    place = Place(root=Path(tempfile.mkdtemp(prefix="torture-whole-", dir=args.place)).resolve())
+def _whole(args: argparse.Namespace, place: Place) -> float:
     code, seconds, text = run(args.model, place, args.words)
     if code:
         raise SystemExit(f"the compile itself ends with {code}:\n{text[-2000:]}")
     if faults := [*not_whole(place.out), *place.leftovers(), *broken_cache(place.cache)]:
         raise SystemExit(f"the compile itself is not in order: {faults}")
-    return seconds, place
+    return seconds
 
 
 def kills_main(args: argparse.Namespace) -> int:
     """Trials until as many were killed as are asked for; with --state those that are done are not done again."""
     with tempfile.TemporaryDirectory(prefix="torture-reference-", dir=args.place) as folder:
         state_file = Path(args.state).resolve() if args.state else None
-        key = {"model": args.model or SMALL, "words": args.words or "", "seed": args.seed}
+        key = {
+            "model": args.model or SMALL, "words": args.words or "", "seed": args.seed,
+            "jobs": args.jobs,
+        }  # fmt: skip
         small_model(args, Path(folder))
         state: Json = {"key": key, "reference": None, "done": {}}
         if state_file and state_file.exists():
@@ -219,11 +216,11 @@ def kills_main(args: argparse.Namespace) -> int:
                 raise SystemExit(f"{state_file} is of other trials: {state['key']}")
         out = state_file.with_suffix(".out") if state_file else Path(folder) / "out"
         if state["reference"] is None or not out.exists():
-            state["reference"] = undisturbed(args, out)
+            state["reference"] = undisturbed(args, out, args.jobs)
             _keep(state_file, state)
         print(f"undisturbed: {state['reference']['seconds']:.1f} s", flush=True)
         _tried(args, state, state_file)
-    done = state["done"]
+    done = _up_to(args.trials, state["done"])
     killed = sum(t["was_killed"] for t in done.values())
     summary = {
         **{name: without_places(str(word)) for name, word in key.items()},
@@ -244,24 +241,31 @@ def kills_main(args: argparse.Namespace) -> int:
 
 def _tried(args: argparse.Namespace, state: Json, file: Path | None) -> None:
     """Trials, as many at once as there are jobs, until enough were killed."""
-    numbers, lock, done = itertools.count(1), threading.Lock(), state["done"]
-
-    def work() -> None:
+    done = state["done"]
+    todo = (n for n in range(1, MOST_TRIES * args.trials + 1) if str(n) not in done)
+    running: dict[Future[Json], int] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
         while True:
-            with lock:
-                killed = sum(t["was_killed"] for t in done.values())
-                number = next(n for n in numbers if str(n) not in done)
-            if killed >= args.trials or number > MOST_TRIES * args.trials:
+            killed = sum(t["was_killed"] for t in done.values())
+            free = min(args.jobs, args.trials - killed) - len(running)
+            for number in itertools.islice(todo, max(0, free)):
+                running[pool.submit(trial, number, args, state["reference"])] = number
+            if not running:
                 return
-            found = trial(number, args, state["reference"])
-            with lock:
-                done[str(number)] = found
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number = running.pop(future)
+                done[str(number)] = found = future.result()
                 _keep(file, state)
                 print(_line(number, found), flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for worker in [pool.submit(work) for _ in range(args.jobs)]:
-            worker.result()
+
+def _up_to(kills: int, done: Json) -> Json:
+    """The first trials by number, until so many were killed."""
+    counts = itertools.accumulate(bool(done[n]["was_killed"]) for n in sorted(done, key=int))
+    before = [0, *counts]
+    return {
+        n: done[n] for n, count in zip(sorted(done, key=int), before, strict=False) if count < kills
+    }
 
 
 def _line(number: int, found: Json) -> str:

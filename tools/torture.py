@@ -392,7 +392,7 @@ def main() -> int:
         mode.add_argument("--state", help="a file that remembers finished trials")
         mode.add_argument("--keep", help="copy everything of a failed trial to this folder")
         mode.add_argument("--json")
-        mode.set_defaults(run=run, jobs=1)
+        mode.set_defaults(run=run)
     args = parser.parse_args()
     found: int = args.run(args)
     return found

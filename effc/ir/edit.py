@@ -6,6 +6,7 @@ before it still sees the old one. Everything that changes a tensor says what it 
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.utils import _pytree as pytree
 
 from effc.ir.program import LIFTED, Graph, Origin
@@ -108,13 +110,19 @@ def insert(
     with graph.fx.inserting_before(before):
         node = graph.fx.call_function(target, tuple(args), kwargs or {})
     node.meta = {key: before.meta[key] for key in COPIED_META if key in before.meta}
-    node.meta["val"] = _fake_run(graph, node)
+    node.meta["val"] = fake_run(graph, node)
     return node
 
 
-def _fake_run(graph: Graph, node: fx.Node) -> Any:
+def fake_run(graph: Graph, node: fx.Node) -> Any:
+    """What a call gives for the shapes of what it reads."""
+
     def value(argument: Any) -> Any:
-        return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+        if not isinstance(argument, fx.Node):
+            return argument
+        if argument.op == "get_attr":  # the graph of a branch
+            return operator.attrgetter(str(argument.target))(graph.exported.graph_module)
+        return argument.meta["val"]
 
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
     assert callable(node.target)
@@ -171,10 +179,13 @@ def refresh(graph: Graph) -> None:
     """
     graph.fx.eliminate_dead_code()
     _drop_unused(graph)
+    mode = fake_mode(graph)
     for node in graph.fx.nodes:
         if node.op != "call_function" or _is_known(node):
             continue
-        found, old = _fake_run(graph, node), node.meta.get("val")
+        found, old = fake_run(graph, node), node.meta.get("val")
+        if mode.shape_env is not None:
+            rebind_unbacked(mode.shape_env, node, found)
         node.meta["val"] = old if _shape(old) == _shape(found) else found
         know(node)
     graph.fx.lint()
@@ -182,16 +193,17 @@ def refresh(graph: Graph) -> None:
     graph.exported.validate()
 
 
-KNOWN = "effc_known"
+_KNOWN = "effc_known"
+_LITERALS = {bool, int, float, str}
 
 
 def know(node: fx.Node) -> None:
     """Remember that the shape of a node is right for the call that it is now."""
-    node.meta[KNOWN] = _call(node)
+    node.meta[_KNOWN] = _call(node)
 
 
 def _is_known(node: fx.Node) -> bool:
-    old, new = node.meta.get(KNOWN), _call(node)
+    old, new = node.meta.get(_KNOWN), _call(node)
     return (
         old is not None
         and "val" in node.meta
@@ -201,9 +213,6 @@ def _is_known(node: fx.Node) -> bool:
             for a, b in zip(old, new, strict=True)
         )
     )
-
-
-_LITERALS = {bool, int, float, str, tuple}
 
 
 def _call(node: fx.Node) -> list[Any]:

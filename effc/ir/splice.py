@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from effc.ir.edit import COPIED_META, fake_mode, lift
+from effc.ir.edit import COPIED_META, fake_run, lift
 from effc.ir.program import LIFTED, Graph, Origin
 from effc.ir.trace import trace
 
@@ -54,7 +54,7 @@ def splice(
         with graph.fx.inserting_before(before):
             table[node] = graph.fx.node_copy(node, lambda n: table[n])
         table[node].meta = {k: before.meta[k] for k in COPIED_META if k in before.meta}
-        table[node].meta["val"] = _value(graph, table[node])
+        table[node].meta["val"] = fake_run(graph, table[node])
     (output,) = [n for n in small.fx.nodes if n.op == "output"]
     results: Any = output.args[0]
     return tuple(table[node] for node in results)
@@ -89,14 +89,3 @@ def _keep_parameter(graph: Graph, node: fx.Node, spec: InputSpec) -> None:
     for mine in graph.exported.graph_signature.input_specs:
         if isinstance(mine.arg, TensorArgument) and mine.arg.name == node.name:
             mine.kind, mine.persistent = InputKind.PARAMETER, None
-
-
-def _value(graph: Graph, node: fx.Node) -> Any:
-    def value(argument: fx.Node) -> Any:
-        return argument.meta["val"]
-
-    args = fx.node.map_arg(node.args, value)
-    kwargs = fx.node.map_arg(node.kwargs, value)
-    assert callable(node.target)
-    with fake_mode(graph), torch.no_grad():
-        return node.target(*args, **kwargs)

@@ -209,8 +209,8 @@ def test_a_missing_input_is_named(program):
 def test_a_refresh_works_out_what_an_edit_touched_and_no_more(program, monkeypatch):
     graph = program.only()
     seen = []
-    real = edit._fake_run
-    monkeypatch.setattr(edit, "_fake_run", lambda g, n: seen.append(n.name) or real(g, n))
+    real = edit.fake_run
+    monkeypatch.setattr(edit, "fake_run", lambda g, n: seen.append(n.name) or real(g, n))
     refresh(graph)
     assert seen == []
     linear = next(n for n in graph.nodes if n.target is torch.ops.aten.linear.default)
@@ -223,3 +223,48 @@ def test_a_refresh_works_out_what_an_edit_touched_and_no_more(program, monkeypat
     seen.clear()
     refresh(graph)
     assert seen == []
+
+
+def cumulative(call):
+    call.target, call.args = aten.cumsum.default, (call.args[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "change", "shape"),
+    [
+        (lambda self, x: x.sum(-1) * 1, lambda n: n.update_arg(1, [0]), (4,)),
+        (lambda self, x: x.sum(-1, keepdim=True) * 1, lambda n: n.update_arg(2, False), (3,)),
+        (lambda self, x: x.sum(-1) * 1, cumulative, (3, 4)),
+    ],
+    ids=["literal", "flag", "operator"],
+)
+def test_a_call_changed_in_place_is_worked_out_again_with_its_readers(forward, change, shape):
+    program = effc.trace(Call(forward), normal(3, 4), dims={})
+    graph = program.only()
+    call = next(iter(graph.nodes))
+    change(call)
+    refresh(graph)
+    last = list(graph.nodes)[-1]
+    assert tuple(call.meta["val"].shape) == tuple(last.meta["val"].shape) == shape
+
+
+def test_another_type_is_seen_behind_it():
+    forward = lambda self, x: torch.sum(x, -1, dtype=torch.float64) * 1  # noqa: E731
+    graph = effc.trace(Call(forward), normal(3, 4)).only()
+    call = next(iter(graph.nodes))
+    call.kwargs = {"dtype": torch.float32}
+    refresh(graph)
+    assert list(graph.nodes)[-1].meta["val"].dtype is torch.float32
+
+
+def test_a_branch_is_refreshed_with_what_feeds_it():
+    def forward(self, x):
+        y = x + 1
+        return torch.cond(y.sum() > 0, lambda v: v * 2, lambda v: v - 1, (y,))
+
+    program = effc.trace(Call(forward), normal(3, 4), dims={})
+    graph = program.only()
+    add = next(n for n in graph.nodes if n.target is aten.add.Tensor)
+    replace(graph, add, insert(graph, add, aten.sub.Tensor, add.args))
+    refresh(graph)
+    assert tuple(list(graph.nodes)[-1].meta["val"].shape) == (3, 4)
