@@ -36,7 +36,7 @@ from effc.source import Source
 
 Json = dict[str, Any]
 
-LOWER_PER_TRACE = 0.8
+LOWER_PER_TRACE = 0.36
 """Seconds of writing a node as ONNX and opening the file, per second of tracing one (benchmarks/plan.py)."""
 COPIES = 3.0
 """Copies of the weights that are alive while an engine is written."""
