@@ -454,7 +454,7 @@ def bench(
     ] = 9.5,
     threads: Threads = None,
     streams: Annotated[
-        int, typer.Option("--streams", min=1, help="Callers that use an engine at once.")
+        int, typer.Option("--streams", min=1, max=256, help="Callers that use an engine at once.")
     ] = 1,
     json_: Json = None,
     debug: Debug = False,
