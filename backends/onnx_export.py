@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -23,6 +22,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
 
+from effc import quiet as loggers
 from effc.backends.onnx_simplify import simplify
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 
@@ -219,17 +219,11 @@ def translated(exported: ExportedProgram, opset: int, *, ours: bool) -> ir.Model
     return model
 
 
+LOUD = ("torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what torch and onnxscript log, warn and print."""
-    loggers = ["torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export"]
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+    with loggers.quiet(*LOUD, level=logging.ERROR), redirect_stdout(StringIO()):
+        yield

@@ -18,17 +18,17 @@ def simplify(model: ir.Model) -> None:
     from onnxscript.rewriter import onnx_fusions
 
     common.InlinePass()(model)
+    steps = (
+        _constant_folding.FoldConstantsPass(
+            shape_inference=True,
+            input_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+            output_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+            should_fold=lambda node: None,
+        ),
+        _rules(),
+        common.RemoveUnusedNodesPass(),
+    )
     for _ in range(2):
-        steps = (
-            _constant_folding.FoldConstantsPass(
-                shape_inference=True,
-                input_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
-                output_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
-                should_fold=lambda node: None,
-            ),
-            _rules(),
-            common.RemoveUnusedNodesPass(),
-        )
         if True not in [step(model).modified for step in steps]:
             break
     for tidy in (

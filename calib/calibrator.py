@@ -85,7 +85,7 @@ def collect(
             except _Done:
                 watcher.env.clear()
             seen += 1
-            heap.trim()
+            heap.trim()  # the next batch is of another length
             if on_batch is not None:
                 on_batch(seen)
     if not seen:

@@ -345,9 +345,8 @@ def _exchange(stage: Path, out: Path) -> None:
 
 def _old(out: Path) -> Path:
     """Where an old package waits while the new one takes its place, on a system that cannot swap the two."""
-    known = hashlib.sha256(os.fsencode(out.name)).hexdigest()[
-        :16
-    ]  # names may be as long as they can be
+    # a digest, since names may be as long as they can be
+    known = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
     return out.with_name(f".effc-old-{known}")
 
 

@@ -247,7 +247,7 @@ class _Noise(EngineBase):
         made = {}
         for port in self.outputs:
             shape = [sizes.get(s, 1) if isinstance(s, str) else s for s in port.shape]
-            rows = [shape[0], *[1] * len(shape[1:-1]), *shape[1:][-1:]] if shape else []
+            rows = [n if axis in (0, len(shape) - 1) else 1 for axis, n in enumerate(shape)]
             filled = np.resize(self.noise.astype(port.dtype), rows)
             made[port.name] = np.broadcast_to(filled, shape)
         self.most_bytes = max(self.most_bytes, peak_bytes(self.graph, sizes))

@@ -20,7 +20,7 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors scratch sizes machine heap
+    errors scratch sizes machine heap quiet
     progress paths
     bounded table stats
     quant
@@ -57,6 +57,7 @@ STANDARD_LIBRARY_ONLY = {
     "sizes",
     "machine",
     "heap",
+    "quiet",
     "paths",
     "bounded",
     "table",

@@ -261,11 +261,13 @@ def _tried(args: argparse.Namespace, state: Json, file: Path | None) -> None:
 
 def _up_to(kills: int, done: Json) -> Json:
     """The first trials by number, until so many were killed."""
-    counts = itertools.accumulate(bool(done[n]["was_killed"]) for n in sorted(done, key=int))
-    before = [0, *counts]
-    return {
-        n: done[n] for n, count in zip(sorted(done, key=int), before, strict=False) if count < kills
-    }
+    found: Json = {}
+    for number in sorted(done, key=int):
+        if kills <= 0:
+            break
+        found[number] = done[number]
+        kills -= done[number]["was_killed"]
+    return found
 
 
 def _line(number: int, found: Json) -> str:

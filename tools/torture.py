@@ -1,7 +1,8 @@
 """What effc does where everything goes wrong: spoilt inputs, a killed process, a full disk.
 
     python tools/torture.py malformed --seed 0 --count 300 [--only KIND] [--case 17] [--json FILE]
-    python tools/torture.py kills [--model MODEL --words "--quantize int8 --calib FILE"] [--jobs 2] [--state FILE]
+    python tools/torture.py kills [--model MODEL --words "--quantize int8 --calib FILE"] [--trials 20]
+                                    [--jobs 2] [--state FILE]
     python tools/torture.py full [--model MODEL --words …]
 
 Ends with 1 where something did not go as it must, and says how to see that again.

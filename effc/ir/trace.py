@@ -10,7 +10,6 @@ import inspect
 import logging
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 from effc.errors import TraceError, first_line
 from effc.ir.edit import know
 from effc.ir.program import Graph, Origin, Program
+from effc.quiet import quiet
 
 log = logging.getLogger(__name__)
 
@@ -170,21 +170,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on its own internals, which tell a user nothing."""
+    """Without torch's remarks on its own internals; it prints graphs that it gave up on."""
     names = ("torch.export", "torch.fx", "torch._export", "torch._subclasses")
-    levels = {name: logging.getLogger(name).level for name in names}
-    with (
-        warnings.catch_warnings(),
-        redirect_stderr(StringIO()),
-    ):  # torch prints graphs it gave up on
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+    with quiet(*names, level=logging.CRITICAL), redirect_stderr(StringIO()):
+        yield
 
 
 _NOT_THE_MODEL = {"effc", "torch", "sympy", "mpmath", "numpy", *sys.stdlib_module_names}
