@@ -17,7 +17,7 @@ from effc.ir.values import Values, compared
 from effc.noise import Local, measured
 from effc.quant.ops import DEQUANTIZE
 
-TOKENS = 512
+TOKENS = 256
 """Of a batch, as many are looked at: every compile does it, and it should not be what takes the most memory."""
 
 
