@@ -14,6 +14,8 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+import errno
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -166,7 +168,12 @@ def optimized(path: Path) -> ir.Model:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
         )
-        session(path, options)
+        try:
+            session(path, options)
+        except LoweringError:
+            if shutil.disk_usage(directory).free < 2 * path.stat().st_size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from None
+            raise
         model = ir.load(target)
         for value in model.graph.initializers.values():
             value.const_value = None  # only names are read; the weights file goes with the folder

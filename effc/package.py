@@ -39,7 +39,6 @@ UNHASHED = (
 )  # fmt: skip
 """Files that hold measured times or this machine's paths, and differ from run to run."""
 _STAGE = ".effc-"
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 MOST_RECORD_BYTES = 1 << 28
 """Of decisions.json and origins.json, which grow with the model."""
 UNHARMED = "compile it again, or get an unharmed copy"
@@ -269,7 +268,7 @@ def staged(out: Path) -> Iterator[Stage]:
         except OSError as error:
             if not _is_about(error, out):
                 raise
-            if error.errno in _NO_ROOM:
+            if error.errno in scratch.NO_ROOM:
                 raise PackageError(
                     f"no room for {out}: {error.strerror}",
                     hint="free some disk space, the old output is untouched",
@@ -294,7 +293,7 @@ def _is_about(error: OSError, out: Path) -> bool:
     """Whether an error comes from writing `out`, and not from a file that was read meanwhile."""
     if not isinstance(error.filename, str | bytes):
         cut_short = error.errno is None and "requested and" in str(error)  # numpy, on a full disk
-        return cut_short or error.errno in (*_NO_ROOM, errno.EROFS)
+        return cut_short or error.errno in (*scratch.NO_ROOM, errno.EROFS)
     place = Path(os.path.abspath(os.fsdecode(error.filename)))
     if not place.is_relative_to(out.parent):
         return False
@@ -320,7 +319,7 @@ def _sync_one(place: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno in _NO_ROOM or place.is_file():
+        if error.errno in scratch.NO_ROOM or place.is_file():
             raise  # some file systems cannot sync folders
     finally:
         os.close(handle)

@@ -7,6 +7,7 @@ makes the next one beside it removes those that nobody holds any more.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -15,11 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from effc.errors import PackageError
+
 try:
     import fcntl
 except ImportError:  # pragma: no cover - a system without flock: a killed run's directory stays
     fcntl = None  # type: ignore[assignment]
 
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 PREFIX = "effc-scratch-"
 MARK = ".effc-scratch"
 """A file that says that a directory is one of these: nothing else is swept, whatever it is called."""
@@ -29,13 +33,22 @@ MARK = ".effc-scratch"
 def held(parent: Path | None = None, prefix: str = PREFIX) -> Iterator[Path]:
     """A new directory below `parent` (the system's place for temporary files where None), gone when the block ends.
 
-    Those of the same prefix that a killed process left are removed first.
+    Those of the same prefix that a killed process left are removed first. Raises PackageError where the system's
+    place is full.
     """
+    is_systems = parent is None
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep(parent, prefix)
     place, lock = _make(parent, prefix)
     try:
         yield place
+    except OSError as error:
+        if is_systems and error.errno in NO_ROOM:
+            raise PackageError(
+                f"no room for temporary files in {parent}: {error.strerror}",
+                hint="free some disk space, or set TMPDIR to a directory that has some",
+            ) from error
+        raise
     finally:
         _remove(place)
         os.close(lock)

@@ -20,8 +20,8 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors scratch sizes machine heap quiet
-    progress paths
+    errors sizes machine heap quiet
+    progress paths scratch
     bounded table stats
     quant
     dialect

@@ -1,16 +1,21 @@
 """Directories that vanish with their maker."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 
+import pytest
+
 from effc import scratch
+from effc.errors import PackageError
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from effc import scratch
+from effc.errors import PackageError
 with scratch.held(Path(sys.argv[1]), "effc-t-") as place:
     (place / "file").write_text("x")
     print(place, flush=True)
@@ -30,6 +35,22 @@ def test_it_may_be_renamed_away(tmp_path):
         (place / "inner").mkdir()
         os.rename(place / "inner", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_place_for_temporary_files_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with (
+        pytest.raises(PackageError, match=f"no room for temporary files in {tmp_path}") as caught,
+        scratch.held(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "file")
+    assert "TMPDIR" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_place_of_somebody_else_is_theirs(tmp_path):
+    with pytest.raises(OSError, match="No space"), scratch.held(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", "file")
 
 
 def test_one_that_is_held_is_left_alone(tmp_path):

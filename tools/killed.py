@@ -356,9 +356,8 @@ def full_main(args: argparse.Namespace) -> int:
         reference = undisturbed(args, root / "reference")
         limits = sizes_of(Path(reference["out"]))
         limits = limits[:: max(1, len(limits) // args.trials)][: args.trials]
-        for how, code, stage, faults in (
-            *_limited(args, root, reference, limits),
-            *_mounted(args, root, reference),
+        for how, code, stage, faults in itertools.chain(
+            _limited(args, root, reference, limits), _mounted(args, root, reference)
         ):
             counts[str(code)] += 1
             stages[stage if code else "none"] += 1
