@@ -129,6 +129,7 @@ def test_a_quiet_compile_says_what_came_out_and_nothing_else(tmp_path):
     assert not set(ran.out) & set("\x1b\r\b")
 
 
+@pytest.mark.slow
 def test_json_on_stdout_is_nothing_but_json(tmp_path):
     words = (f"{made().factories}:perceptron", "-o", tmp_path / "out", "--no-bench")
     ran = cli("compile", *words, "--json", "-")

@@ -319,6 +319,7 @@ def test_where_nothing_helps_the_compile_is_refused_and_nothing_is_written(place
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_search_stops_when_its_time_is_up(place, tmp_path):
     with pytest.raises(GateRefused, match="the time for the search is up"):
         compiler.run(made(place), tmp_path / "OUT", time_budget_s=0.0)
@@ -360,6 +361,7 @@ def test_a_candidate_that_cannot_be_built_ends_no_search(place, tmp_path, monkey
     assert found["verdict"] != "refused" and len(calls) > 1
 
 
+@pytest.mark.slow
 def test_strict_without_a_bench_or_a_metric_searches_nothing(place, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "_candidates", None)
     gate = {"strict": True, "latency": "not-slower"}
@@ -446,6 +448,7 @@ def integer_layers(lowered):
     return [tuple(node.inputs[1].shape) for node in nodes]
 
 
+@pytest.mark.slow
 def test_only_the_class_that_makes_it_slower_is_taken_back(place, tmp_path, monkeypatch):
     """The last layer alone, of another size than the others, costs in integers."""
     spec = made(
@@ -477,6 +480,7 @@ def test_only_the_class_that_makes_it_slower_is_taken_back(place, tmp_path, monk
     assert "left in float: 0.33 of the time" in taken["reasons"][taken["sites"][0]]
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_with_its_own_code(place, tmp_path):
     (tmp_path / "recipe.yaml").write_text(hopeless(place).text)
     ran = cli("compile", tmp_path / "recipe.yaml", "-o", tmp_path / "OUT", "--time-budget", "0s")

@@ -111,6 +111,7 @@ def test_a_memory_bound_is_a_size(word):
     assert_letter(cli("compile", "x", "-o", "y", "--max-ram", word), "UsageError", 2, "--max-ram")
 
 
+@pytest.mark.slow
 def test_a_plan_names_every_stage_and_writes_nothing(tmp_path):
     file, pairs = tmp_path / "plan.json", tmp_path / "pairs.csv"
     pairs.write_text("the cat,the cat,5\nthe cat sat,a dog,1\nthe cat sat,the cat ran,3\n")

@@ -497,6 +497,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(spoilt())
 def test_a_spoilt_recipe_is_read_or_refused(data):

@@ -519,6 +519,7 @@ STRANGE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=120)
 @given(
     st.randoms(use_true_random=False), st.lists(st.sampled_from(STRANGE), min_size=1, max_size=3)

@@ -131,6 +131,7 @@ def block():
 SHAPES = {"Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze"}
 
 
+@pytest.mark.slow
 def test_the_float_reference_computes_as_torchs_own_export():
     x = normal(2, 5, 16)
     graph = effc.trace(block(), {"x": x}, dims={"x": {0: "batch", 1: "sequence"}}).only()

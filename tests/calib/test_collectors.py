@@ -44,6 +44,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXACT)
 @given(parts=STREAMS)
 def test_merging_is_seeing_everything_in_any_order(kind, parts):

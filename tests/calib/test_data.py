@@ -207,6 +207,7 @@ def test_no_samples_cannot_be_drawn(write, samples):
     refused(write("a.txt", "one\n"), "cannot be drawn", samples=samples)
 
 
+@pytest.mark.slow
 def test_drawing_from_a_long_file_takes_the_memory_of_a_short_one(write, tmp_path):
     long = write("long.txt", ("x" * 200 + "\n") * 50_000)
     np.savez(tmp_path / "long.npz", x=np.zeros((10_000, 250), np.float32))
@@ -498,6 +499,7 @@ def test_idx_pictures_of_no_size_or_of_any_are_refused(write, shape):
     refused(write("a-images-idx3-ubyte", head), "claims pictures")
 
 
+@pytest.mark.slow
 def test_a_picture_that_says_it_is_huge_is_not_unpacked(write, tmp_path):
     pillow = pytest.importorskip("PIL.Image")
     pillow.new("RGB", (11_000, 9_000)).save(tmp_path / "a.png")
