@@ -1,13 +1,38 @@
 """Targets: what a graph can be lowered to."""
 
-from effc.errors import RecipeError
+from typing import Any
+
+from effc.errors import BackendUnavailable, RecipeError
 from effc.table import Table
 
-BACKENDS = Table(
+DISTRIBUTIONS = {
+    "onnx": ("onnxscript", "onnxscript"),
+    "ort": ("onnxruntime", "onnxruntime"),
+    "openvino": ("openvino", "'effc[openvino]'"),
+    "tensorrt": ("tensorrt-rtx-cu12-bindings", "'effc[tensorrt]'"),
+}
+"""By target, made or planned: the distribution that it needs, and what pip is to install for it."""
+
+
+class _Backends(Table):
+    def __getitem__(self, word: str) -> Any:
+        """The backend of a target. Raises BackendUnavailable where what it needs is not installed."""
+        try:
+            return super().__getitem__(word)
+        except ImportError as error:
+            name, wanted = DISTRIBUTIONS.get(word, (word, word))
+            raise BackendUnavailable(
+                f"target {word} needs {name}, which cannot be loaded: {error}",
+                hint=f"pip install {wanted}",
+            ) from error
+
+
+BACKENDS = _Backends(
     "target",
     {
         "eager": "effc.backends.eager:Eager",
         "onnx": "effc.backends.onnx:Onnx",
+        "openvino": "effc.backends.openvino:OpenVino",
         "ort": "effc.backends.ort:Ort",
     },
     error=RecipeError,

@@ -61,6 +61,17 @@ class Lowered:
     sites: tuple[Site, ...] = ()
     requires: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    """What it is opened with, as it stands in the manifest."""
+
+    @property
+    def path(self) -> Path:
+        """The file to open."""
+        return self.directory / self.files[0]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether everything that is not quantised is computed in float32."""
+        return bool(self.options.get("precision", "f32") == "f32")
 
 
 class Engine(Protocol):
@@ -114,3 +125,6 @@ class Backend(Protocol):
     def lower(self, graph: Any, directory: Path) -> Lowered: ...
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Engine: ...
+
+    def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
+        """Peak resident memory, in MB, of a process of the plain runtime that runs `feeds` through an engine."""

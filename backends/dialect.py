@@ -23,6 +23,24 @@ ORT = Dialect(
     },
 )
 
+OPENVINO = Dialect(
+    name="openvino",
+    opset=23,
+    activation=Scheme(bits=8, signed=True, symmetric=True, narrow=False),
+    conv_output=False,
+    conv_bias_int32=False,
+    reasons={
+        "opset": "23 keeps attention one operator",
+        "activation": "int8 without a zero point, which is corrected for in a step of its own, and with all codes: a "
+        "clip between quantise and dequantise would keep the layer from integers",
+        "quantized_ops": "only layers with constant weights: quantising additions and norms as well is slower",
+        "conv_output": "a convolution is fused with what is in front of it alone; a grid behind it only loses",
+        "conv_bias_int32": "the bias is added in float behind the integer sums",
+        "overflow_fix": "kernels without VNNI shift signed codes to unsigned ones and add two products in 16 bit, "
+        "which saturate; wider weight scales keep every pair below that",
+    },
+)
+
 ONNX = Dialect(
     name="onnx",
     opset=21,
@@ -45,5 +63,5 @@ EAGER = Dialect(
 )
 
 DIALECTS = Table("target", {}, error=RecipeError)
-for _dialect in (ORT, ONNX, EAGER):
+for _dialect in (ORT, OPENVINO, ONNX, EAGER):
     DIALECTS.add(_dialect.name, _dialect)

@@ -7,14 +7,14 @@ disk once, and a file that is the same bytes every time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 from torch import fx
 
-from effc.backends.base import Lowered, Port, Site, Unsupported
+from effc.backends.base import Array, Lowered, Port, Site, Unsupported
 from effc.backends.dialect import ONNX
 from effc.backends.eager import GraphEngine, ports
 from effc.backends.onnx_export import decomposed, registry, translated, untranslated
@@ -237,9 +237,14 @@ class Onnx:
         )
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Any:
-        from effc.backends.ort import OrtEngine
+        from effc.backends.ort import Ort
 
-        return OrtEngine(lowered.directory / lowered.files[0], threads=threads)
+        return Ort().open(lowered, threads=threads)
+
+    def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
+        from effc.backends.ort import Ort
+
+        return Ort().peak_rss_mb(lowered, feeds, threads)
 
 
 __all__ = ["GraphEngine", "Onnx", "Port", "save", "strip", "to_onnx", "unsupported", "weight_sites"]

@@ -16,17 +16,15 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import errno
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
 from effc import scratch
+from effc.backends.alone import peak_rss_mb
 from effc.backends.base import Array, EngineBase, Lowered, Port, Site, Unsupported
 from effc.backends.dialect import ORT
 from effc.backends.eager import ports
@@ -148,7 +146,19 @@ class Ort:
         )
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> OrtEngine:
-        return OrtEngine(lowered.directory / lowered.files[0], threads=threads)
+        return OrtEngine(lowered.path, threads=threads)
+
+    def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
+        return peak_rss_mb(_ALONE, lowered.path, feeds, threads)
+
+
+_ALONE = """
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = threads
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+run = lambda feeds: session.run(None, feeds)
+"""
 
 
 def _minimum() -> str:
@@ -218,36 +228,3 @@ def _site(name: str, word: str, weight: str, consumers: Mapping[str, list[ir.Nod
         return Site(name=name, op=word, kernel=node.op_type, int8=False, reason=reason)
     reason = "the integer weight was folded into float when the session was made"
     return Site(name=name, op=word, kernel="float", int8=False, reason=reason)
-
-
-_ALONE = """
-import pathlib, resource, sys
-import numpy as np, onnxruntime
-path, feeds, threads = sys.argv[1:]
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = int(threads)
-session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-with np.load(feeds) as arrays:
-    for _ in range(3):
-        session.run(None, {name: arrays[name] for name in arrays.files})
-status = pathlib.Path("/proc/self/status")  # where there is one, ru_maxrss also counts the process that started this
-if status.exists():
-    print(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
-else:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def peak_rss_mb(path: Path, feeds: Mapping[str, Array], threads: int) -> float:
-    """Peak resident memory, in MB, of a process of plain onnxruntime that loads a file and runs `feeds` through it."""
-    with scratch.held() as place:
-        np.savez(place / "feeds.npz", **feeds)  # type: ignore[arg-type]
-        command = [sys.executable, "-c", _ALONE, path, place / "feeds.npz", threads]
-        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if ran.returncode:
-        reason = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise LoweringError(
-            f"{path.name} does not run in a process of its own: {reason}",
-            hint="is there memory for it? --no-bench leaves this out",
-        )
-    return round(int(ran.stdout) / (1e6 if sys.platform == "darwin" else 1e3), 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -86,8 +87,8 @@ class Cache:
             value=value, directory=place, files=tuple(n for n in sorted(digests) if n != _VALUE)
         )
 
-    def put(self, key: str, value: Any, files: Mapping[str, Path] | None = None) -> None:
-        """Store a value and copies of files under a key. What cannot be stored is not, with a word in the log."""
+    def put(self, key: str, value: Any, files: Mapping[str, Path | bytes] | None = None) -> None:
+        """Store a value and files, or copies of them, under a key. What cannot be stored is not; the log says so."""
         if self.root is None:
             return
         try:
@@ -98,8 +99,11 @@ class Cache:
                 made = stage / "entry"
                 made.mkdir()
                 (made / _VALUE).write_text(json.dumps(value, sort_keys=True), encoding="utf-8")
-                for name, path in (files or {}).items():
-                    shutil.copyfile(path, made / name)
+                for name, given in (files or {}).items():
+                    if isinstance(given, bytes):
+                        (made / name).write_bytes(given)
+                    else:
+                        shutil.copyfile(given, made / name)
                 digests = {file.name: _sha256(file) for file in sorted(made.iterdir())}
                 (made / _ENTRY).write_text(json.dumps(digests, sort_keys=True), encoding="utf-8")
                 for file in made.iterdir():
@@ -174,14 +178,11 @@ def key_of(stage: str, **parts: Any) -> str:
 @cache
 def code_digest() -> str:
     """sha256 over the source of effc: another effc makes its own entries."""
-    import effc.backends
-    import effc.calib
-    import effc.passes
-
     total = hashlib.sha256()
-    for package in (effc, effc.backends, effc.calib, effc.passes):
-        root = Path(package.__file__ or "").parent
-        pattern = "**/*.py" if package is effc else "*.py"
+    for name in ("effc", "effc.backends", "effc.calib", "effc.passes"):
+        spec = importlib.util.find_spec(name)
+        root = Path(spec.origin if spec and spec.origin else "").parent
+        pattern = "**/*.py" if name == "effc" else "*.py"
         for file in sorted(root.glob(pattern)):
             total.update(file.relative_to(root).as_posix().encode())
             total.update(file.read_bytes())

@@ -152,6 +152,9 @@ DECISIONS = "give the decisions.json of an earlier output"
 DECISIONS = "give the decisions.json of an earlier output"
 DECISIONS = "give the decisions.json of an earlier output"
 DECISIONS = "give the decisions.json of an earlier output"
+DECISIONS = "give the decisions.json of an earlier output"
+DECISIONS = "give the decisions.json of an earlier output"
+DECISIONS = "give the decisions.json of an earlier output"
 STDOUT = ("-", "/dev/stdout", "/dev/fd/1")
 
 

@@ -18,7 +18,7 @@ from effc.backends import BACKENDS
 from effc.backends.base import Lowered
 from effc.build import Builder, Built, graph_digest, versions
 from effc.cache import Cache
-from effc.errors import LoweringError, SourceError, UsageError
+from effc.errors import GateRefused, LoweringError, SourceError, UsageError
 from effc.ir.edit import keep_outputs
 from effc.ir.program import Program
 from effc.ir.trace import trace
@@ -30,7 +30,7 @@ from effc.samples import Samples
 from effc.search import Found
 from effc.source import Source, guess, load
 from effc.table import unknown
-from effc.trial import Lab, Trial, model_bytes
+from effc.trial import Lab, model_bytes
 
 Json = dict[str, Any]
 
@@ -168,34 +168,21 @@ def run(
         lab = Lab(
             builder=builder, work=stage.work, threads=threads, metric=metric, spec=recipe.gate
         )
-        built = [lab.build(target) for target in recipe.targets]
-        drifts, lowering = _compared(lab, built)
-        base = lab.timed(lab.measured(built[0]))
-        found = Found(trial=base)
-        if decisions is None:  # else what to take back is recorded
-            found = search.search(lab, base, time_budget_s=time_budget_s)
-        gated = _gated(lab, base, found)
-        if gated["verdict"] == "refused" and not allow_worse:
-            lab.finish()
-            assert recipe.gate is not None
-            raise gate.refusal(
-                recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out
-            )
-        if found.trial is not base:
-            built = [found.trial.built, *(lab.narrowed(b, found.trial.rollback) for b in built[1:])]
-            drifts, lowering = _compared(lab, built)
-        layers = {made.target: each for made in built if (each := lab.layers(made))}
-        built = [_moved(made, stage) for made in built]
-        content = _write(stage.package, recipe, source, samples, built)
-        metric_json, timed = found.trial.metric, found.trial.bench
-        bytes_ = content["model_bytes"]
+        made: list[_Made] = []
+        for target in recipe.targets:
+            spent = sum(of.found.seconds for of in made)
+            left = time_budget_s - spent if time_budget_s is not None else None
+            made.append(_made(lab, target, left, replays=decisions is not None))
+            if made[-1].gate["verdict"] == "refused" and not allow_worse:
+                lab.finish()
+                raise _refusal(recipe, made[-1])
+        told = _first_and_others(made)
+        built = [_moved(of.built, stage) for of in made]
+        content = {**_write(stage.package, recipe, source, samples, built), **told}
         content |= {
-            "verify": drifts,
-            "lowering": lowering,
-            "layers": layers,
-            "metric": metric_json,
-            "bench": _bench_json(timed, drifts[built[0].target], metric_json, bytes_),
-            "gate": gated,
+            "verify": {of.built.target: of.drifts for of in made},
+            "lowering": {of.built.target: of.lowering for of in made if of.lowering is not None},
+            "layers": {of.built.target: of.layers for of in made if of.layers},
             "stages": [dataclasses.asdict(stage) for stage in progress.stages.values()],
             "timings": {name: round(s.seconds, 3) for name, s in progress.stages.items()},
         }
@@ -221,20 +208,68 @@ def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
     return source, original
 
 
-def _compared(lab: Lab, built: Sequence[Built]) -> tuple[dict[str, Json], dict[str, Json]]:
-    """By target, the drift of its engine from the model, and from its own graph where something lossy was done."""
-    drifts = {target: d for made in built for target, d in lab.drifts(made).items()}
-    lowering = {made.target: d for made in built if (d := lab.lowering(made)) is not None}
-    return drifts, lowering
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What became of one target: the candidate to ship, and what is said of it."""
+
+    found: Found
+    drifts: Json
+    lowering: Json | None
+    layers: list[Json]
+    gate: Json
+
+    @property
+    def built(self) -> Built:
+        return self.found.trial.built
+
+    def told(self) -> Json:
+        """What stands in the report: metric, bench, gate and bytes of an engine."""
+        trial, bytes_ = self.found.trial, model_bytes(self.built.first)
+        return {
+            "metric": trial.metric,
+            "bench": _bench_json(trial.bench, self.drifts, trial.metric, bytes_),
+            "gate": self.gate,
+            "model_bytes": bytes_,
+        }
 
 
-def _gated(lab: Lab, base: Trial, found: Found) -> Json:
-    """What the report says of the gate."""
-    taken = search.rolled_back(lab, base, found.trial)
-    return gate.to_json(
-        lab.spec, found.trial.checks, rolled_back=taken, tried=found.tried, seconds=found.seconds,
-        ran_out=found.ran_out, target=base.built.target,
+def _made(lab: Lab, target: str, time_budget_s: float | None, *, replays: bool) -> _Made:
+    """The engine of a target, what the gate wants taken back already taken back."""
+    built = lab.build(target)
+    drifts, lowering = lab.drifts(built)[target], lab.lowering(built)
+    base = lab.timed(lab.measured(built))
+    found = Found(trial=base)
+    if not replays:  # else what to take back is recorded
+        found = search.search(lab, base, time_budget_s=time_budget_s)
+    chosen = found.trial.built
+    if found.trial is not base:
+        drifts, lowering = lab.drifts(chosen)[target], lab.lowering(chosen)
+    lab.beside[target] = chosen.first
+    gated = gate.to_json(
+        lab.spec, found.trial.checks, rolled_back=search.rolled_back(lab, base, found.trial),
+        tried=found.tried, seconds=found.seconds, ran_out=found.ran_out, target=target,
     )  # fmt: skip
+    return _Made(
+        found=found, drifts=drifts, lowering=lowering, layers=lab.layers(chosen), gate=gated
+    )
+
+
+def _refusal(recipe: Recipe, made: _Made) -> GateRefused:
+    assert recipe.gate is not None
+    found, many = made.found, len(recipe.targets) > 1
+    return gate.refusal(
+        recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out,
+        target=made.built.target if many else None,
+    )  # fmt: skip
+
+
+def _first_and_others(made: Sequence[_Made]) -> Json:
+    """What the report says of the first engine, and by target of the others; bench.json has all that were timed."""
+    told, *rest = [of.told() for of in made]
+    others = {of.built.target: each for of, each in zip(made[1:], rest, strict=True)}
+    if told["bench"] and others:
+        told["bench"]["others"] = {target: of["bench"] for target, of in others.items()}
+    return {**told, "others": others}
 
 
 def _moved(built: Built, stage: package.Stage) -> Built:
@@ -351,7 +386,6 @@ def _write(
             for low in made.lowered
             for s in low.sites
         ],
-        "model_bytes": model_bytes(built[0].first),
         "source_bytes": sum(_weight_bytes(m) for m in source.modules.values()),
         "data": samples.description(),
     }
@@ -385,6 +419,7 @@ def _entry(lowered: Lowered, stage: Path) -> Json:
         "outputs": [dataclasses.asdict(p) for p in lowered.outputs],
         "opset": lowered.opset,
         "requires": list(lowered.requires),
+        "options": dict(lowered.options),
         "int8_sites": len(lowered.sites) - len(slow),
         "total_sites": len(lowered.sites),
         "float_sites": [

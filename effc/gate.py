@@ -157,16 +157,18 @@ def verdict(spec: GateSpec | None, found: Sequence[Check]) -> str:
 
 
 def refusal(
-    spec: GateSpec, found: Sequence[Check], *, tried: int, ran_out: bool = False
-) -> GateRefused:
+    spec: GateSpec, found: Sequence[Check], *, tried: int, ran_out: bool = False,
+    target: str | None = None,
+) -> GateRefused:  # fmt: skip
     """The letter of a compile that cannot meet its gate: what was reached."""
     bad = fails(spec, found)
     others = [check.text for check in found if check not in bad]
     reached = "; ".join(check.text for check in bad)
+    of = f" for {target}" if target is not None else ""
     tries = f", the best of {tried} tried" if tried > 1 else ""
     tries += ", and the time for the search is up" if ran_out else ""
     return GateRefused(
-        f"the engine does not meet its gate{tries}: {reached}",
+        f"the engine{of} does not meet its gate{tries}: {reached}",
         where="; ".join(others) or None,
         hint="nothing was written; --allow-worse writes it all the same, and the recipe's section `gate` "
         "says what is asked",

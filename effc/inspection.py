@@ -18,7 +18,7 @@ from typing import Any
 
 from effc import bench as benchmark
 from effc import package, paths, report
-from effc.backends import TARGETS
+from effc.backends import DISTRIBUTIONS, TARGETS
 from effc.errors import PackageError, SourceError, UsageError, VerifyError
 from effc.machine import cpu_features, default_threads
 from effc.progress import Progress
@@ -170,6 +170,7 @@ def _lowered(out: Path, entry: package.EngineEntry) -> Any:
         opset=entry.opset,
         inputs=entry.inputs,
         outputs=entry.outputs,
+        options=entry.options,
     )
 
 
@@ -277,20 +278,20 @@ def _name_of(word: str) -> str:
 def _opener(word: str, threads: int) -> Callable[[], Any]:
     from effc.backends import onnx_file
     from effc.backends.ort import OrtEngine
+    from effc.measure import opener
 
     path = Path(word)
     if os.path.isdir(path):
         _refuse(path, package.check(path))
-        path = paths.inside(path, package.read(path).engines[0].path)
-    elif os.path.isfile(path) and path.suffix == ".onnx":
+        return opener(_lowered(path, package.read(path).engines[0]), threads)
+    if os.path.isfile(path) and path.suffix == ".onnx":
         path = path.resolve()
         _refuse(path, onnx_file.problems(path.parent, path.name))
-    else:
-        raise UsageError(
-            f"--against {word} is neither a package nor an .onnx file",
-            hint="--against OTHER_OUT, or --against float.onnx",
-        )
-    return lambda: OrtEngine(path, threads=threads)
+        return lambda: OrtEngine(path, threads=threads)
+    raise UsageError(
+        f"--against {word} is neither a package nor an .onnx file",
+        hint="--against OTHER_OUT, or --against float.onnx",
+    )
 
 
 def is_package(model: str) -> bool:
@@ -409,13 +410,6 @@ def _default(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-DISTRIBUTIONS = {
-    "onnx": ("onnxscript", "onnxscript"),
-    "ort": ("onnxruntime", "onnxruntime"),
-    "openvino": ("openvino", "'effc[openvino]'"),
-    "tensorrt": ("tensorrt-rtx-cu12-bindings", "'effc[tensorrt]'"),
-}
-"""By target, made or planned: the distribution that it needs, and what pip is to install for it."""
 PLANNED = tuple(target for target in DISTRIBUTIONS if target not in TARGETS)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+from effc.errors import UsageError
+from effc.table import unknown
+
 FEATURES = (
     "avx2",
     "avx512f",
@@ -19,7 +22,17 @@ FEATURES = (
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets that decide which integer kernels are fast here."""
+    """The instruction sets that decide which integer kernels are fast here; with `$EFFC_CPU` those that it lists.
+
+    Raises UsageError where that has a word that is none of `FEATURES`.
+    """
+    given = os.environ.get("EFFC_CPU")
+    if given is not None:
+        words = [word.strip() for word in given.split(",") if word.strip()]
+        for word in words:
+            if word not in FEATURES:
+                raise UsageError(unknown("instruction set in EFFC_CPU", word, FEATURES))
+        return [name for name in FEATURES if name in words]
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:
             flags = next(

@@ -19,7 +19,7 @@ from effc import bench as benchmark
 from effc import metrics, scratch
 from effc.backends import BACKENDS
 from effc.backends.base import Engine, Lowered, Port
-from effc.backends.eager import GraphEngine, ModuleEngine
+from effc.backends.eager import GraphEngine, ModuleEngine, ports
 from effc.calib.calibrator import MASK
 from effc.errors import VerifyError
 from effc.ir.program import Graph, Program
@@ -53,13 +53,14 @@ def verify_engine(
         found_cases = cases(source, samples, engine.inputs, longest(source, graph))
         for number, (label, batches) in enumerate(found_cases, 1):
             drifts = parity(reference, engine, batches)
-            if not lossy:
+            if not lossy and lowered.is_float:
                 Tolerance().check(drifts, where=f"{lowered.target}, {label}")
             found[label] = {name: dataclasses.asdict(d) for name, d in drifts.items()}
             step(number, len(found_cases))
     return found
 
 
+PLAIN_OPSET = 21
 MOST_LOWERED = 0.25
 """Relative L2 that an engine may be from the graph that it was made of: codes flip at the borders of rounding."""
 
@@ -212,11 +213,21 @@ def opener(lowered: Lowered, threads: int) -> Callable[[], Engine]:
     return lambda: BACKENDS[lowered.target]().open(lowered, threads=threads)
 
 
-def plain_export(graph: Graph, place: Path) -> Path:
-    """torch's own float export into a directory: what everybody has without effc."""
+def plain_export(graph: Graph, place: Path, target: str) -> Lowered:
+    """torch's own float export into a directory, for the runtime of a target: what everybody has without effc."""
     from effc.backends.onnx import save, to_onnx
 
-    return place / save(to_onnx(graph, 21, translate=False), place)[0]
+    files = save(to_onnx(graph, PLAIN_OPSET, translate=False), place)
+    return plain(graph, place, files, target)
+
+
+def plain(graph: Graph, place: Path, files: tuple[str, ...], target: str) -> Lowered:
+    """A plain float export that lies in a directory already."""
+    inputs, outputs = ports(graph)
+    return Lowered(
+        role=graph.role, target=target, directory=place, files=files, opset=PLAIN_OPSET,
+        inputs=inputs, outputs=outputs,
+    )  # fmt: skip
 
 
 def time_engine(
@@ -229,20 +240,19 @@ def time_engine(
     step: Any = None,
     against: Mapping[str, Any] | None = None,
     streams: int = 1,
-    plain: Path | None = None,
+    exported: Lowered | None = None,
 ) -> benchmark.BenchResult:
-    """Engine against the user's module in torch and against the plain float export, in one interleaved run.
+    """Engine against the user's module in torch and against the plain float export on the same runtime, interleaved.
 
-    `plain` is that export where it has been made.
+    `exported` is that export where it has been made. An engine without files is compared with it on ONNX Runtime.
     """
-    from effc.backends.ort import OrtEngine, peak_rss_mb
-
     graph = original.only()
     with _torch_threads(threads), scratch.held() as place:
-        plain = plain or plain_export(graph, place)
+        runtime = lowered.target if lowered.files else "ort"
+        exported = exported or plain_export(graph, place, runtime)
         openers = {
             "engine": opener(lowered, threads),
-            "float": lambda: OrtEngine(plain, threads=threads),
+            "float": opener(exported, threads),
             "torch": lambda: ModuleEngine(source.module, graph),
             **(against or {}),
         }
@@ -254,8 +264,11 @@ def time_engine(
         largest = max(cases, key=lambda c: c.batch * (c.length or 1), default=None)
         if largest is None or not lowered.files:
             return timed
-        places = {"engine": lowered.directory / lowered.files[0], "float": plain}
-        memory = {n: peak_rss_mb(p, largest.feeds, threads) for n, p in places.items()}
+        backend = BACKENDS[runtime]()
+        memory = {
+            name: backend.peak_rss_mb(low, largest.feeds, threads)
+            for name, low in (("engine", lowered), ("float", exported))
+        }
         return dataclasses.replace(timed, peak_rss_mb=memory)
 
 

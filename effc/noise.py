@@ -294,7 +294,7 @@ class Noise:
             return
         clipped = power(off[outside]) / max(local.noise, 1e-300)
         share = float(outside.double().mean())
-        local.is_grid, local.expected = True, best_noise(x, low, high)
+        local.is_grid, local.expected = True, best_noise(x, low, high, middle)
         local.is_cut = clipped > 0.5 and share < (FEW_MADE_UP if self.is_made_up else FEW)
         need = (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / (high - low)
         local.reason = (
@@ -359,9 +359,12 @@ def _is_quantised(graph: Graph, node: fx.Node) -> bool:
     return is_constant(graph, node) and node.meta["val"].dtype in (torch.int8, torch.uint8)
 
 
-def best_noise(x: Tensor, low: int, high: int) -> float:
-    """What the range with the least squared error costs on `x`."""
-    scheme = Scheme(bits=(high - low).bit_length(), signed=low < 0, symmetric=low == -high)
+def best_noise(x: Tensor, low: int, high: int, middle: int) -> float:
+    """What the range with the least squared error costs on `x`, on the codes of a grid whose zero is at `middle`."""
+    scheme = Scheme(
+        bits=(high - low).bit_length(), signed=low < 0,
+        symmetric=middle == 0 and low in (-high, -high - 1), narrow=low == -high,
+    )  # fmt: skip
     return power(fake_quantize(x, *grid_for(x, "mse", scheme), scheme) - x)
 
 

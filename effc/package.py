@@ -81,6 +81,7 @@ class EngineEntry:
     outputs: tuple[Port, ...]
     opset: int
     requires: tuple[str, ...] = ()
+    options: dict[str, str] = field(default_factory=dict)
     int8_sites: int = 0
     total_sites: int = 0
     float_sites: tuple[FloatSite, ...] = ()

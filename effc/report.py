@@ -87,10 +87,10 @@ def text(content: Mapping[str, Any]) -> str:
         *_sites(content),
         *_drift(content),
         *_lowering(content),
-        *_metric(content),
-        *_bench(content),
-        *_gate(content),
+        *_worth(content),
     ]
+    for target, other in content.get("others", {}).items():
+        lines += [f"engine    {target}, {other['model_bytes'] / 1e6:.1f} MB", *_worth(other)]
     return "\n".join(lines)
 
 
@@ -168,9 +168,11 @@ def _lowering(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _metric(content: Mapping[str, Any]) -> list[str]:
-    m = content.get("metric")
-    return [metric_line(m)] if m else []
+def _worth(of: Mapping[str, Any]) -> list[str]:
+    """Metric, bench and gate of one engine."""
+    lines = [metric_line(of["metric"])] if of.get("metric") else []
+    lines += bench_lines(of["bench"]) if of.get("bench") else []
+    return [*lines, *_gate(of.get("gate"))]
 
 
 def metric_line(m: Mapping[str, Any]) -> str:
@@ -180,10 +182,6 @@ def metric_line(m: Mapping[str, Any]) -> str:
         f"{m['engine'] - m['reference']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}] "
         f"({100 * m['level']:g} %, n = {m['n']}{test}) {m['verdict']}"
     )
-
-
-def _bench(content: Mapping[str, Any]) -> list[str]:
-    return bench_lines(content["bench"]) if content.get("bench") else []
 
 
 def bench_lines(bench: Mapping[str, Any]) -> list[str]:
@@ -210,16 +208,12 @@ def ratio_word(s: Mapping[str, Any]) -> str:
     return f"{s['ratio']:.2f}× [{s['low']:.2f}, {s['high']:.2f}] {verdict(s['low'], s['high'])}"
 
 
-def _gate(content: Mapping[str, Any]) -> list[str]:
+def _gate(gate: Mapping[str, Any] | None) -> list[str]:
     """What was asked of the engine, how that went, and what of the passes was taken back for it."""
-    gate = content.get("gate")
     if not gate or gate["verdict"] == "off":
         return []
     tried = f", {gate['tried']} tried" if (gate.get("tried") or 0) > 1 else ""
     tried += ", out of time" if gate.get("ran_out_of_time") else ""
-    others = sorted({e["target"] for e in content["manifest"]["engines"]} - {gate.get("target")})
-    if others and gate.get("target"):
-        tried += f"; asked of {gate['target']}, {', '.join(others)} has the same taken back"
     lines = [f"gate      {gate['verdict']}{tried}"]
     lines += [f"          {check['text']}" for check in gate["checks"]]
     for back in gate["rolled_back"]:

@@ -214,6 +214,16 @@ class Machine:
 
 
 @dataclass(kw_only=True)
+class Other:
+    """What is said of an engine behind the first."""
+
+    model_bytes: Count
+    metric: Metric | None = None
+    bench: Bench | None = None
+    gate: Gate | None = None
+
+
+@dataclass(kw_only=True)
 class Report:
     """report.json; what others add to it later is optional here."""
 
@@ -230,6 +240,7 @@ class Report:
     bench: Bench | None = None
     layers: dict[str, list[Layer]] | None = None
     gate: Gate | None = None
+    others: dict[str, Other] = field(default_factory=dict)
     stages: list[Stage] | None = None
     machine: Machine | None = None
 

@@ -65,8 +65,7 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
     A search that runs out of time gives the best so far; what was tried is in the cache, and the same compile goes on
     from there.
     """
-    started = time.monotonic()
-    spec = lab.spec
+    started, target, spec = time.monotonic(), base.built.target, lab.spec
     if spec is None or gate.is_content(spec, base.checks):
         return Found(trial=base)
     if time_budget_s is not None:
@@ -76,7 +75,7 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
     def keep(trial: Trial) -> None:
         nonlocal best
         best = min((best, trial), key=lambda t: (*gate.rank(spec, t.checks), _size(t.rollback)))
-        log.info("tried %d: %s", lab.tried, "; ".join(check.text for check in trial.checks))
+        log.info("tried %d: %s", lab.tried(target), "; ".join(check.text for check in trial.checks))
 
     try:
         for trial in _candidates(lab, base):
@@ -85,7 +84,9 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
             keep(last)
     except OutOfTime:
         ran_out = True
-    return Found(trial=best, tried=lab.tried, seconds=time.monotonic() - started, ran_out=ran_out)
+    return Found(
+        trial=best, tried=lab.tried(target), seconds=time.monotonic() - started, ran_out=ran_out
+    )
 
 
 def _size(rollback: Rollback) -> tuple[int, int]:
@@ -199,7 +200,7 @@ def sensitivity(lab: Lab, built: Built) -> list[Group]:
                 error = _alone(lab, built, index, narrowed, group)
                 found.append(dataclasses.replace(group, error=error))
                 for module in group.modules:
-                    lab.reasons[index, module] = f"{error:.2g} of error alone"
+                    lab.reasons[built.target, index, module] = f"{error:.2g} of error alone"
                 step(number, len(groups))
     return sorted(found, key=lambda g: (-g.error, g.name))
 
@@ -268,7 +269,7 @@ def _slower_with(lab: Lab, base: Trial, current: Trial, classes: Sequence[Group]
         if faster and not any(a["low"] > 1 for a in against):
             slow.append(group)
             for module in group.modules:
-                lab.reasons[group.index, module] = (
+                lab.reasons[current.built.target, group.index, module] = (
                     f"{group.name} left in float: {least:.2f} of the time"
                 )
     return slow
@@ -349,7 +350,8 @@ def rolled_back(lab: Lab, base: Trial, chosen: Trial) -> list[dict[str, Any]]:
         if index in chosen.rollback.dropped:
             made.append({"pass": f"{index}:{pass_.name}", "sites": ["all"], "why": why})
         elif modules:
-            known = {m: lab.reasons[index, m] for m in modules if (index, m) in lab.reasons}
+            keys = {m: (chosen.built.target, index, m) for m in modules}
+            known = {m: lab.reasons[key] for m, key in keys.items() if key in lab.reasons}
             made.append(
                 {
                     "pass": f"{index}:{pass_.name}",

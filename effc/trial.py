@@ -55,7 +55,7 @@ class OutOfTime(Exception):
 
 @dataclass(kw_only=True)
 class Lab:
-    """Where candidates are tried: one builder, one target, room on disk, and the questions of the gate."""
+    """Where candidates are tried: one builder, room on disk, and the questions of the gate."""
 
     builder: Builder
     work: Path
@@ -64,8 +64,10 @@ class Lab:
     spec: GateSpec | None
     deadline: float = math.inf
     """When no new candidate is begun any more, on the monotonic clock."""
-    reasons: dict[tuple[int, str], str] = field(default_factory=dict)
-    """What speaks against a module of a pass, where a search has found something."""
+    reasons: dict[tuple[str, int, str], str] = field(default_factory=dict)
+    """What speaks against a module of a pass on a target, where a search has found something."""
+    beside: dict[str, Lowered] = field(default_factory=dict)
+    """Engines of other targets, which every further one is timed beside."""
     _tried: dict[Any, Trial] = field(default_factory=dict)
     _timings: list[str] = field(default_factory=list)
     _reference: metrics.Samples | None = None
@@ -136,7 +138,8 @@ class Lab:
         """A measured candidate with its timing, and all checks."""
         if self.recipe.bench is None:
             return trial
-        trial = dataclasses.replace(trial, bench=self.bench(trial.built.first, self.recipe.bench))
+        timed = self.bench(trial.built.first, self.recipe.bench, self.beside)
+        trial = dataclasses.replace(trial, bench=timed)
         return dataclasses.replace(trial, checks=self._checks(trial))
 
     def finish(self) -> None:
@@ -149,8 +152,7 @@ class Lab:
             return ()
         sizes = None
         if self.spec.size:
-            plain = sum(file.stat().st_size for file in self.plain.parent.iterdir())
-            sizes = model_bytes(trial.built.first), plain
+            sizes = model_bytes(trial.built.first), model_bytes(self.plain(trial.built.target))
         return gate.checks(
             self.spec, bench=trial.bench, metric=trial.metric, sizes=sizes,
             asked=self.recipe.gate_asks,
@@ -213,17 +215,21 @@ class Lab:
 
     # Time
 
+    def plain(self, target: str) -> Lowered:
+        """The plain float export, for the runtime of a target."""
+        graph, place = self.original.only(), self.work / "plain"
+        return measure.plain(graph, place, self._plain_files, target)
+
     @cached_property
-    def plain(self) -> Path:
-        """The plain float export."""
-        place = self.work / "plain"
+    def _plain_files(self) -> tuple[str, ...]:
+        graph, place = self.original.only(), self.work / "plain"
         key = key_of("plain", graph=self.builder.identity, versions=versions())
         entry = self.cache.get(key)
         if entry is not None and entry.copy_to(place):
-            return place / str(entry.value)
+            return tuple(entry.value)
         with self.progress.stage("lower"):
-            made = measure.plain_export(self.original.only(), place)
-        self.cache.put(key, made.name, {file.name: file for file in place.iterdir()})
+            made = measure.plain_export(graph, place, "ort").files
+        self.cache.put(key, list(made), {name: place / name for name in made})
         return made
 
     def bench(
@@ -233,7 +239,7 @@ class Lab:
         against: Mapping[str, Lowered] | None = None,
     ) -> Json:
         """Timing of an engine beside its references, and beside other candidates where there are any."""
-        others = {name: self._engine(low) for name, low in (against or {}).items()}
+        others = {name: self._engine(low) for name, low in sorted((against or {}).items())}
         key = self._key(
             "bench", lowered, spec=dataclasses.asdict(spec), others=others, cpu_name=cpu_name(),
             threads=self.threads, samples=self.builder.samples_key,
@@ -244,12 +250,12 @@ class Lab:
             self.progress.reuse("bench")
             kept: Json = entry.value["bench"]
             return kept
-        plain = self.plain
+        exported = self.plain(lowered.target)
         with self.progress.stage("bench") as step:
             timed = measure.time_engine(
                 self.source, self.original, lowered, self.samples, spec, self.threads, step,
                 {name: measure.opener(low, self.threads) for name, low in (against or {}).items()},
-                plain=plain,
+                exported=exported,
             )  # fmt: skip
         made = json.loads(json.dumps(timed.to_json()))
         self.cache.put(key, {"bench": made, "time": time.time()})
@@ -287,10 +293,9 @@ class Lab:
 
     # What the search asks for
 
-    @property
-    def tried(self) -> int:
-        """How many candidates there were, the whole recipe among them."""
-        return 1 + len(self._tried)
+    def tried(self, target: str) -> int:
+        """How many candidates there were for a target, the whole recipe among them."""
+        return 1 + len([of for of, _ in self._tried if of == target])
 
     def narrowed(self, built: Built, rollback: Rollback) -> Built:
         """The same with more rolled back, its decisions taken over."""
@@ -304,18 +309,20 @@ class Lab:
 
     def attempt(self, base: Built, rollback: Rollback, *, timed: bool) -> Trial:
         """A candidate with more rolled back than `base`, whose decisions it takes over. Raises OutOfTime."""
-        trial = self._tried.get(rollback.key)
+        key = base.target, rollback.key
+        trial = self._tried.get(key)
         if trial is None:
             self.check_time()
             trial = self.measured(self.narrowed(base, rollback))
-            self._tried[rollback.key] = trial
+            self._tried[key] = trial
         if timed and trial.bench is None:
             self.check_time()
             self.drifts(trial.built)  # verified before it is timed
             trial = self.timed(trial)
-        self._tried[rollback.key] = trial
+        self._tried[key] = trial
         return trial
 
 
 def model_bytes(lowered: Lowered) -> int:
-    return sum((lowered.directory / name).stat().st_size for name in lowered.files)
+    sizes = [(lowered.directory / name).stat().st_size for name in lowered.files]
+    return sum(sizes)

@@ -122,7 +122,7 @@ def walk(
             module = engine(feeds)
         way = _Way(feeds=feeds, module=module, is_made_up=is_made_up, progress=progress)
         program, before = way.graphs(original, asked, entry.target, decisions)
-        way.plain_export(original.only(), threads)
+        way.plain_export(original.only(), entry.target, threads)
         lowered = inspection._lowered(out, entry)
         way.files(lowered, program.only(), inspection._lossy(manifest, entry), threads)
         sites, loudest = way.layers(before, program, top)
@@ -174,6 +174,10 @@ def _feeds(samples: Samples, graph: Graph) -> tuple[dict[str, Array], bool]:
     if MASK in feeds and feeds[MASK].ndim == 2:
         feeds[MASK][0, feeds[MASK].shape[1] // 2 :] = 0
     return feeds, True
+
+
+ONNXRUNTIME = ("ort", "onnx")
+"""Targets whose engines run in onnxruntime, which can be asked for every node that it made of a file."""
 
 
 class _Way:
@@ -245,14 +249,12 @@ class _Way:
             most = pass_.tolerance if is_exact else None
             self.step(pass_.name, made.effect, lambda: self.outputs(program), most, judge)
 
-    def plain_export(self, graph: Graph, threads: int) -> None:
+    def plain_export(self, graph: Graph, target: str, threads: int) -> None:
         """torch's own float export; it lies beside the way, and nothing is made of it."""
-        from effc.backends.ort import OrtEngine
-
         last = self.last
         with self.progress.stage("plain export"), scratch.held() as place:
-            path = measure.plain_export(graph, place)
-            with OrtEngine(path, threads=threads) as engine:
+            lowered = measure.plain_export(graph, place, target)
+            with BACKENDS[target]().open(lowered, threads=threads) as engine:
                 self.last = self.module
                 self.step("plain export", "beside", lambda: engine(self.feeds), Tolerance().rel_l2)
         self.last = last
@@ -288,7 +290,7 @@ class _Way:
             self.progress.stage("engine"),
             BACKENDS[lowered.target]().open(lowered, threads=threads) as engine,
         ):
-            how = judge(True) if lowered.files[0].endswith(".onnx") else None
+            how = judge(True) if lowered.target in ONNXRUNTIME else None
             self.step("engine", "engine", lambda: engine(self.feeds), most, how)
 
     def layers(

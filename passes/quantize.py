@@ -87,6 +87,7 @@ class Quantize(Pass):
             bits=self.activation_bits,
             signed=bool(self.activation_signed),
             symmetric=bool(self.activation_symmetric),
+            narrow=False,
         )
 
     @property
@@ -102,7 +103,8 @@ class Quantize(Pass):
         """What two neighbouring weight codes may add up to beside activations of this type; None is no limit."""
         if not self.overflow_fix or not self._static:
             return None
-        return INT16_MAX // max(self._activation.high, -self._activation.low)
+        scheme = self._activation
+        return INT16_MAX // (scheme.high - scheme.low)  # kernels shift signed codes to unsigned
 
     def requires(self, program: Program) -> None:
         if self.group and self._static:

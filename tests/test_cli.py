@@ -76,7 +76,9 @@ def test_debug_and_verbose_are_taken_before_and_after_the_command(tmp_path, capl
 @pytest.mark.parametrize("command", [("compile", "x", "-o", "y"), ("inspect", "x")])
 def test_a_planned_target_is_not_taken_for_a_slip_of_the_pen(command):
     ran = cli(*command, "--target", "tensorrt")
-    assert_letter(ran, "RecipeError", 3, "'tensorrt' is not available yet", "known: onnx, ort")
+    assert_letter(
+        ran, "RecipeError", 3, "'tensorrt' is not available yet", "known: onnx, openvino, ort"
+    )
 
 
 def test_no_command_shows_help():

@@ -20,9 +20,10 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors sizes machine heap quiet
+    errors sizes heap quiet
     progress paths scratch
-    bounded table stats
+    bounded table stats cache
+    machine
     quant
     dialect
     ir nn
@@ -32,7 +33,7 @@ LINES = [
     passes backends
     metrics
     recipe room
-    samples verify bench cache
+    samples verify bench
     gate case
     package
     delta charts report_shape

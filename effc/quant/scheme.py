@@ -14,13 +14,15 @@ import torch
 class Scheme:
     """One integer grid. `axis` None is one scale for the whole tensor; `group` splits the last axis into blocks.
 
-    Symmetric signed grids leave out the lowest code (−127 … 127), so that a weight and its negative have codes
-    of equal size. Codes are stored in 8 bit whatever `bits` is; a narrower grid is really clamped.
+    A `narrow` symmetric signed grid leaves out the lowest code (−127 … 127), so that a weight and its negative have
+    codes of equal size; activations have all codes, which no node has to cut. Codes are stored in 8 bit whatever `bits`
+    is; a grid of fewer bits is really clamped.
     """
 
     bits: int = 8
     signed: bool = True
     symmetric: bool = True
+    narrow: bool = True
     axis: int | None = None
     group: int | None = None
 
@@ -28,7 +30,7 @@ class Scheme:
     def low(self) -> int:
         if not self.signed:
             return 0
-        return -(1 << (self.bits - 1)) + (1 if self.symmetric else 0)
+        return -(1 << (self.bits - 1)) + (1 if self.symmetric and self.narrow else 0)
 
     @property
     def high(self) -> int:
