@@ -149,6 +149,25 @@ def rules() -> list[str]:
     return lines
 
 
+def smooth() -> list[str]:
+    lines = ["## What scaling channels is worth (benchmarks/smooth.py)", ""]
+    for found in results("smooth"):
+        lines += [circumstances(found), ""]
+        rows = [
+            [
+                r["target"],
+                f"{r['sites']} layers" if r["smooth"] else "off",
+                f"{r['drift']:.3f}",
+                f"{r['metric']['reference']:.4f} → {r['metric']['engine']:.4f} "
+                f"({r['metric']['engine'] - r['metric']['reference']:+.4f} "
+                f"[{r['metric']['low']:+.4f}, {r['metric']['high']:+.4f}], n = {r['metric']['n']:,}) {r['metric']['verdict']}",
+            ]
+            for r in found["rows"]
+        ]
+        lines += table(["target", "`smooth`", "drift (relative L2, held out)", "STS-B Spearman"], rows)
+    return lines
+
+
 def kernels() -> list[str]:
     lines = [
         "## Forms of a matrix product (benchmarks/kernels.py)",
@@ -430,6 +449,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     gated: ("gate",),
     coverage: ("coverage",),
     rules: ("opset",),
+    smooth: ("smooth",),
     kernels: ("kernels",),
     overflow: ("overflow",),
     verdicts: ("verdicts",),

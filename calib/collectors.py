@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effc.errors import CalibrationError
+from effc.quant.affine import steady
 from effc.quant.ranges import mse_range, percentile_range
 from effc.quant.scheme import Scheme
 from effc.table import Table
@@ -87,6 +88,46 @@ class MinMax:
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         return (0.0, 0.0) if self.low > self.high else (self.low, self.high)
+
+
+class Channels:
+    """Smallest, largest and mean square of every channel, the last axis."""
+
+    def __init__(self) -> None:
+        self.low = self.high = self.squares = np.zeros(0)
+        self.count = 0
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        if mask is not None:
+            x = x[mask.bool()]
+        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+        if not len(rows):
+            return
+        _ends(rows.reshape(-1))
+        seen = Channels()
+        seen.low, seen.high = rows.amin(0).numpy(), rows.amax(0).numpy()
+        seen.squares, seen.count = rows.square().sum(0).numpy(), len(rows)
+        made = self.merge(seen)
+        self.low, self.high, self.squares, self.count = (
+            made.low, made.high, made.squares, made.count,
+        )  # fmt: skip
+
+    def merge(self, other: Channels) -> Channels:
+        if not self.count or not other.count:
+            return other if other.count else self
+        made = Channels()
+        made.low, made.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        made.squares, made.count = self.squares + other.squares, self.count + other.count
+        return made
+
+    def steady(self) -> tuple[Array, Array, Array]:
+        """Smallest, largest and mean square, each [channels], to nine bits (`steady`)."""
+        values = (self.low, self.high, self.squares / max(self.count, 1))
+        low, high, squares = (np.array([steady(float(v)) for v in each]) for each in values)
+        return low, high, squares
+
+    def range(self, scheme: Scheme) -> tuple[float, float]:
+        return (float(self.low.min()), float(self.high.max())) if self.count else (0.0, 0.0)
 
 
 class LogHistogram:

@@ -257,7 +257,7 @@ class Builder:
         return apply(
             pass_,
             program,
-            self.samples if lossy and recorded is None else None,
+            self.samples if (lossy or pass_.measures) and recorded is None else None,
             dialect=DIALECTS[target],
             probes=self.first_batch if lossy and not replayed else self._probes,
             recorded=recorded,

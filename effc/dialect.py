@@ -23,4 +23,6 @@ class Dialect:
     conv_output: bool = True
     conv_bias_int32: bool = True
     overflow_fix: bool = True
+    smooth_gain_db: float | None = None
+    """What scaling the channels of an activation must be expected to gain; None where it costs a node at run time."""
     reasons: Mapping[str, str] = field(default_factory=dict)

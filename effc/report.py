@@ -111,6 +111,8 @@ def _passes(content: Mapping[str, Any]) -> list[str]:
             lines.append(f"pass      {_of(content, target)}{words} sites, {counts} nodes")
         for p in (p for p in passes if p["name"] not in CANONICAL):
             if not p["sites"]:
+                if p["effect"] == "exact":
+                    continue
                 lines.append(
                     f"warning   {_of(content, target)}{p['name']} changed nothing: no site fits it"
                 )

@@ -15,6 +15,7 @@ PASSES = Table(
         "fuse-rmsnorm": "effc.passes.fuse:FuseRMSNorm",
         "fold-batchnorm": "effc.passes.fuse:FoldBatchNorm",
         "quantize": "effc.passes.quantize:Quantize",
+        "smooth": "effc.passes.smooth:Smooth",
     },
     error=RecipeError,
 )
