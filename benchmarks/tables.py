@@ -158,13 +158,15 @@ def smooth() -> list[str]:
                 r["target"],
                 f"{r['sites']} layers" if r["smooth"] else "off",
                 f"{r['drift']:.3f}",
-                f"{r['metric']['reference']:.4f} → {r['metric']['engine']:.4f} "
-                f"({r['metric']['engine'] - r['metric']['reference']:+.4f} "
-                f"[{r['metric']['low']:+.4f}, {r['metric']['high']:+.4f}], n = {r['metric']['n']:,}) {r['metric']['verdict']}",
+                f"{m['reference']:.4f} → {m['engine']:.4f} ({m['engine'] - m['reference']:+.4f} "
+                f"[{m['low']:+.4f}, {m['high']:+.4f}], n = {m['n']:,}) {m['verdict']}",
             ]
             for r in found["rows"]
+            for m in [r["metric"]]
         ]
-        lines += table(["target", "`smooth`", "drift (relative L2, held out)", "STS-B Spearman"], rows)
+        lines += table(
+            ["target", "`smooth`", "drift (relative L2, held out)", "STS-B Spearman"], rows
+        )
     return lines
 
 
