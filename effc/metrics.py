@@ -27,22 +27,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 LONGEST = 128
 ONE_OR_MORE = "give one or more"
 A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
-ONE_OR_MORE = "give one or more"
-A_SCORE_EACH = "let it return one number for each sample"
 
 
 @dataclass(frozen=True)
