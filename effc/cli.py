@@ -147,14 +147,6 @@ def options(
 
 
 DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
-DECISIONS = "give the decisions.json of an earlier output"
 STDOUT = ("-", "/dev/stdout", "/dev/fd/1")
 
 
