@@ -82,9 +82,9 @@ class Peer:
                 )
         return found
 
-    def batches(self) -> Iterator[Mapping[str, Any]]:
+    def rows(self) -> Iterator[Mapping[str, Any]]:
         for batch in self.samples(self.graph.role):
-            yield dict(batch.inputs)
+            yield from _rows(batch.inputs)
 
     def _dynamic(self, file: Path) -> Path:
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -110,9 +110,8 @@ class Peer:
 
         ready = file.with_suffix(".ready.onnx")
         quant_pre_process(self.plain.path, ready, skip_symbolic_shape=True)
-        rows = (row for batch in self.batches() for row in _rows(batch))
         quantize_static(
-            ready, file, Reader(rows), quant_format=QuantFormat.QDQ, per_channel=True,
+            ready, file, Reader(self.rows()), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
         return file
@@ -122,7 +121,7 @@ class Peer:
         import openvino
 
         model = openvino.Core().read_model(str(self.plain.path))
-        data = nncf.Dataset(list(self.batches()))
+        data = nncf.Dataset(list(self.rows()))
         attends = any(op_name(node).startswith("scaled_dot") for node in self.graph.nodes)
         kind = nncf.ModelType.TRANSFORMER if attends else None
         made = nncf.quantize(model, data, model_type=kind, subset_size=SAMPLES)
@@ -132,9 +131,12 @@ class Peer:
 
 
 def _rows(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Sample by sample, without padding, as the peers' guides have it."""
     count = len(next(iter(batch.values())))
     for row in range(count):
-        yield {name: value[row : row + 1] for name, value in batch.items()}
+        mask = batch.get("attention_mask")
+        length = None if mask is None else int(mask[row].sum())
+        yield {name: value[row : row + 1, :length] for name, value in batch.items()}
 
 
 def effc_engines(model: Path, place: Path) -> tuple[dict[str, Lowered], dict[str, float]]:
