@@ -170,6 +170,36 @@ def smooth() -> list[str]:
     return lines
 
 
+def peers() -> list[str]:
+    lines = ["## Beside other tools (benchmarks/peers.py)", ""]
+    for found in results("peers-minilm"):
+        versions = ", ".join(f"{n} {v}" for n, v in found["peer_versions"].items())
+        lines += [
+            f"{found['model']}, all calibrated on the same {found['samples']} samples, {found['threads']} threads; the "
+            f"ratio is the time of each ÷ that of `{found['engine']}`, with its 99 % interval. effc's recipes are "
+            f"`smooth` and `quantize`, on ort with `gain_db: 8`. {versions}.",
+            "",
+            circumstances(found),
+            "",
+        ]
+        names = [found["engine"], *sorted(found["shapes"][0]["against"])]
+        rows = []
+        for name in names:
+            times = [
+                f"{s['engine_ms']:.2f} ms"
+                if name == found["engine"]
+                else f"{s['against'][name]['ms']:.2f} ms, {ratio(s['against'][name], s['against'][name]['n'])}"
+                for s in found["shapes"]
+            ]
+            of = found["quality"][name]
+            seconds = found["seconds"].get(name)
+            made = "" if seconds is None else f"{seconds:.0f} s"
+            rows.append([name, *times, f"{of['drift']:.3f}", f"{of.get('sts', 0):.4f}", made])
+        heads = [*map(size, found["shapes"]), "drift", "STS-B Spearman", "made in"]
+        lines += table(["engine", *heads], rows)
+    return lines
+
+
 def kernels() -> list[str]:
     lines = [
         "## Forms of a matrix product (benchmarks/kernels.py)",
@@ -452,6 +482,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     coverage: ("coverage",),
     rules: ("opset",),
     smooth: ("smooth",),
+    peers: ("peers",),
     kernels: ("kernels",),
     overflow: ("overflow",),
     verdicts: ("verdicts",),
