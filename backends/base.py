@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from effc.errors import LoweringError, first_line
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -128,3 +130,31 @@ class Backend(Protocol):
 
     def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
         """Peak resident memory, in MB, of a process of the plain runtime that runs `feeds` through an engine."""
+
+
+# What backends with a runtime of their own say alike
+
+
+def refuses(runtime: str, version: str, path: Path, error: Exception) -> LoweringError:
+    """The letter of a runtime that does not open a file."""
+    return LoweringError(
+        f"{runtime} refuses {path.name}: {first_line(error)}",
+        hint=f"this is {runtime} {version}; a newer one may read it",
+    )
+
+
+def cannot_run(
+    runtime: str, path: Path, feeds: Mapping[str, Array], inputs: tuple[Port, ...], error: Exception
+) -> LoweringError:
+    """The letter of a runtime that opened a file and does not run it on these inputs."""
+    shapes = {name: list(value.shape) for name, value in feeds.items()}
+    return LoweringError(
+        f"{runtime} cannot run {path.name} on {shapes}: {first_line(error)}",
+        hint="the engine takes " + "; ".join(f"{p.name} {list(p.shape)}" for p in inputs),
+    )
+
+
+def at_least(distribution: str, version: str) -> str:
+    """The requirement of an engine that was made with this version."""
+    major, minor, *_ = version.split(".")
+    return f"{distribution}>={major}.{minor}"

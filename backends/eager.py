@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,17 @@ def ports(graph: Graph) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
             )
         )
     return sides[0], sides[1]
+
+
+def described(
+    graph: Graph, target: str, directory: Path, files: tuple[str, ...], opset: int, **more: Any
+) -> Lowered:
+    """Files of a graph as they are `Lowered` for a target, with its own inputs and outputs."""
+    inputs, outputs = ports(graph)
+    return Lowered(
+        role=graph.role, target=target, directory=directory, files=files, opset=opset,
+        inputs=inputs, outputs=outputs, **more,
+    )  # fmt: skip
 
 
 def _size(word: str) -> int | str:
@@ -91,17 +102,7 @@ class Eager:
         return []
 
     def lower(self, graph: Graph, directory: Path) -> Lowered:
-        inputs, outputs = ports(graph)
-        return Lowered(
-            role=graph.role,
-            target=self.name,
-            directory=directory,
-            files=(),
-            opset=0,
-            inputs=inputs,
-            outputs=outputs,
-            options={"graph": graph},
-        )
+        return described(graph, self.name, directory, (), 0, options={"graph": graph})
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> GraphEngine:
         if threads is not None:

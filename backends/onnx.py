@@ -16,7 +16,7 @@ from torch import fx
 
 from effc.backends.base import Array, Lowered, Port, Site, Unsupported
 from effc.backends.dialect import ONNX
-from effc.backends.eager import GraphEngine, ports
+from effc.backends.eager import GraphEngine, described, ports
 from effc.backends.onnx_export import decomposed, registry, translated, untranslated
 from effc.dialect import Dialect
 from effc.errors import LoweringError
@@ -219,15 +219,12 @@ class Onnx:
 
     def lower(self, graph: Graph, directory: Path) -> Lowered:
         files = save(to_onnx(graph, self.dialect.opset), directory)
-        inputs, outputs = ports(graph)
-        return Lowered(
-            role=graph.role,
-            target=self.name,
-            directory=directory,
-            files=files,
-            opset=self.dialect.opset,
-            inputs=inputs,
-            outputs=outputs,
+        return described(
+            graph,
+            self.name,
+            directory,
+            files,
+            self.dialect.opset,
             sites=tuple(
                 Site(
                     name=path, op=word, kernel="unknown", int8=False, reason="no runtime was chosen"

@@ -8,7 +8,6 @@ hints, the version and the processor; one that is damaged there is compiled anew
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,12 +18,22 @@ import openvino
 
 from effc import cache
 from effc.backends.alone import peak_rss_mb
-from effc.backends.base import Array, EngineBase, Lowered, Port, Site, Unsupported
+from effc.backends.base import (
+    Array,
+    EngineBase,
+    Lowered,
+    Port,
+    Site,
+    Unsupported,
+    at_least,
+    cannot_run,
+    refuses,
+)
 from effc.backends.dialect import OPENVINO
-from effc.backends.eager import ports
+from effc.backends.eager import described
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
 from effc.dialect import Dialect
-from effc.errors import BackendUnavailable, LoweringError, first_line
+from effc.errors import BackendUnavailable
 from effc.ir.program import Graph
 from effc.machine import cpu_features
 
@@ -34,15 +43,19 @@ _PASS_THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Reshape", "Identity")
 _INTEGERS = ("i8", "u8", "i4", "u4")
 
 
+def has_bf16() -> bool:
+    return not set(BF16).isdisjoint(cpu_features())
+
+
 def precision(is_quantised: bool) -> str:
     """The type of everything that is not quantised: a graph in float stays exact."""
-    return "bf16" if is_quantised and set(BF16) & set(cpu_features()) else "f32"
+    return "bf16" if is_quantised and has_bf16() else "f32"
 
 
 def config(options: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
     """What `compile_model` is told. Raises BackendUnavailable where this processor lacks what the options ask for."""
     kind = str(options.get("precision", "f32"))
-    if kind == "bf16" and not set(BF16) & set(cpu_features()):
+    if kind == "bf16" and not has_bf16():
         raise BackendUnavailable(
             f"the engine computes in bfloat16, and this processor has none of {', '.join(BF16)}",
             hint="compile it on the kind of processor that it will run on",
@@ -71,26 +84,23 @@ def compiled(path: Path, settings: Mapping[str, Any]) -> Any:
             return core.import_model(content, "CPU", dict(settings))
         except (OSError, RuntimeError):
             kept.forget(key)
-    try:
-        made = core.compile_model(str(path), "CPU", dict(settings))
-    except Exception as error:
-        raise LoweringError(
-            f"openvino refuses {path.name}: {first_line(error)}",
-            hint=f"this is openvino {openvino.__version__}; a newer one may read it",
-        ) from error
+    made = _compiled(path, settings)
     if kept.root is not None:
         kept.put(key, None, {"blob": made.export_model().getvalue()})
     return made
 
 
+def _compiled(path: Path, settings: Mapping[str, Any]) -> Any:
+    try:
+        return openvino.Core().compile_model(str(path), "CPU", dict(settings))
+    except Exception as error:
+        raise refuses("openvino", openvino.__version__, path, error) from error
+
+
 def _digest(path: Path) -> list[str]:
     """sha256 of a file, and of the weights beside it."""
-    found = []
-    for part in (path, path.with_name(f"{path.name}.data")):
-        if part.exists():
-            with part.open("rb") as stream:
-                found.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return found
+    parts = (path, path.with_name(f"{path.name}.data"))
+    return [cache.sha256(part) for part in parts if part.exists()]
 
 
 class OpenVinoEngine(EngineBase):
@@ -110,12 +120,7 @@ class OpenVinoEngine(EngineBase):
         try:
             found = self._request.infer(given, share_inputs=True, share_outputs=True)
         except Exception as error:
-            shapes = {name: list(value.shape) for name, value in feeds.items()}
-            raise LoweringError(
-                f"openvino cannot run {self._path.name} on {shapes}: {first_line(error)}",
-                hint="the engine takes "
-                + "; ".join(f"{p.name} {list(p.shape)}" for p in self.inputs),
-            ) from error
+            raise cannot_run("openvino", self._path, feeds, self.inputs, error) from error
         return {p.name: np.array(found[place]) for place, p in enumerate(self.outputs)}
 
     def close(self) -> None:
@@ -146,23 +151,19 @@ class OpenVino:
         model = to_onnx(graph, self.dialect.opset)
         readers = _readers(model)
         files = save(model, directory)
-        inputs, outputs = ports(graph)
         options = {"precision": precision(bool(places))}
         path = directory / files[0]
-        kernels = _kernels(compiled(path, config(options, None))) if places else {}
-        major, minor, *_ = openvino.__version__.split(".")
-        return Lowered(
-            role=graph.role,
-            target=self.name,
-            directory=directory,
-            files=files,
-            opset=self.dialect.opset,
-            inputs=inputs,
-            outputs=outputs,
+        kernels = _kernels(_compiled(path, config(options, None))) if places else {}
+        return described(
+            graph,
+            self.name,
+            directory,
+            files,
+            self.dialect.opset,
             sites=tuple(
                 _site(name, word, readers.get(weight, []), kernels) for name, word, weight in places
             ),
-            requires=(f"openvino>={major}.{minor}",),
+            requires=(at_least("openvino", openvino.__version__),),
             options=options,
         )
 

@@ -25,9 +25,19 @@ import onnxruntime
 
 from effc import scratch
 from effc.backends.alone import peak_rss_mb
-from effc.backends.base import Array, EngineBase, Lowered, Port, Site, Unsupported
+from effc.backends.base import (
+    Array,
+    EngineBase,
+    Lowered,
+    Port,
+    Site,
+    Unsupported,
+    at_least,
+    cannot_run,
+    refuses,
+)
 from effc.backends.dialect import ORT
-from effc.backends.eager import ports
+from effc.backends.eager import described
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
 from effc.backends.ort_rewrites import rewrite
 from effc.dialect import Dialect
@@ -79,10 +89,7 @@ def session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infe
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise LoweringError(
-            f"onnxruntime refuses {path.name}: {str(error).splitlines()[0]}",
-            hint=f"this is onnxruntime {onnxruntime.__version__}; a newer one may read it",
-        ) from error
+        raise refuses("onnxruntime", onnxruntime.__version__, path, error) from error
 
 
 class OrtEngine(EngineBase):
@@ -100,12 +107,7 @@ class OrtEngine(EngineBase):
         try:
             values = self._session.run(self._names, {p.name: feeds[p.name] for p in self.inputs})
         except Exception as error:
-            shapes = {name: list(value.shape) for name, value in feeds.items()}
-            raise LoweringError(
-                f"onnxruntime cannot run {self._path.name} on {shapes}: {str(error).splitlines()[0]}",
-                hint="the engine takes "
-                + "; ".join(f"{p.name} {list(p.shape)}" for p in self.inputs),
-            ) from error
+            raise cannot_run("onnxruntime", self._path, feeds, self.inputs, error) from error
         return dict(zip(self._names, values, strict=True))
 
     def close(self) -> None:
@@ -132,18 +134,11 @@ class Ort:
         model = to_onnx(graph, self.dialect.opset)
         rewrite(model)
         files = save(model, directory)
-        inputs, outputs = ports(graph)
-        return Lowered(
-            role=graph.role,
-            target=self.name,
-            directory=directory,
-            files=files,
-            opset=self.dialect.opset,
-            inputs=inputs,
-            outputs=outputs,
+        return described(
+            graph, self.name, directory, files, self.dialect.opset,
             sites=tuple(inspect(graph, directory / files[0])),
-            requires=(f"onnxruntime>={_minimum()}",),
-        )
+            requires=(at_least("onnxruntime", onnxruntime.__version__),),
+        )  # fmt: skip
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> OrtEngine:
         return OrtEngine(lowered.path, threads=threads)
@@ -159,11 +154,6 @@ options.intra_op_num_threads = threads
 session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 run = lambda feeds: session.run(None, feeds)
 """
-
-
-def _minimum() -> str:
-    major, minor, *_ = onnxruntime.__version__.split(".")
-    return f"{major}.{minor}"
 
 
 def optimized(path: Path) -> ir.Model:

@@ -23,15 +23,14 @@ from typing import Any
 
 import common
 
-from effc import bench, measure, metrics
+from effc import bench, inspection, measure, metrics, package
 from effc.backends.base import EngineBase, Lowered
 from effc.backends.eager import ModuleEngine
-from effc.backends.openvino import BF16, OpenVinoEngine
+from effc.backends.openvino import OpenVinoEngine, has_bf16
 from effc.backends.ort import Ort, OrtEngine
 from effc.compiler import trace_source
 from effc.ir.program import Graph
 from effc.ir.select import op_name
-from effc.machine import cpu_features
 from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import Source, load
@@ -60,8 +59,7 @@ class Peer:
             "openvino float": lambda: OpenVinoEngine(self.plain.path, threads=THREADS),
         }
         bf16 = {"precision": "bf16"}
-        has_bf16 = bool(set(BF16) & set(cpu_features()))
-        if has_bf16:
+        if has_bf16():
             found["openvino bf16"] = lambda: OpenVinoEngine(self.plain.path, bf16, threads=THREADS)
         for name, make, engine in (
             ("ort dynamic int8", self._dynamic, OrtEngine),
@@ -76,7 +74,7 @@ class Peer:
                 continue
             self.seconds[name] = round(time.perf_counter() - started, 1)
             found[name] = lambda e=engine, f=file: e(f, threads=THREADS)  # type: ignore[misc]
-            if name == "nncf int8" and has_bf16:
+            if name == "nncf int8" and has_bf16():
                 found["nncf int8, rest bf16"] = lambda f=file: OpenVinoEngine(  # type: ignore[misc]
                     f, bf16, threads=THREADS
                 )
@@ -156,8 +154,6 @@ def effc_engines(model: Path, place: Path) -> tuple[dict[str, Lowered], dict[str
         recipe.write_text(json.dumps(content), encoding="utf-8")
         out = place / f"out-{target}"
         took, _ = common.run_cli("compile", recipe, "-o", out)
-        from effc import inspection, package
-
         (entry,) = package.read(out).engines
         engines[f"effc {target}"] = inspection._lowered(out, entry)
         seconds[f"effc {target}"] = round(took, 1)
@@ -193,10 +189,11 @@ def main() -> int:
             {"engine": engine, **openers}, cases, threads=THREADS, budget_s=options.budget,
             references=tuple(openers),
         )  # fmt: skip
+    told = timed.to_json()
     found = {
         "name": "peers", "model": "MiniLM-L6", "engine": "effc ort", "threads": THREADS,
         "samples": SAMPLES, "seconds": {**peer.seconds, **seconds}, "left_out": peer.left_out,
-        "quality": quality, "shapes": timed.to_json()["shapes"], "load_ms": timed.to_json()["load_ms"],
+        "quality": quality, "shapes": told["shapes"], "load_ms": told["load_ms"],
         "peer_versions": _peer_versions(),
     }  # fmt: skip
     print(common.write(f"peers-minilm-{common.features()}", found))

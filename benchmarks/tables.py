@@ -158,11 +158,9 @@ def smooth() -> list[str]:
                 r["target"],
                 f"{r['sites']} layers" if r["smooth"] else "off",
                 f"{r['drift']:.3f}",
-                f"{m['reference']:.4f} → {m['engine']:.4f} ({m['engine'] - m['reference']:+.4f} "
-                f"[{m['low']:+.4f}, {m['high']:+.4f}], n = {m['n']:,}) {m['verdict']}",
+                f"{metric_row(r['metric'])} {r['metric']['verdict']}",
             ]
             for r in found["rows"]
-            for m in [r["metric"]]
         ]
         lines += table(
             ["target", "`smooth`", "drift (relative L2, held out)", "STS-B Spearman"], rows

@@ -74,7 +74,7 @@ class Cache:
         try:
             digests = _read_entry(place)
             for name, expected in digests.items():
-                if _sha256(place / name) != expected:
+                if sha256(place / name) != expected:
                     raise ValueError(f"{name} differs from its sha256")
             value = json.loads((place / _VALUE).read_text(encoding="utf-8"))
             with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ class Cache:
                         (made / name).write_bytes(given)
                     else:
                         shutil.copyfile(given, made / name)
-                digests = {file.name: _sha256(file) for file in sorted(made.iterdir())}
+                digests = {file.name: sha256(file) for file in sorted(made.iterdir())}
                 (made / _ENTRY).write_text(json.dumps(digests, sort_keys=True), encoding="utf-8")
                 for file in made.iterdir():
                     with file.open("rb") as stream:
@@ -200,7 +200,7 @@ def check(root: Path) -> list[str]:
                 f"{place.name}: {name} is not listed" for name in sorted(names - set(digests))
             ]
             for name, expected in digests.items():
-                if _sha256(place / name) != expected:
+                if sha256(place / name) != expected:
                     found.append(f"{place.name}: {name} differs from its sha256")
         except (OSError, ValueError) as error:
             found.append(f"{place.name}: {error}")
@@ -217,7 +217,7 @@ def _read_entry(place: Path) -> dict[str, str]:
     return {str(name): str(digest) for name, digest in content.items()}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

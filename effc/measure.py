@@ -19,7 +19,7 @@ from effc import bench as benchmark
 from effc import metrics, scratch
 from effc.backends import BACKENDS
 from effc.backends.base import Engine, Lowered, Port
-from effc.backends.eager import GraphEngine, ModuleEngine, ports
+from effc.backends.eager import GraphEngine, ModuleEngine, described
 from effc.calib.calibrator import MASK
 from effc.errors import VerifyError
 from effc.ir.program import Graph, Program
@@ -223,11 +223,7 @@ def plain_export(graph: Graph, place: Path, target: str) -> Lowered:
 
 def plain(graph: Graph, place: Path, files: tuple[str, ...], target: str) -> Lowered:
     """A plain float export that lies in a directory already."""
-    inputs, outputs = ports(graph)
-    return Lowered(
-        role=graph.role, target=target, directory=place, files=files, opset=PLAIN_OPSET,
-        inputs=inputs, outputs=outputs,
-    )  # fmt: skip
+    return described(graph, target, place, files, PLAIN_OPSET)
 
 
 def time_engine(

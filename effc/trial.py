@@ -324,5 +324,4 @@ class Lab:
 
 
 def model_bytes(lowered: Lowered) -> int:
-    sizes = [(lowered.directory / name).stat().st_size for name in lowered.files]
-    return sum(sizes)
+    return sum((lowered.directory / name).stat().st_size for name in lowered.files)

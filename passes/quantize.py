@@ -24,7 +24,7 @@ from effc.dialect import Dialect
 from effc.errors import PreconditionError
 from effc.ir.edit import insert, insert_after, is_constant, lift, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin, Program
-from effc.ir.select import Select, op_name, site_names
+from effc.ir.select import Select, op_name, site_names, value_key
 from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
 from effc.quant.affine import qparams, quantize, steady, weight_qparams
@@ -147,14 +147,14 @@ class Quantize(Pass):
             value = node.args[0]
             assert isinstance(value, fx.Node)
             yield Probe(
-                key=f"{graph.role}/{_value_key(names, value)}",
+                key=value_key(graph, names, value),
                 node=value,
                 collector=self._collector(),
             )
             if op_name(node).startswith("conv") and self.conv_output:
                 end = _behind(node)
                 yield Probe(
-                    key=f"{graph.role}/{_value_key(names, end)}",
+                    key=value_key(graph, names, end),
                     node=end,
                     collector=self._collector(),
                 )
@@ -226,10 +226,6 @@ def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict
         else:
             schemes[weight] = Scheme(bits=pass_.bits, axis=0)
     return schemes
-
-
-def _value_key(names: dict[fx.Node, str], node: fx.Node) -> str:
-    return names.get(node, node.name)
 
 
 @dataclass
@@ -362,7 +358,7 @@ class _Work:
     ) -> fx.Node:
         """`dequantize(quantize(value))`, its grid decided once."""
         scheme = self.options._activation
-        key = f"{self.graph.role}/{_value_key(self.names, value)}"
+        key = value_key(self.graph, self.names, value)
 
         def make() -> list[float | int]:
             low, high = map(steady, self.stats[key].range(scheme))
@@ -371,7 +367,7 @@ class _Work:
 
         step, zero_point = self.stats.decide(key, make)
         origin = Origin(key, ("range",))
-        stem = _value_key(self.names, value).replace(":", ".")
+        stem = self.names.get(value, value.name).replace(":", ".")
         scale = lift(self.graph, f"{stem}_scale", torch.tensor(step, dtype=torch.float32), origin)
         codes_type = torch.tensor(zero_point, dtype=scheme.dtype)
         zero = lift(self.graph, f"{stem}_zero_point", codes_type, origin)

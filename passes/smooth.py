@@ -25,7 +25,7 @@ from effc.calib.probe import Probe
 from effc.dialect import Dialect
 from effc.ir.edit import insert, is_constant, lift, rebind, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin
-from effc.ir.select import Select, op_name, site_names
+from effc.ir.select import Select, op_name, site_names, value_key
 from effc.passes.base import Pass, Stats
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ class Smooth(Pass):
     select: Select = field(default_factory=Select)
 
     def resolve(self, dialect: Dialect) -> Self:
-        if self.gain_db is not None or dialect.smooth_gain_db is None:
+        if self.gain_db is not None:
             return self
         return dataclasses.replace(self, gain_db=dialect.smooth_gain_db)
 
@@ -81,13 +81,13 @@ class Smooth(Pass):
     def probes(self, graph: Graph) -> Iterable[Probe]:
         names = site_names(graph)
         for value in self._readers(graph):
-            yield Probe(key=_key(graph, names, value), node=value, collector=Channels())
+            yield Probe(key=value_key(graph, names, value), node=value, collector=Channels())
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         names, changed = site_names(graph), 0
         for value, layers in self._readers(graph).items():
             weights = [tensor_of(graph, layer.args[1]) for layer in layers]  # type: ignore[arg-type]
-            key = _key(graph, names, value)
+            key = value_key(graph, names, value)
             powers = stats.decide(key, partial(self._powers, stats, key, weights))
             if not powers:
                 continue
@@ -150,7 +150,3 @@ def _has_own_weight(graph: Graph, layer: fx.Node) -> bool:
     if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
         return False
     return len(weight.users) == 1 and bool(weight.meta["val"].is_floating_point())
-
-
-def _key(graph: Graph, names: dict[fx.Node, str], value: fx.Node) -> str:
-    return f"{graph.role}/{names.get(value, value.name)}"

@@ -96,3 +96,8 @@ def site_names(graph: Graph) -> dict[fx.Node, str]:
         taken[stem] = count + 1
         names[node] = f"{stem}.{count}" if count else stem
     return names
+
+
+def value_key(graph: Graph, names: dict[fx.Node, str], node: fx.Node) -> str:
+    """What decisions about a value stand under, the same from trace to trace; `names` are the graph's `site_names`."""
+    return f"{graph.role}/{names.get(node, node.name)}"
