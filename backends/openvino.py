@@ -8,6 +8,7 @@ hints, the version and the processor; one that is damaged there is compiled anew
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,9 +71,16 @@ def config(options: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def _core() -> Any:
+    """The one of this process. Each sets a stack for signals when it is made, and puts back the one before when it
+    goes; where two are made and go in turn, the stack put back is gone already, and the next Ctrl-C kills."""
+    return openvino.Core()
+
+
 def compiled(path: Path, settings: Mapping[str, Any]) -> Any:
     """A file compiled for this processor, or taken from the cache. Raises LoweringError."""
-    core, kept = openvino.Core(), cache.default()
+    core, kept = _core(), cache.default()
     key = cache.key_of(
         "openvino", file=_digest(path), settings=dict(settings), version=openvino.__version__,
         cpu=[core.get_property("CPU", "FULL_DEVICE_NAME"), *cpu_features()],
@@ -92,7 +100,7 @@ def compiled(path: Path, settings: Mapping[str, Any]) -> Any:
 
 def _compiled(path: Path, settings: Mapping[str, Any]) -> Any:
     try:
-        return openvino.Core().compile_model(str(path), "CPU", dict(settings))
+        return _core().compile_model(str(path), "CPU", dict(settings))
     except Exception as error:
         raise refuses("openvino", openvino.__version__, path, error) from error
 

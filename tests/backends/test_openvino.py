@@ -1,6 +1,7 @@
 """The openvino target: layers in integers, the cache of compiled models, and processors that lack something."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -122,6 +123,30 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     file.write_bytes(b"nothing")
     with pytest.raises(LoweringError, match=r"openvino refuses model\.onnx"):
         OpenVinoEngine(file)
+
+
+def test_an_interrupt_after_engines_were_opened_and_closed_can_be_caught(tmp_path):
+    """The stack that signals are taken on is still there; where it is not, the process is killed without a word."""
+    paths = [
+        lower(traced(nn.Sequential(nn.Linear(16, n)), 2, 16), tmp_path / str(n), "openvino").path
+        for n in (4, 8)
+    ]
+    program = f"""
+import faulthandler, gc, os, pathlib, signal
+faulthandler.enable()
+from effc.backends.openvino import OpenVinoEngine
+for _ in range(2):
+    kept = [OpenVinoEngine(pathlib.Path(path)) for path in {list(map(str, paths))!r}]
+    while kept:
+        kept.pop(0).close()
+        gc.collect()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("caught")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "caught\n"), ran.stderr
 
 
 # The cache of compiled models
