@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -54,7 +55,38 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return product if bias is None else op.Add(product, bias)
 
 
+def _reshape(x: Any, shape: Sequence[int]) -> Any:
+    return op.Reshape(x, op.Constant(value_ints=shape))
+
+
+def _expand(x: Any, shape: Sequence[int]) -> Any:
+    return op.Expand(x, op.Constant(value_ints=shape))
+
+
+def _cut(x: Any, axis: int, start: int, end: int, step: int) -> Any:
+    bounds = [op.Constant(value_ints=[v]) for v in (start, end, axis, step)]
+    return op.Slice(x, *bounds)
+
+
+def cut(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
+    """A slice whose bounds are numbers. Only to be translated."""
+    raise NotImplementedError
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A reshape in ONNX's words: 0 is the size that stood there, −1 what is left. Only to be translated."""
+    raise NotImplementedError
+
+
+def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An expansion in ONNX's words: 1 is the size that stood there. Only to be translated."""
+    raise NotImplementedError
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    cut: _cut,
+    reshape: _reshape,
+    expand: _expand,
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     aten.linear.default: _linear,
@@ -166,8 +198,54 @@ def prepared(exported: ExportedProgram, opset: int, *, ours: bool = True) -> Exp
     if any(map(_mixes_types, exported.graph.nodes)):
         with quiet(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             passes.InsertTypePromotion(exported.graph_module).run()
+    if ours:
+        for node in exported.graph.nodes:
+            _say_in_numbers(node)
+        exported.graph.eliminate_dead_code()
     exported.graph_module.recompile()
     return exported
+
+
+def _say_in_numbers(node: fx.Node) -> None:
+    """Give a shape or a slice as numbers where that can be: sizes taken from tensors are a dozen nodes to be folded."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in (aten.view, aten.reshape, aten.expand, aten.slice):
+        return
+    source: Any = node.args[0]
+    if packet is aten.slice:
+        given: list[Any] = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+        axis, start, end, step = given
+        bounds = [axis, start or 0, sys.maxsize if end is None else end, step]
+        if all(isinstance(b, int) for b in bounds) and not node.kwargs:
+            node.target, node.args = cut, (source, *bounds)
+        return
+    if packet is aten.expand:
+        target, shape = expand, _expanded(_sizes(source), _sizes(node))
+    else:
+        target, shape = reshape, _reshaped(_sizes(source), _sizes(node))
+    if shape is not None:
+        node.target, node.args, node.kwargs = target, (source, shape), {}
+
+
+def _reshaped(old: Sequence[Any], new: Sequence[Any]) -> list[int] | None:
+    """A shape for ONNX's Reshape; None where more than one size has neither a number nor a place."""
+    shape = [
+        size if isinstance(size, int) else 0 if place < len(old) and old[place] == size else -1
+        for place, size in enumerate(new)
+    ]
+    return None if shape.count(-1) > 1 or (0 in new) else shape
+
+
+def _expanded(old: Sequence[Any], new: Sequence[Any]) -> list[int] | None:
+    """A shape for ONNX's Expand; None where a size that is new has no number."""
+    padded = [1] * (len(new) - len(old)) + list(old)
+    shape = [1 if a == b else b for a, b in zip(padded, new, strict=True)]
+    return shape if all(isinstance(size, int) for size in shape) else None
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    """Numbers, and an expression of symbols for every size that is free."""
+    return [s if isinstance(s, int) else s.node.expr for s in node.meta["val"].shape]
 
 
 @functools.cache

@@ -149,6 +149,20 @@ def rules() -> list[str]:
     return lines
 
 
+def lowering() -> list[str]:
+    lines = ["## How long lowering takes (benchmarks/lowering.py)", ""]
+    for found in results("lowering"):
+        lines += [circumstances(found), ""]
+        rows = []
+        for row in found["rows"]:
+            steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["steps"].items())
+            rows.append(
+                [str(row["layers"]), row["arm"], f"{row['mb']} MB", steps, f"{row['total']:.1f} s"]
+            )
+        lines += table(["layers", "by", "written", "seconds, one run", "together"], rows)
+    return lines
+
+
 def smooth() -> list[str]:
     lines = ["## What scaling channels is worth (benchmarks/smooth.py)", ""]
     for found in results("smooth"):
@@ -478,6 +492,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     models: ("models",),
     gated: ("gate",),
     coverage: ("coverage",),
+    lowering: ("lowering",),
     rules: ("opset",),
     smooth: ("smooth",),
     peers: ("peers",),

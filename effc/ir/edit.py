@@ -180,13 +180,18 @@ def refresh(graph: Graph) -> None:
     graph.fx.eliminate_dead_code()
     _drop_unused(graph)
     mode = fake_mode(graph)
+    shapes = _Shapes()
+    found: dict[Any, Any] = {}  # equal calls give equal shapes, and layers repeat
     for node in graph.fx.nodes:
         if node.op != "call_function" or _is_known(node):
             continue
-        found, old = fake_run(graph, node), node.meta.get("val")
-        if mode.shape_env is not None:
-            rebind_unbacked(mode.shape_env, node, found)
-        node.meta["val"] = old if _shape(old) == _shape(found) else found
+        call = shapes.of_call(node)
+        if call not in found or "unbacked_bindings" in node.meta:
+            found[call] = fake_run(graph, node)
+            if mode.shape_env is not None:
+                rebind_unbacked(mode.shape_env, node, found[call])
+        old = node.meta.get("val")
+        node.meta["val"] = old if shapes.of(old) == shapes.of(found[call]) else found[call]
         know(node)
     graph.fx.lint()
     graph.exported.graph_module.recompile()
@@ -222,15 +227,35 @@ def _call(node: fx.Node) -> list[Any]:
     return [node.target, str(spec), *read]
 
 
-def _shape(value: Any) -> Any:
-    """Shapes, strides and types of the tensors in a value, to be compared."""
-    leaves, spec = pytree.tree_flatten(value)
-    return str(spec), [
-        (str(tuple(x.shape)), str(x.stride()), x.dtype, x.device)
-        if isinstance(x, Tensor)
-        else (type(x), str(x))
-        for x in leaves
-    ]
+class _Shapes:
+    """Shapes, strides and types of the tensors in values, to be compared; those of one value are found once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, value: Any) -> Any:
+        if id(value) not in self._seen:
+            self._seen[id(value)] = value, self._found(value)
+        return self._seen[id(value)][1]
+
+    def of_call(self, node: fx.Node) -> Any:
+        if any(x.op == "get_attr" for x in node.all_input_nodes):  # the graph of a branch
+            return node
+        target, spec, *read = _call(node)
+        return target, spec, *map(self.of, read)
+
+    def _found(self, value: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(value)
+        return str(spec), *(
+            (_sizes(x.shape), _sizes(x.stride()), x.dtype, x.device)
+            if isinstance(x, Tensor)
+            else (type(x), str(x))
+            for x in leaves
+        )
+
+
+def _sizes(sizes: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
 
 
 def _no_new_guards(mode: FakeTensorMode) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -114,14 +114,13 @@ class Graph:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch copies its own deprecated types
             calls = copy.deepcopy(old.module_call_graph)
-        module = GraphModule(old.graph_module, copy.deepcopy(old.graph))
-        for mine, theirs in zip(module.graph.nodes, old.graph.nodes, strict=True):
+        graph = copy.deepcopy(old.graph)
+        for mine, theirs in zip(graph.nodes, old.graph.nodes, strict=True):
             if mine.name != theirs.name:
                 mine.name = theirs.name  # fx renames nodes that shadow builtins, such as `input`
-        module.recompile()
         exported = ExportedProgram(
-            root=module,
-            graph=module.graph,
+            root=old.graph_module,
+            graph=graph,
             graph_signature=copy.deepcopy(old.graph_signature),
             state_dict=dict(old.state_dict),
             range_constraints=copy.copy(old.range_constraints),

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from effc.errors import TraceError, first_line
+from effc.ir import repeat
 from effc.ir.edit import know
 from effc.ir.program import Graph, Origin, Program
 from effc.quiet import quiet
@@ -54,7 +55,7 @@ def trace(
                 )
     try:
         with evaluating(module), _quiet():
-            exported = _export(module, feeds, dims)
+            exported = _export_repeating(module, feeds, dims) or _export(module, feeds, dims)
     except Exception as error:
         raise TraceError(
             f"torch.export refused {type(module).__name__}: {first_line(error)}",
@@ -93,10 +94,48 @@ def _default_dims(feeds: Mapping[str, Tensor]) -> Dims:
     return {name: {0: "batch"} for name, tensor in feeds.items() if tensor.dim()}
 
 
+def _export_repeating(
+    module: nn.Module, feeds: dict[str, Tensor], dims: Dims
+) -> ExportedProgram | None:
+    """The same as `_export` with every kind of layer traced once; None where layers do not repeat."""
+    try:
+        with repeat.marked(module) as repeats:
+            if repeats is None:
+                return None
+            exported = _exported(module, feeds, dims)
+        repeat.expand(exported, repeats)
+        if _computes_as(exported, module, feeds):
+            return _functional(exported)
+    except Exception as error:  # whatever is wrong with the model itself is found again
+        log.info("layers do not repeat: %s", first_line(error))
+    return None
+
+
+def _computes_as(exported: ExportedProgram, module: nn.Module, feeds: dict[str, Tensor]) -> bool:
+    """Whether the copies of a layer compute what the layers do: only rounding may differ."""
+    state = {**exported.state_dict, **exported.constants}
+    lifted = [state[s.target] for s in exported.graph_signature.input_specs if s.target is not None]
+    with torch.no_grad():
+        found = exported.graph_module(*lifted, *feeds.values())
+        wanted = pytree.tree_leaves(module(**feeds))
+    return len(wanted) == len(found) and all(
+        a.shape == b.shape
+        and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()), equal_nan=True)
+        for a, b in zip(wanted, found, strict=True)
+    )
+
+
 def _export(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> ExportedProgram:
+    return _functional(_exported(module, feeds, dims))
+
+
+def _exported(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> ExportedProgram:
     shapes = {name: dict.fromkeys(dims.get(name, {}), Dim.AUTO) for name in feeds}
     with torch.no_grad():
-        exported = torch.export.export(module, (), kwargs=feeds, dynamic_shapes=shapes)
+        return torch.export.export(module, (), kwargs=feeds, dynamic_shapes=shapes)
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
     if _needs_functional(exported):
         exported = exported.run_decompositions({})
     return exported
