@@ -69,18 +69,19 @@ def _cut(x: Any, axis: int, start: int, end: int, step: int) -> Any:
 
 
 def cut(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
-    """A slice whose bounds are numbers. Only to be translated."""
-    raise NotImplementedError
+    """A slice whose bounds are numbers."""
+    found: Tensor = aten.slice(x, axis, start, end, step)
+    return found
 
 
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A reshape in ONNX's words: 0 is the size that stood there, −1 what is left. Only to be translated."""
-    raise NotImplementedError
+    """A reshape in ONNX's words: 0 is the size that stood there, −1 what is left."""
+    return x.reshape([x.shape[place] if size == 0 else size for place, size in enumerate(shape)])
 
 
 def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An expansion in ONNX's words: 1 is the size that stood there. Only to be translated."""
-    raise NotImplementedError
+    """An expansion in ONNX's words: 1 is the size that stood there."""
+    return x.expand(torch.broadcast_shapes(x.shape, shape))
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

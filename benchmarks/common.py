@@ -76,14 +76,18 @@ sys.exit(code)
 
 def run_cli(*words: str | Path) -> tuple[float, float]:
     """Run the command line in a process of its own: seconds and peak resident memory in MB."""
+    code, seconds, peak = run_python("-m", "effc", *words)
+    if code:
+        raise SystemExit(f"effc {' '.join(map(str, words))} ended with {code}")
+    return seconds, peak
+
+
+def run_python(*words: str | Path) -> tuple[int, float, float]:
+    """Run Python in a process of its own: exit code, seconds and peak resident memory in MB."""
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as peak:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "effc", *map(str, words)]
         code = subprocess.call(
-            [sys.executable, "-S", "-c", _BETWEEN, peak.name, *command],
+            [sys.executable, "-S", "-c", _BETWEEN, peak.name, sys.executable, *map(str, words)],
             env={**os.environ, "EFFC_CACHE": "off"},  # what is measured is done
         )
-        seconds = time.perf_counter() - started
-        if code:
-            raise SystemExit(f"effc {' '.join(map(str, words))} ended with {code}")
-        return seconds, int(peak.read()) / 1e3
+        return code, time.perf_counter() - started, int(peak.read()) / 1e3

@@ -1,11 +1,13 @@
 """effc beside what else turns a model into an engine for this processor: each peer is made here, and all run in turns.
 
-    pip install nncf==3.4.0                     # a peer, and no part of effc
-    python benchmarks/peers.py                  # ten minutes; writes benchmarks/results/peers-minilm-FEATURES.json
+    pip install nncf==3.4.0 torchao==0.18.0 diffusers    # peers, and no part of effc
+    python benchmarks/peers.py minilm                    # ten minutes a model; writes results/peers-MODEL-FEATURES.json
 
-Peers: torch eager, ONNX Runtime in float and by its own dynamic and static quantisation, OpenVINO in float (in bfloat16
-where the processor has it), and NNCF's int8 for OpenVINO. All are calibrated on the same samples, have the same
-threads, and take turns in shuffled blocks; a ratio is peer ÷ effc's engine, with its 99 % interval.
+Peers: torch eager, compiled, and quantised by torchao and compiled; ONNX Runtime in float and by its own dynamic and
+static quantisation; OpenVINO in float (in bfloat16 where the processor has it), and NNCF's int8 for OpenVINO. All are
+calibrated on the same samples, have the same threads, and take turns in shuffled blocks; a ratio is peer ÷ effc's
+engine, with its 99 % interval. effc's engines are those of one compile for both targets, as the gate lets them
+through; `all int8` is the same without a gate.
 """
 
 from __future__ import annotations
@@ -16,15 +18,18 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
+import peermakers
+import peernets
 
 from effc import bench, inspection, measure, metrics, package
-from effc.backends.base import EngineBase, Lowered
+from effc.backends.base import Engine, EngineBase, Lowered
 from effc.backends.eager import ModuleEngine
 from effc.backends.openvino import OpenVinoEngine, has_bf16
 from effc.backends.ort import Ort, OrtEngine
@@ -38,172 +43,247 @@ from effc.source import Source, load
 THREADS = 2
 SAMPLES = 128
 BUDGET_S = 40.0
-SHAPES = ((1, 16), (1, 128), (8, 128))
+BF16 = {"precision": "bf16"}
 Json = dict[str, Any]
 
 
-class Peer:
-    """Engines of others, each made once into a folder; `seconds` is what making one took."""
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is compared on one model: where it is from, its calibration data, shapes, and metric where there is one."""
+
+    title: str
+    source: Json
+    calib: str
+    shapes: tuple[tuple[int, int], ...]
+    metric: str | None = None
+    samples: int = SAMPLES
+    all_int8: bool = False
+
+
+def minilm(place: Path) -> Model:
+    data = common.data_root()
+    return Model(
+        title="MiniLM-L6", source={"transformers": str(common.minilm())},
+        calib=str(common.SENTENCES), shapes=((1, 16), (1, 128), (8, 128)), all_int8=True,
+        metric=data and f"sts:{data / 'stsb' / 'stsb-en-test.csv'}",
+    )  # fmt: skip
+
+
+def vit(place: Path) -> Model:
+    data = common.data_root()
+    if data is None:
+        raise SystemExit("there are no data sets; set EFFC_DATA")
+    images = str(data / "fashion-mnist")
+    return Model(
+        title="ViT on Fashion-MNIST", source={"transformers": str(data / "vit-fashion-mnist")},
+        calib=images, shapes=((1, 1), (32, 1)), metric=f"accuracy:{images}",
+    )  # fmt: skip
+
+
+def random(
+    name: str, title: str, shapes: tuple[tuple[int, int], ...], samples: int
+) -> Callable[[Path], Model]:
+    def make(place: Path) -> Model:
+        calib = place / "calib.npz"
+        np.savez(calib, **peernets.SAMPLES[name](samples + 32, 4))
+        source = {"python": f"{peernets.__file__}:{name}"}
+        return Model(
+            title=f"{title}, random weights", source=source, calib=str(calib), shapes=shapes,
+            samples=samples,
+        )  # fmt: skip
+
+    return make
+
+
+MODELS: dict[str, Callable[[Path], Model]] = {
+    "minilm": minilm,
+    "vit": vit,
+    "bert_base": random("bert_base", "BERT-base", ((1, 16), (1, 128)), 32),
+    "vit_base": random("vit_base", "ViT-base", ((1, 1),), 16),
+    "resnet50": random("resnet50", "ResNet-50", ((1, 1), (8, 1)), 32),
+    "unet": random("unet", "DDPM's UNet at 32×32", ((1, 1), (4, 1)), 32),
+}
+
+
+class Peers:
+    """Engines of others, each made once into a folder, with what making one took."""
 
     def __init__(self, source: Source, graph: Graph, samples: Samples, place: Path) -> None:
         self.source, self.graph, self.samples, self.place = source, graph, samples, place
-        self.seconds: dict[str, float] = {}
+        self.made: dict[str, Json] = {}
         self.left_out: dict[str, str] = {}
         self.plain = measure.plain_export(graph, place / "float", "ort")
 
-    def openers(self) -> dict[str, Callable[[], Any]]:
+    def openers(self) -> dict[str, Callable[[], Engine]]:
         """By name, what opens every peer that could be made."""
-        found: dict[str, Callable[[], Any]] = {
+        found: dict[str, Callable[[], Engine]] = {
             "torch": lambda: ModuleEngine(self.source.module, self.graph),
             "ort float": lambda: Ort().open(self.plain, threads=THREADS),
             "openvino float": lambda: OpenVinoEngine(self.plain.path, threads=THREADS),
         }
-        bf16 = {"precision": "bf16"}
+        for name, change in (("torch.compile", None), ("torchao int8, compiled", _torchao)):
+            engine = self._compiled(name, change)
+            if engine is not None:
+                found[name] = lambda e=engine: e  # type: ignore[misc]
         if has_bf16():
-            found["openvino bf16"] = lambda: OpenVinoEngine(self.plain.path, bf16, threads=THREADS)
-        for name, make, engine in (
-            ("ort dynamic int8", self._dynamic, OrtEngine),
-            ("ort static int8", self._static, OrtEngine),
-            ("nncf int8", self._nncf, OpenVinoEngine),
-        ):
-            started = time.perf_counter()
-            try:
-                file = make(self.place / f"{name}.onnx")
-            except Exception as error:
-                self.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            found["openvino bf16"] = lambda: OpenVinoEngine(self.plain.path, BF16, threads=THREADS)
+        data = self.place / "rows.npz"
+        np.savez(data, **dict(self._rows()))
+        for name in peermakers.TOOLS:
+            opener = OpenVinoEngine if name == "nncf int8" else OrtEngine
+            out = self.place / f"{name}.{'xml' if name == 'nncf int8' else 'onnx'}"
+            if not self._make(name, data, out):
                 continue
-            self.seconds[name] = round(time.perf_counter() - started, 1)
-            found[name] = lambda e=engine, f=file: e(f, threads=THREADS)  # type: ignore[misc]
+            found[name] = lambda e=opener, f=out: e(f, threads=THREADS)  # type: ignore[misc]
             if name == "nncf int8" and has_bf16():
-                found["nncf int8, rest bf16"] = lambda f=file: OpenVinoEngine(  # type: ignore[misc]
-                    f, bf16, threads=THREADS
+                found["nncf int8, rest bf16"] = lambda f=out: OpenVinoEngine(  # type: ignore[misc]
+                    f, BF16, threads=THREADS
                 )
         return found
 
-    def rows(self) -> Iterator[Mapping[str, Any]]:
-        for batch in self.samples(self.graph.role):
-            yield from _rows(batch.inputs)
-
-    def _dynamic(self, file: Path) -> Path:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        quantize_dynamic(self.plain.path, file, per_channel=True, weight_type=QuantType.QInt8)
-        return file
-
-    def _static(self, file: Path) -> Path:
-        from onnxruntime.quantization import (
-            CalibrationDataReader,
-            QuantFormat,
-            QuantType,
-            quantize_static,
-        )
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        class Reader(CalibrationDataReader):  # type: ignore[misc]
-            def __init__(self, batches: Iterator[Mapping[str, Any]]) -> None:
-                self.batches = batches
-
-            def get_next(self) -> Any:
-                return next(self.batches, None)
-
-        ready = file.with_suffix(".ready.onnx")
-        quant_pre_process(self.plain.path, ready, skip_symbolic_shape=True)
-        quantize_static(
-            ready, file, Reader(self.rows()), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
-        return file
-
-    def _nncf(self, file: Path) -> Path:
-        import nncf
-        import openvino
-
-        model = openvino.Core().read_model(str(self.plain.path))
-        data = nncf.Dataset(list(self.rows()))
+    def _make(self, name: str, data: Path, out: Path) -> bool:
         attends = any(op_name(node).startswith("scaled_dot") for node in self.graph.nodes)
-        kind = nncf.ModelType.TRANSFORMER if attends else None
-        made = nncf.quantize(model, data, model_type=kind, subset_size=SAMPLES)
-        place = file.with_suffix(".xml")
-        openvino.save_model(made, str(place), compress_to_fp16=False)
-        return place
+        code, seconds, peak = common.run_python(
+            peermakers.__file__, name, self.plain.path, data, out, str(attends)
+        )
+        if code:
+            self.left_out[name] = f"ended with {code}"
+            return False
+        self.made[name] = {"seconds": round(seconds, 1), "peak_mb": round(peak)}
+        return True
+
+    def _compiled(self, name: str, change: Callable[[Any], None] | None) -> Engine | None:
+        """The module as torch compiles it: once, since that takes longer than all the rest."""
+        import copy
+
+        import torch
+
+        module = copy.deepcopy(self.source.module).eval()
+        try:
+            if change is not None:
+                change(module)
+            engine = _Kept(torch.compile(module, dynamic=True), self.graph)
+            engine({name: np.ascontiguousarray(v) for name, v in self.samples.example().items()})
+        except Exception as error:
+            self.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return None
+        return engine
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        number = itertools.count()
+        for batch in self.samples(self.graph.role):
+            for row in _single(batch.inputs):
+                place = next(number)
+                yield from ((f"{place}/{name}", value) for name, value in row.items())
 
 
-def _rows(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Sample by sample, without padding, as the peers' guides have it."""
+class _Kept(ModuleEngine):
+    """A compiled module, which stays open while its turns come and go."""
+
+    def close(self) -> None:
+        pass
+
+
+def _torchao(module: Any) -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(module, Int8DynamicActivationInt8WeightConfig())
+
+
+def _single(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Sample by sample, without padding."""
     count = len(next(iter(batch.values())))
     for row in range(count):
         mask = batch.get("attention_mask")
         length = None if mask is None else int(mask[row].sum())
-        yield {name: value[row : row + 1, :length] for name, value in batch.items()}
-
-
-def effc_engines(model: Path, place: Path) -> tuple[dict[str, Lowered], dict[str, float]]:
-    """effc's own engines for both runtimes, ungated so that every kind is seen, and what a compile took."""
-    engines, seconds = {}, {}
-    for target in ("ort", "openvino"):
-        recipe = place / f"{target}.yaml"
-        smooth = [{"pass": "smooth", "gain_db": 8.0 if target == "ort" else 1.0}]
-        content = {
-            "source": {"transformers": str(model)},
-            "calib": {"file": str(common.SENTENCES), "samples": SAMPLES},
-            "passes": [*smooth, {"pass": "quantize"}],
-            "targets": [target],
-            "gate": False,
-            "bench": False,
+        yield {
+            name: value[row : row + 1, :length] if value.ndim > 1 else value[row : row + 1]
+            for name, value in batch.items()
         }
-        recipe.write_text(json.dumps(content), encoding="utf-8")
-        out = place / f"out-{target}"
-        took, _ = common.run_cli("compile", recipe, "-o", out)
-        (entry,) = package.read(out).engines
-        engines[f"effc {target}"] = inspection._lowered(out, entry)
-        seconds[f"effc {target}"] = round(took, 1)
-    return engines, seconds
+
+
+def effc_engines(model: Model, place: Path, *, gate: bool) -> tuple[dict[str, Lowered], Json]:
+    """effc's engines for both runtimes out of one compile, and what that took."""
+    recipe, out = place / f"gate-{gate}.yaml", place / f"out-{gate}"
+    content: Json = {
+        "source": model.source,
+        "calib": {"file": model.calib, "samples": model.samples},
+        "passes": [{"pass": "smooth"}, {"pass": "quantize"}],
+        "targets": ["ort", "openvino"],
+        "bench": {"shapes": [list(s) for s in model.shapes], "threads": THREADS},
+    }
+    if not gate:
+        content |= {"gate": False, "bench": False}
+    elif model.metric is not None:
+        name, _, file = model.metric.partition(":")
+        content["metric"] = {name: file}
+    recipe.write_text(json.dumps(content), encoding="utf-8")
+    seconds, peak = common.run_cli("compile", recipe, "-o", out)
+    word = "" if gate else ", all int8"
+    engines = {
+        f"effc {e.target}{word}": inspection._lowered(out, e) for e in package.read(out).engines
+    }
+    took = {"seconds": round(seconds, 1), "peak_mb": round(peak)}
+    sites = {
+        name: [sum(s.int8 for s in low.sites), len(low.sites)] for name, low in engines.items()
+    }
+    return engines, {"took": took, "int8_sites": sites}
+
+
+def compared(model: Model, place: Path, budget_s: float) -> Json:
+    """All engines of one model beside the fastest that effc ships."""
+    mine, told = effc_engines(model, place, gate=True)
+    made = {"effc, both, gated": told["took"]}
+    sites = told["int8_sites"]
+    if model.all_int8:
+        more, also = effc_engines(model, place, gate=False)
+        mine |= more
+        made["effc, both, all int8"] = also["took"]
+        sites |= also["int8_sites"]
+    source = load(model.source)
+    samples = Samples(source, CalibSpec(file=model.calib, samples=model.samples))
+    graph = trace_source(source).only()
+    peers = Peers(source, graph, samples, place)
+    openers = peers.openers()
+    openers |= {name: measure.opener(low, THREADS) for name, low in mine.items()}
+    quality = {n: _quality(source, graph, o, samples, model.metric) for n, o in openers.items()}
+    cases = measure.shaped_cases(
+        samples, model.shapes, mine["effc ort"].inputs, measure.longest(source, graph)
+    )
+    first = "effc ort"
+    engine = openers.pop(first)
+    timed = bench.compare(
+        {"engine": engine, **openers}, cases, threads=THREADS, budget_s=budget_s,
+        references=tuple(openers),
+    ).to_json()  # fmt: skip
+    return {
+        "name": "peers", "model": model.title, "engine": first, "threads": THREADS,
+        "samples": model.samples, "made": {**peers.made, **made}, "left_out": peers.left_out,
+        "int8_sites": sites, "quality": quality, "metric": model.metric and model.metric.partition(":")[0],
+        "shapes": timed["shapes"], "load_ms": timed["load_ms"], "peer_versions": _peer_versions(),
+    }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=list(MODELS), help="all where none is named")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for a shape")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     import torch
 
     torch.set_num_threads(THREADS)
-    model, data = common.minilm(), common.data_root()
-    with tempfile.TemporaryDirectory(prefix="effc-peers-") as folder:
-        place = Path(folder)
-        mine, seconds = effc_engines(model, place)
-        source = load({"transformers": str(model)})
-        samples = Samples(source, CalibSpec(file=str(common.SENTENCES), samples=SAMPLES))
-        original = trace_source(source)
-        graph = original.only()
-        peer = Peer(source, graph, samples, place)
-        openers = peer.openers()
-        openers |= {name: measure.opener(low, THREADS) for name, low in mine.items()}
-        quality = {
-            name: _quality(source, graph, opener, samples, data) for name, opener in openers.items()
-        }
-        first = mine["effc ort"]
-        cases = measure.shaped_cases(samples, SHAPES, first.inputs, measure.longest(source, graph))
-        engine = openers.pop("effc ort")
-        timed = bench.compare(
-            {"engine": engine, **openers}, cases, threads=THREADS, budget_s=options.budget,
-            references=tuple(openers),
-        )  # fmt: skip
-    told = timed.to_json()
-    found = {
-        "name": "peers", "model": "MiniLM-L6", "engine": "effc ort", "threads": THREADS,
-        "samples": SAMPLES, "seconds": {**peer.seconds, **seconds}, "left_out": peer.left_out,
-        "quality": quality, "shapes": told["shapes"], "load_ms": told["load_ms"],
-        "peer_versions": _peer_versions(),
-    }  # fmt: skip
-    print(common.write(f"peers-minilm-{common.features()}", found))
+    for name in options.models or MODELS:
+        with tempfile.TemporaryDirectory(prefix="effc-peers-") as folder:
+            found = compared(MODELS[name](Path(folder)), Path(folder), options.budget)
+        print(common.write(f"peers-{name}-{common.features()}", found), flush=True)
     return 0
 
 
 def _peer_versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("onnxruntime", "openvino", "nncf")}
+    return {name: version(name) for name in ("onnxruntime", "openvino", "nncf", "torchao")}
 
 
 def _quality(
@@ -211,9 +291,9 @@ def _quality(
     graph: Graph,
     opener: Callable[[], EngineBase],
     samples: Samples,
-    data: Path | None,
+    metric: str | None,
 ) -> Json:
-    """Drift over held-out samples, and Spearman on STS-B where that is here."""
+    """Drift over held-out samples, and the metric where there is one."""
     from effc.verify import parity
 
     found: Json = {}
@@ -221,9 +301,11 @@ def _quality(
         fresh = [dict(b.inputs) for b in itertools.islice(samples.held_out(), 4)]
         (drift,) = parity(reference, engine, fresh).values()
         found["drift"] = round(drift.rel_l2, 4)
-        if data is not None:
-            metric = metrics.parse(f"sts:{data / 'stsb' / 'stsb-en-test.csv'}")
-            found["sts"] = round(float(metric.value(metric.measure(engine, source.processor))), 4)
+        if metric is not None:
+            measured = metrics.parse(metric)
+            found["metric"] = round(
+                float(measured.value(measured.measure(engine, source.processor))), 4
+            )
     return found
 
 

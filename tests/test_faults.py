@@ -405,7 +405,7 @@ def test_a_wrong_word_on_the_command_line(out, words, name, code, said):
     refused(out, name, code, said, words=(made().model, *words))
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"0:quantize": 5}', '{"0:quantize": {"x": 1}}'])
+@pytest.mark.parametrize("text", ["[]", "3", '{"1:quantize": 5}', '{"1:quantize": {"x": 1}}'])
 def test_decisions_that_are_none(out, tmp_path, text):
     (tmp_path / "decisions.json").write_text(text, encoding="utf-8")
     with untouched(out.parent):

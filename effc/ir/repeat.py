@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -230,8 +231,9 @@ def expand(exported: ExportedProgram, repeats: Repeats) -> None:
     for node in marks.values():
         if node.args[1] != "again":
             _replace(node, node.args[0])  # type: ignore[arg-type]
-    graph.lint()
+    _name_outputs(exported)
     exported.graph_module.recompile()
+    exported.validate()
 
 
 def _replace(mark: fx.Node, values: list[fx.Node]) -> None:
@@ -240,6 +242,21 @@ def _replace(mark: fx.Node, values: list[fx.Node]) -> None:
         user.replace_all_uses_with(values[user.args[1]])  # type: ignore[index]
         mark.graph.erase_node(user)
     mark.graph.erase_node(mark)
+
+
+def _name_outputs(exported: ExportedProgram) -> None:
+    """Say in the signatures what the outputs are called now."""
+    (output,) = [n for n in exported.graph.nodes if n.op == "output"]
+    specs = exported.graph_signature.output_specs
+    names = {}
+    for spec, node in zip(specs, output.args[0], strict=True):
+        if isinstance(spec.arg, TensorArgument):
+            names[spec.arg.name] = node.name
+            spec.arg = TensorArgument(node.name)
+    for entry in exported.module_call_graph:
+        for argument in entry.signature.outputs if entry.signature is not None else ():
+            if isinstance(argument, TensorArgument):
+                argument.name = names.get(argument.name, argument.name)
 
 
 class _Lifted:

@@ -7,6 +7,7 @@ from torch import nn
 
 import effc
 from effc.ir import repeat
+from effc.ir.edit import refresh
 from effc.ir.select import module_path
 
 WIDTH, DEPTH = 8, 5
@@ -78,6 +79,7 @@ def assert_same(module, x, monkeypatch, copied, **options):
     quick, full, number = both(module, x, monkeypatch, **options)
     assert number == copied
     assert calls(quick) == calls(full)
+    refresh(quick.only())
     other = {k: v.repeat(2 if len(v) > 1 else 1, *[1] * (v.dim() - 1)) for k, v in x.items()}
     wanted, found = full.run(other), quick.run(other)
     assert wanted.keys() == found.keys()
