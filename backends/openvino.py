@@ -33,6 +33,7 @@ from effc.backends.base import (
 from effc.backends.dialect import OPENVINO
 from effc.backends.eager import described
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.options import OpenVinoOptions
 from effc.dialect import Dialect
 from effc.errors import BackendUnavailable
 from effc.ir.program import Graph
@@ -61,11 +62,13 @@ def config(options: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
             f"the engine computes in bfloat16, and this processor has none of {', '.join(BF16)}",
             hint="compile it on the kind of processor that it will run on",
         )
+    hint = str(options.get("hint", "latency"))
     found: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
+        "PERFORMANCE_HINT": hint.upper(),
         "INFERENCE_PRECISION_HINT": kind,
-        "NUM_STREAMS": 1,
     }
+    if hint == "latency":
+        found["NUM_STREAMS"] = 1
     if threads is not None:
         found["INFERENCE_NUM_THREADS"] = threads
     return found
@@ -150,6 +153,9 @@ class OpenVino:
     name: ClassVar[str] = "openvino"
     dialect: ClassVar[Dialect] = OPENVINO
 
+    def __init__(self, asked: OpenVinoOptions | None = None) -> None:
+        self._asked = asked or OpenVinoOptions()
+
     def supports(self, graph: Graph) -> list[Unsupported]:
         return unsupported(graph, self.dialect.opset)
 
@@ -159,7 +165,7 @@ class OpenVino:
         model = to_onnx(graph, self.dialect.opset)
         readers = _readers(model)
         files = save(model, directory)
-        options = {"precision": precision(bool(places))}
+        options = self._options(bool(places))
         path = directory / files[0]
         kernels = _kernels(_compiled(path, config(options, None))) if places else {}
         return described(
@@ -174,6 +180,13 @@ class OpenVino:
             requires=(at_least("openvino", openvino.__version__),),
             options=options,
         )
+
+    def _options(self, is_quantised: bool) -> dict[str, str]:
+        kind = self._asked.precision
+        return {
+            "precision": precision(is_quantised) if kind == "auto" else kind,
+            "hint": self._asked.hint,
+        }
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> OpenVinoEngine:
         return OpenVinoEngine(lowered.path, lowered.options, threads=threads)

@@ -300,7 +300,8 @@ class Builder:
         return NOTHING
 
     def _lower(self, built: Built, place: Path) -> list[Lowered]:
-        backend = BACKENDS[built.target]()
+        asked = self.recipe.target_options.get(built.target)
+        backend = BACKENDS[built.target](*([] if asked is None else [asked]))
         roles = list(built.program.graphs)
         made = []
         for graph in built.program:
@@ -309,6 +310,7 @@ class Builder:
             )
             key = key_of(
                 "lower", graph=graph_digest([Program({graph.role: graph})]), target=built.target,
+                asked=asked and dataclasses.asdict(asked),
                 ports=[list(graph.inputs), list(graph.outputs)], cpu=cpu_features(), versions=versions(),
             )  # fmt: skip
             entry = self.cache.get(key)

@@ -131,7 +131,7 @@ def from_flags(
 
 
 def _smooths(targets: Sequence[str]) -> bool:
-    """Whether a target takes the scaling of channels for nothing."""
+    """Whether a target gains by the scaling of channels."""
     return any(t in DIALECTS and DIALECTS[t].smooth_gain_db is not None for t in targets)
 
 

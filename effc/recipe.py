@@ -21,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from effc import bounded, metrics
 from effc.backends import TARGETS
+from effc.backends.options import OPTIONS
 from effc.errors import RecipeError, UsageError
 from effc.passes import PASSES
 from effc.passes.base import Pass
@@ -110,6 +111,8 @@ class Recipe:
     calib: CalibSpec | None = None
     passes: tuple[Pass, ...] = ()
     targets: tuple[str, ...] = ("ort",)
+    target_options: Mapping[str, Any] = field(default_factory=dict)
+    """What is asked of targets that have options, see `effc.backends.options`."""
     metric: str | None = None
     bench: BenchSpec | None = field(default_factory=BenchSpec)
     gate: GateSpec | None = field(default_factory=GateSpec)
@@ -298,13 +301,15 @@ class _Reader:
             import_code(self._path(plugin) if plugin.endswith(".py") else plugin)
         metric = self._metric(data.get("metric"))
         data = self._resolve_paths({**data, "metric": metric} if metric else data)
+        targets = self._targets(data.get("targets", ["ort"]))
         recipe = Recipe(
             source=self._source(data["source"]),
             calib=self._calib(data.get("calib")),
             passes=tuple(
                 self._pass(p, i) for i, p in enumerate(self._list(data.get("passes"), "passes"))
             ),
-            targets=self._targets(data.get("targets", ["ort"])),
+            targets=tuple(targets),
+            target_options={word: asked for word, asked in targets.items() if asked is not None},
             metric=":".join(*data["metric"].items()) if metric else None,
             bench=self._bench(data),
             gate=self._gate(data),
@@ -395,14 +400,29 @@ class _Reader:
             )
         return made
 
-    def _targets(self, value: Any) -> tuple[str, ...]:
+    def _targets(self, value: Any) -> dict[str, Any]:
+        """Targets in order, each with its options where it was given any."""
         words = [value] if isinstance(value, str) else value
         if not isinstance(words, list) or not words:
             raise self._error(("targets",), "targets is a list of words", hint="targets: [ort]")
-        for i, word in enumerate(words):
+        found: dict[str, Any] = {}
+        for i, item in enumerate(words):
+            place: tuple[Any, ...] = ("targets", i)
+            word, asked = item, None
+            if isinstance(item, dict) and len(item) == 1:
+                ((word, asked),) = item.items()
+                place = (*place, word)
             if not isinstance(word, str) or word not in TARGETS:
-                raise self._error(("targets", i), unknown("target", str(word), TARGETS))
-        return tuple(dict.fromkeys(words))
+                raise self._error(place, unknown("target", str(word), TARGETS))
+            if isinstance(item, dict):
+                if word not in OPTIONS:
+                    raise self._error(
+                        place, f"target {word} has no options", hint=f"targets: [{word}]"
+                    )
+                asked = self._section(OPTIONS[word], asked, place)
+            if found.setdefault(word, asked) != asked:
+                raise self._error(place, f"target {word} is asked for twice, with unlike options")
+        return found
 
     def _metric(self, value: Any) -> dict[str, str] | None:
         if value is None:
@@ -592,7 +612,13 @@ def schema() -> dict[str, Any]:
     known = [{"enum": sorted(passes)}, *({"$ref": f"#/$defs/{word}"} for word in sorted(passes))]
     others = {"type": "string", "not": {"enum": sorted(passes)}}
     own = [others, {"type": "object", "required": ["pass"], "properties": {"pass": others}}]
-    targets = {"enum": sorted(TARGETS)}
+    plain = {"enum": sorted(TARGETS)}
+    asked = {}
+    for word, kind in OPTIONS.items():
+        asked[word] = {**adapter(kind).json_schema(), "additionalProperties": False}
+    chosen = {"type": "object", "minProperties": 1, "maxProperties": 1}
+    chosen |= {"properties": asked, "additionalProperties": False}
+    targets = {"anyOf": [plain, chosen]}
     one = {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": text}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -607,7 +633,7 @@ def schema() -> dict[str, Any]:
             "bench": {"anyOf": [sections["bench"], {"const": False}, null]},
             "gate": {"anyOf": [sections["gate"], {"const": False}, null]},
             "passes": {"type": ["array", "null"]},
-            "targets": {"anyOf": [targets, {"type": "array", "minItems": 1, "items": targets}]},
+            "targets": {"anyOf": [plain, {"type": "array", "minItems": 1, "items": targets}]},
             "metric": {"anyOf": [one, {"type": "string", "pattern": "^[^:]+:."}, null]},
             "canonicalize": {"type": "boolean"},
             "plugins": {"type": ["array", "null"], "items": {"type": "string"}},

@@ -15,6 +15,7 @@ from effc import cache
 from effc.backends import BACKENDS
 from effc.backends.dialect import OPENVINO
 from effc.backends.openvino import OpenVino, OpenVinoEngine, config
+from effc.backends.options import OpenVinoOptions
 from effc.errors import BackendUnavailable, LoweringError, UsageError
 from effc.machine import cpu_features
 from effc.passes import PASSES
@@ -55,7 +56,7 @@ def test_a_float_graph_is_exact(tmp_path):
     program = traced(Attention(), 2, 6, 32)
     lowered = lower(program, tmp_path, "openvino")
     x = normal(3, 6, 32, seed=1)
-    assert lowered.options == {"precision": "f32"}
+    assert lowered.options == {"precision": "f32", "hint": "latency"}
     assert lowered.is_float
     wanted = program.run({"x": x})
     found = run(lowered, x=x.numpy())
@@ -187,6 +188,46 @@ def test_another_processor_compiles_for_itself(kept, tmp_path, monkeypatch):
     assert len(list(kept.glob("entries/*/*/blob"))) == 2
 
 
+# What a recipe may ask for
+
+
+def test_throughput_leaves_the_streams_to_the_runtime(tmp_path):
+    asked = OpenVinoOptions(hint="throughput")
+    program = traced(nn.Sequential(nn.Linear(16, 8)), 2, 16)
+    lowered = OpenVino(asked).lower(program.only(), tmp_path)
+    assert lowered.options == {"precision": "f32", "hint": "throughput"}
+    assert config(lowered.options, None) == {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    x = normal(2, 16)
+    (wanted,), (found,) = program.run({"x": x}).values(), run(lowered, x=x.numpy()).values()
+    assert distance(wanted, found) < 1e-5
+
+
+def test_float_can_be_asked_for_where_the_processor_has_bfloat16(monkeypatch, tmp_path):
+    monkeypatch.setenv("EFFC_CPU", "avx2,avx512f,avx512_bf16")
+    program, _ = quantised(nn.Sequential(nn.Linear(16, 8)), 4, 16)
+    exact = OpenVino(OpenVinoOptions(precision="f32")).lower(program.only(), tmp_path / "f32")
+    assert exact.options["precision"] == "f32"
+    assert OpenVino()._options(is_quantised=True)["precision"] == "bf16"
+
+
+@pytest.mark.slow
+def test_bfloat16_asked_for_without_it_is_refused_with_nothing_written(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+source: {{transformers: {made().model}}}
+passes: [{{pass: quantize, activation_bits: 16}}]
+targets: [{{openvino: {{precision: bf16}}}}]
+bench: false
+""")
+    ran = cli("compile", recipe, "-o", tmp_path / "OUT")
+    assert_letter(ran, "BackendUnavailable", BackendUnavailable.exit_code)
+    assert "bfloat16" in ran.err
+    assert not (tmp_path / "OUT").exists()
+
+
 # Processors
 
 
@@ -249,7 +290,10 @@ def test_a_package_of_two_targets_holds_both(both):
         ("ort", "ort/model.onnx"),
         ("openvino", "openvino/model.onnx"),
     ]
-    assert [e["options"] for e in manifest["engines"]] == [{}, {"precision": "f32"}]
+    assert [e["options"] for e in manifest["engines"]] == [
+        {},
+        {"precision": "f32", "hint": "latency"},
+    ]
     assert manifest["engines"][1]["requires"][0].startswith("openvino>=")
     report = json.loads((both / "report.json").read_text())
     assert set(report["others"]) == {"openvino"}
