@@ -14,6 +14,7 @@ PASSES = Table(
         "fuse-linear": "effc.passes.fuse:FuseLinear",
         "fuse-rmsnorm": "effc.passes.fuse:FuseRMSNorm",
         "fold-batchnorm": "effc.passes.fuse:FoldBatchNorm",
+        "fuse-projections": "effc.passes.fuse:FuseProjections",
         "quantize": "effc.passes.quantize:Quantize",
         "smooth": "effc.passes.smooth:Smooth",
     },

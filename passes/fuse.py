@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 
 from effc.ir.edit import insert, is_constant, lift, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin
-from effc.ir.select import op_name
+from effc.ir.select import Select, op_name
 from effc.passes.base import Pass, Stats
 
 aten = torch.ops.aten
@@ -193,3 +194,45 @@ def _fold_into(graph: Graph, layer: fx.Node, parts: list[Any], eps: float) -> No
 def _lift(graph: Graph, name: str, tensor: Tensor, origin: Origin) -> fx.Node:
     word = "fold-batchnorm"
     return lift(graph, name, tensor, Origin(origin.source, (*origin.transforms, word)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseProjections(Pass):
+    """Writes linear layers that read one value as one layer and a split: query, key and value; gate and up."""
+
+    name = "fuse-projections"
+
+    select: Select = field(default_factory=Select)
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        groups: dict[Any, list[fx.Node]] = {}
+        for node in self.select.sites(graph):
+            if op_name(node) == "linear" and _owns_tensors(graph, node):
+                groups.setdefault((node.args[0], len(node.args)), []).append(node)
+        wide = [layers for layers in groups.values() if len(layers) > 1]
+        for layers in wide:
+            _fuse_side_by_side(graph, layers)
+        return sum(map(len, wide))
+
+
+def _owns_tensors(graph: Graph, layer: fx.Node) -> bool:
+    """Whether weight and bias of a layer are constants that nothing else reads."""
+    return not layer.kwargs and all(
+        isinstance(t, fx.Node) and is_constant(graph, t) and len(t.users) == 1
+        for t in layer.args[1:]
+    )
+
+
+def _fuse_side_by_side(graph: Graph, layers: Sequence[fx.Node]) -> None:
+    first = layers[0]
+    tensors = []
+    for place in range(1, len(first.args)):
+        parts: list[Any] = [layer.args[place] for layer in layers]
+        names = [tensor_name(graph, part) or "" for part in parts]
+        joined = torch.cat([tensor_of(graph, part).detach() for part in parts])
+        tensors.append(lift(graph, names[0], joined, Origin("+".join(names), ("concatenate",))))
+    sizes = [layer.meta["val"].shape[-1] for layer in layers]
+    fused = insert(graph, first, aten.linear.default, (first.args[0], *tensors))
+    split = insert(graph, first, aten.split_with_sizes.default, (fused, sizes, -1))
+    for place, layer in enumerate(layers):
+        replace(graph, layer, insert(graph, layer, operator.getitem, (split, place)))

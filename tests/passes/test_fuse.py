@@ -2,12 +2,25 @@
 
 import pytest
 import torch
-from graphs import Call, LlamaNorm, assert_graph, distance, normal, ops
+from graphs import (
+    Attention,
+    Call,
+    LlamaNorm,
+    Projections,
+    Tied,
+    assert_graph,
+    batches,
+    distance,
+    engine,
+    normal,
+    ops,
+    quantize,
+)
 from torch import nn
 
 import effc
 from effc.ir.program import Origin
-from effc.passes.fuse import FoldBatchNorm, FuseRMSNorm
+from effc.passes.fuse import FoldBatchNorm, FuseProjections, FuseRMSNorm
 
 
 def fused(module, x, pass_=None):
@@ -159,4 +172,52 @@ def test_a_weight_that_two_layers_share_is_folded_for_one_of_them():
 def test_a_batch_norm_with_nothing_in_front_stays():
     module = Call(lambda self, x: self.norm(x), norm=with_statistics(nn.BatchNorm2d(3)))
     record, _ = fused(module, normal(2, 3, 4, 4), FoldBatchNorm())
+    assert record.sites == 0
+
+
+# Projections of one value
+
+
+def test_queries_keys_and_values_become_one_layer_and_a_split(tmp_path):
+    x = normal(3, 6, 32)
+    record, program = fused(Attention(), x, FuseProjections())
+    assert record.sites == 3
+    assert ops(program).count("linear") == 2
+    assert ops(program).count("split_with_sizes") == 1
+    shapes = [tuple(t.shape) for t in program.only().tensors().values()]
+    assert (96, 32) in shapes and (96,) in shapes
+    assert len(shapes) == 4  # those that were joined are gone
+    assert Origin("q.weight+k.weight+v.weight", ("concatenate",)) in program.only().origins.values()
+    with engine(program, tmp_path) as made:
+        found = made({"x": x.numpy()})
+    assert all(distance(v, found[k]) < 1e-5 for k, v in program.run({"x": x}).items())
+
+
+def test_integers_of_fused_projections_are_those_of_each():
+    plain = effc.trace(Projections().eval(), {"x": normal(2, 4, 8)})
+    joined = plain.clone()
+    effc.apply(FuseProjections(), joined)
+    for program in (plain, joined):
+        quantize(program, batches("x", 2, 4, 8))
+    x = {"x": normal(2, 4, 8, seed=3)}
+    assert distance(plain.run(x)["output"], joined.run(x)["output"]) < 1e-6
+
+
+def test_layers_that_share_a_weight_or_have_an_input_of_their_own_stay():
+    layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+    chain = Call(lambda self, x: self.layers[1](self.layers[0](x)), layers=layers)
+    record, _ = fused(chain, normal(2, 8), FuseProjections())
+    assert record.sites == 0
+    twice = Call(lambda self, x: self.layer(x) + self.layer(x), layer=nn.Linear(8, 8))
+    record, _ = fused(twice, normal(2, 8), FuseProjections())
+    assert record.sites == 0
+    uneven = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4, bias=False)])
+    other = Call(lambda self, x: (self.layers[0](x), self.layers[1](x)), layers=uneven)
+    record, _ = fused(other, normal(2, 8), FuseProjections())
+    assert record.sites == 0
+    record, _ = fused(
+        Call(lambda self, x: self.body(x), body=Tied()),
+        torch.arange(6).reshape(2, 3),
+        FuseProjections(),
+    )
     assert record.sites == 0
