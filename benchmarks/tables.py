@@ -6,6 +6,7 @@ python benchmarks/tables.py [--check]
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,32 +184,89 @@ def smooth() -> list[str]:
 
 
 def peers() -> list[str]:
-    lines = ["## Beside other tools (benchmarks/peers.py)", ""]
-    for found in results("peers-minilm"):
+    lines = [
+        "## Beside other tools (benchmarks/peers.py)", "",
+        "All are calibrated on the same samples and take turns with 2 threads. The ratio is the time of each ÷ that of "
+        "`effc ort`, with its 99 % interval, so above 1 effc's ONNX Runtime engine is faster. `effc ort` and `effc "
+        "openvino` are what one compile for both ships: where integers do not pay, its gate has taken them back. "
+        "`made in` is a process of its own: seconds and peak memory.", "",
+    ]  # fmt: skip
+    for found in results("peers"):
+        if "made" not in found:
+            continue
         versions = ", ".join(f"{n} {v}" for n, v in found["peer_versions"].items())
-        lines += [
-            f"{found['model']}, all calibrated on the same {found['samples']} samples, {found['threads']} threads; the "
-            f"ratio is the time of each ÷ that of `{found['engine']}`, with its 99 % interval. effc's recipes are "
-            f"`smooth` and `quantize`, on ort with `gain_db: 8`. {versions}.",
-            "",
-            circumstances(found),
-            "",
-        ]
+        lines += [f"### {found['model']}", "", f"{versions}. {circumstances(found)}", ""]
+        metric = found["metric"]
         names = [found["engine"], *sorted(found["shapes"][0]["against"])]
-        rows = []
-        for name in names:
-            times = [
-                f"{s['engine_ms']:.2f} ms"
-                if name == found["engine"]
-                else f"{s['against'][name]['ms']:.2f} ms, {ratio(s['against'][name], s['against'][name]['n'])}"
-                for s in found["shapes"]
-            ]
-            of = found["quality"][name]
-            seconds = found["seconds"].get(name)
-            made = "" if seconds is None else f"{seconds:.0f} s"
-            rows.append([name, *times, f"{of['drift']:.3f}", f"{of.get('sts', 0):.4f}", made])
-        heads = [*map(size, found["shapes"]), "drift", "STS-B Spearman", "made in"]
+        rows = [_peer(found, name, metric) for name in names]
+        heads = [*map(size, found["shapes"]), "drift", *([metric] if metric else []), "made in"]
         lines += table(["engine", *heads], rows)
+        lines += [_best(found), ""]
+        for name, why in sorted(found["left_out"].items()):
+            lines += [f"`{name}` could not be made: {why}", ""]
+    return lines
+
+
+def _peer(found: Json, name: str, metric: str | None) -> list[str]:
+    times = []
+    for shape in found["shapes"]:
+        other = shape["against"].get(name)
+        ms = shape["engine_ms"] if other is None else other["ms"]
+        times.append(f"{ms:.2f} ms" + ("" if other is None else f", {ratio(other, other['n'])}"))
+    of = found["quality"][name]
+    made = found["made"].get(
+        name, found["made"]["effc, both, gated"] if name.startswith("effc") else None
+    )
+    if name.endswith("all int8"):
+        made = found["made"]["effc, both, all int8"]
+    took = "" if made is None else f"{made['seconds']:.0f} s, {made['peak_mb']:.0f} MB"
+    sites = found["int8_sites"].get(name)
+    word = name if sites is None else f"{name} ({sites[0]} of {sites[1]} places in integers)"
+    quality = [f"{of['drift']:.3f}", *([f"{of['metric']:.4f}"] if metric else [])]
+    return [word, *times, *quality, took]
+
+
+def _best(found: Json) -> str:
+    """The fastest engine that effc ships beside the fastest of all others, and each runtime for itself."""
+    told = []
+    for title, ours, theirs in (
+        ("of all", ("effc ort", "effc openvino"), ""),
+        ("on ONNX Runtime", ("effc ort",), "ort"),
+        ("on OpenVINO", ("effc openvino",), ("openvino", "nncf")),
+    ):
+        shares = []
+        for shape in found["shapes"]:
+            times = {found["engine"]: shape["engine_ms"]} | {
+                n: o["ms"] for n, o in shape["against"].items()
+            }
+            mine = min(times[name] for name in ours)
+            other = min(
+                ms for n, ms in times.items() if not n.startswith("effc") and n.startswith(theirs)
+            )
+            shares.append(other / mine)
+        mean = math.prod(shares) ** (1 / len(shares))
+        each = ", ".join(f"{s:.2f}" for s in shares)
+        told.append(f"{title} {mean:.2f} ({each})")
+    return "Fastest peer ÷ effc's fastest, geometric mean (each shape): " + "; ".join(told) + "."
+
+
+def exact() -> list[str]:
+    lines = ["## What each exact pass is worth (benchmarks/exact.py)", ""]
+    for found in results("exact"):
+        lines += [circumstances(found), ""]
+        for row in found["rows"]:
+            kind = "int8" if row["int8"] else "float"
+            lines += [
+                f"{row['model']} on {row['target']}, {kind}; form ÷ engine with all exact passes:",
+                "",
+            ]
+            rows = []
+            for form in row["shapes"][0]["against"]:
+                word = form.removeprefix("without ").removeprefix("with ")
+                sites = row["sites"].get(word)
+                times = [ratio(s["against"][form], s["against"][form]["n"]) for s in row["shapes"]]
+                rows.append([form, "" if sites is None else str(sites), *times])
+            lines += table(["form", "places", *map(size, row["shapes"])], rows)
     return lines
 
 
@@ -494,6 +552,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     coverage: ("coverage",),
     lowering: ("lowering",),
     rules: ("opset",),
+    exact: ("exact",),
     smooth: ("smooth",),
     peers: ("peers",),
     kernels: ("kernels",),

@@ -36,8 +36,8 @@ from effc.source import Source
 
 Json = dict[str, Any]
 
-LOWER_PER_TRACE = 0.36
-"""Seconds of writing a node as ONNX and opening the file, per second of tracing one (benchmarks/plan.py)."""
+LOWER_S, LOWER_S_PER_NODE = 1.5, 0.004
+"""Seconds of writing a graph as ONNX and opening the file, as a whole and per node (benchmarks/plan.py)."""
 COPIES = 3.0
 """Copies of the weights that are alive while an engine is written."""
 
@@ -104,12 +104,11 @@ class _Probe:
     def result(self) -> Json:
         for name in ("load", "trace"):
             self._add(name, self.progress.stages[name].seconds, how="measured")
-        trace_s = self.progress.stages["trace"].seconds
         self.rate = self._rate()
-        sizes = [self._target(target, trace_s) for target in self.recipe.targets]
+        sizes = [self._target(target) for target in self.recipe.targets]
         self._verify()
         self._metric()
-        self._bench(trace_s)
+        self._bench()
         total = sum(stage.seconds for stage in self.stages)
         return {
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
@@ -141,7 +140,7 @@ class _Probe:
         engine(feeds)
         return (time.perf_counter() - started) / _values(feeds)
 
-    def _target(self, target: str, trace_s: float) -> int:
+    def _target(self, target: str) -> int:
         """The passes of one target on two batches, and its engine; gives the bytes that it will have."""
         started = time.perf_counter()
         program, _ = self.builder.cleaned(target)
@@ -164,13 +163,15 @@ class _Probe:
                 seconds += count * self.rate * _values(data[-1].inputs) * 1.5
                 need = min(self.left_mb, self._activations_mb(data[-1].inputs))
             self._add(pass_.name, seconds, extra_mb=need, how="probed")
-        growth = sum(1 for _ in program.only().nodes) / max(sum(1 for _ in self.graph.nodes), 1)
-        weights_mb = program.weight_bytes() / 1e6
-        self._add(
-            "lower", LOWER_PER_TRACE * trace_s * growth, extra_mb=COPIES * weights_mb,
-            disk_mb=2 * weights_mb, how="estimated",
-        )  # fmt: skip
+        self._lower("lower", program.only())
         return program.weight_bytes()
+
+    def _lower(self, name: str, graph: Graph) -> None:
+        seconds = LOWER_S + LOWER_S_PER_NODE * sum(1 for _ in graph.nodes)
+        weights_mb = graph.weight_bytes() / 1e6
+        self._add(
+            name, seconds, extra_mb=COPIES * weights_mb, disk_mb=2 * weights_mb, how="estimated"
+        )
 
     def _activations_mb(self, feeds: Mapping[str, Any]) -> float:
         sizes: dict[str, int] = {}
@@ -204,7 +205,7 @@ class _Probe:
         seconds = 2 * (reading + asked.values * self.rate)
         self._add("metric", seconds, extra_mb=2 * asked.most_bytes / 1e6, how="probed")
 
-    def _bench(self, trace_s: float) -> None:
+    def _bench(self) -> None:
         spec = self.recipe.bench
         if spec is None:
             return
@@ -216,10 +217,7 @@ class _Probe:
             measure.longest(self.source, self.graph),
         )
         need = max(self._activations_mb(case.feeds) for case in cases)
-        self._add(
-            "lower (float reference)", LOWER_PER_TRACE * trace_s, extra_mb=COPIES * weights_mb,
-            disk_mb=2 * weights_mb, how="estimated",
-        )  # fmt: skip
+        self._lower("lower (float reference)", self.graph)
         seconds = len(cases) * spec.budget_s * 1.05 + 4
         self._add("bench", seconds, extra_mb=2 * weights_mb + 2 * need, how="given")
 
