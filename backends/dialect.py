@@ -21,6 +21,7 @@ ORT = Dialect(
         "quantized_ops": "only layers with constant weights: quantising additions and norms as well is slower",
         "conv_output": "a convolution without a grid behind it runs in float",
         "conv_bias_int32": "the fused convolution wants its bias on the grid s_x·s_w",
+        "conv_residual": "a residual sum of integers is one kernel, and half of what a convolution net reads",
         "overflow_fix": "x86 kernels without VNNI add two products in 16 bit and saturate; wider weight scales keep "
         "every pair below that, so an engine gives the same sums on every processor (benchmarks/overflow.py)",
     },
@@ -41,6 +42,7 @@ OPENVINO = Dialect(
         "quantized_ops": "only layers with constant weights: quantising additions and norms as well is slower",
         "conv_output": "a convolution is fused with what is in front of it alone; a grid behind it only loses",
         "conv_bias_int32": "the bias is added in float behind the integer sums",
+        "conv_residual": "a residual sum is fused with the convolution in front of it where what it adds is integers",
         "overflow_fix": "kernels without VNNI shift signed codes to unsigned ones and add two products in 16 bit, "
         "which saturate; wider weight scales keep every pair below that",
     },
@@ -56,6 +58,7 @@ ONNX = Dialect(
         "quantized_ops": "layers with constant weights",
         "conv_output": "so that runtimes which fuse on both sides can",
         "conv_bias_int32": "so that runtimes which fuse on both sides can",
+        "conv_residual": "so that runtimes which fuse on both sides can",
         "overflow_fix": "where it will run is not known, and x86 kernels without VNNI saturate",
     },
 )

@@ -22,6 +22,7 @@ class Dialect:
     quantized_ops: tuple[str, ...] = ("linear", "conv1d", "conv2d", "embedding")
     conv_output: bool = True
     conv_bias_int32: bool = True
+    conv_residual: bool = True
     overflow_fix: bool = True
     smooth_gain_db: float | None = None
     """What scaling the channels of an activation must be expected to gain; None where it costs a node at run time."""

@@ -34,6 +34,9 @@ from effc.quant.scheme import Scheme
 aten = torch.ops.aten
 
 ACTIVATIONS_BEHIND_CONV = ("relu", "relu_", "relu6", "hardtanh", "clamp")
+SAME_GRID = ("max_pool2d",)
+"""Operators that give back some of the values that they read: on the grid of those they run on integers."""
+NEVER_NEGATIVE = ("relu", "relu_", "relu6", "sigmoid", "softmax")
 INT16_MAX = 2**15 - 1
 SMALL_EMBEDDING = 0.01
 """An embedding table under this share of the model's bytes stays in float: nothing to gain, something to lose."""
@@ -64,6 +67,8 @@ class Quantize(Pass):
     """Operators to quantise; the target's own list where empty."""
     conv_output: bool | None = None
     conv_bias_int32: bool | None = None
+    conv_residual: bool | None = None
+    """Let residual sums read the integers that a convolution beside them reads."""
     overflow_fix: bool | None = None
     """Widen weight scales so that two neighbouring products always fit in 16 bit (`pair_scale`)."""
 
@@ -78,6 +83,7 @@ class Quantize(Pass):
             ops=self.ops or dialect.quantized_ops,
             conv_output=given(self.conv_output, dialect.conv_output),
             conv_bias_int32=given(self.conv_bias_int32, dialect.conv_bias_int32),
+            conv_residual=given(self.conv_residual, dialect.conv_residual),
             overflow_fix=given(self.overflow_fix, dialect.overflow_fix),
         )
 
@@ -247,6 +253,7 @@ class _Work:
         self.weights: dict[fx.Node, _Quantized] = {}
         self.values: dict[fx.Node, fx.Node] = {}
         self.grids: dict[fx.Node, tuple[float, int]] = {}
+        self.schemes: dict[fx.Node, Scheme] = {}
 
     def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> _Quantized:
         if node in self.weights:
@@ -299,7 +306,22 @@ class _Work:
             return  # it comes off a convolution's grid already
         if value not in self.values:
             self.values[value] = self._pair(value, before=site)
+            if op_name(site).startswith("conv") and self.options.conv_residual:
+                self._share(value, self.values[value])
         site.update_arg(0, self.values[value])
+
+    def _share(self, value: fx.Node, pair: fx.Node) -> None:
+        """Let the residual sums beside a convolution read its integers too: the value itself is then never stored."""
+        codes = pair.args[0]
+        assert isinstance(codes, fx.Node)
+        sums = [n for n in value.users if op_name(n) in ("add", "add_")]
+        order = {node: place for place, node in enumerate(self.graph.fx.nodes)}
+        if not sums or min(order[n] for n in sums) < order[pair]:
+            return
+        for node in sums:
+            node.replace_input_with(value, pair)
+        if list(value.users) == [codes] and self._clamps(value, *self.grids[pair]):
+            codes.update_arg(0, value.args[0])
 
     def _conv(self, site: fx.Node, weight: _Quantized) -> None:
         """Integer bias on the grid s_x·s_w, and a grid behind the layer, where the fused kernel wants them."""
@@ -339,9 +361,17 @@ class _Work:
                 assert isinstance(quantized, fx.Node)
                 quantized.update_arg(0, site)
 
+    def scheme(self, value: fx.Node) -> Scheme:
+        """The grid of a value: one that is never negative needs no sign, and has twice the codes without one."""
+        scheme = self.options._activation
+        positive = op_name(value) in NEVER_NEGATIVE
+        if positive and scheme.signed and scheme.symmetric:
+            return dataclasses.replace(scheme, signed=False)
+        return scheme
+
     def _clamps(self, activation: fx.Node, step: float, zero_point: int) -> bool:
         """Whether the grid behind an activation cuts exactly where the activation does, which then is not needed."""
-        scheme = self.options._activation
+        scheme = self.scheme(activation)
         low, high = (scheme.low - zero_point) * step, (scheme.high - zero_point) * step
         match op_name(activation):
             case "relu" | "relu_":
@@ -357,15 +387,17 @@ class _Work:
         self, value: fx.Node, *, before: fx.Node | None = None, after: fx.Node | None = None
     ) -> fx.Node:
         """`dequantize(quantize(value))`, its grid decided once."""
-        scheme = self.options._activation
         key = value_key(self.graph, self.names, value)
+        source: Any = value.args[0] if op_name(value) in SAME_GRID else None
+        kept = self.grids.get(source)
+        scheme = self.scheme(value) if kept is None else self.schemes[source]
 
         def make() -> list[float | int]:
             low, high = map(steady, self.stats[key].range(scheme))
             scale, zero = qparams(torch.tensor(low), torch.tensor(high), scheme)
             return [float(scale), int(zero)]
 
-        step, zero_point = self.stats.decide(key, make)
+        step, zero_point = kept if kept is not None else self.stats.decide(key, make)
         origin = Origin(key, ("range",))
         stem = self.names.get(value, value.name).replace(":", ".")
         scale = lift(self.graph, f"{stem}_scale", torch.tensor(step, dtype=torch.float32), origin)
@@ -379,5 +411,5 @@ class _Work:
             assert before is not None
             codes = insert(self.graph, before, QUANTIZE, args)
             pair = insert(self.graph, before, DEQUANTIZE, (codes, scale, zero, 0, 0))
-        self.grids[pair] = (step, zero_point)
+        self.grids[pair], self.schemes[pair] = (step, zero_point), scheme
         return pair

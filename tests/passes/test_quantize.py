@@ -23,11 +23,13 @@ from graphs import (
 from torch import nn
 
 import effc
-from effc.backends.dialect import ORT
+from effc.backends import BACKENDS
+from effc.backends.dialect import DIALECTS, ORT
 from effc.calib.data import Batch
 from effc.errors import CalibrationError, PreconditionError
-from effc.ir.edit import rebind
+from effc.ir.edit import rebind, tensor_name
 from effc.ir.program import Origin
+from effc.ir.select import op_name
 from effc.passes.fuse import FoldBatchNorm
 from effc.passes.quantize import Quantize
 from effc.quant.ops import QUANTIZE
@@ -210,6 +212,79 @@ def test_a_convolution_with_relu_runs_in_the_int8_kernel(shape, tmp_path):
     wanted = model(torch.from_numpy(x)).detach()
     with engine(program, tmp_path) as opened:
         assert distance(wanted, opened({"input": x})["output"]) < 0.03
+
+
+class Residual(nn.Module):
+    """Two blocks of convolutions with a sum beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)])
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for first, second in (self.convs[:2], self.convs[2:]):
+            x = torch.relu(x + second(torch.relu(first(x))))
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+def test_residual_sums_read_the_integers_of_the_convolution_beside_them(target, tmp_path):
+    torch.manual_seed(0)
+    shape = (2, 3, 12, 12)
+    program = effc.trace(Residual().eval(), {"x": normal(*shape)})
+    alone = program.clone()
+    quantize(program, batches("x", *shape), dialect=DIALECTS[target])
+    quantize(alone, batches("x", *shape), dialect=DIALECTS[target], conv_residual=False)
+    shared = [n for n in program.only().nodes if op_name(n) == "add"]
+    assert op_name(shared[0].args[0]) == op_name(shared[1].args[0]) == "dequantize"
+    assert ops(program).count("quantize") <= ops(alone).count("quantize")
+    lowered = lower(program, tmp_path, target)
+    assert all(site.int8 for site in lowered.sites)
+    x = {"x": normal(*shape, seed=3)}
+    with BACKENDS[target]().open(lowered, threads=1) as engine:
+        found = engine({"x": x["x"].numpy()})["output"]
+    assert distance(program.run(x)["output"], found) < 0.02
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+def test_a_pool_stays_on_the_grid_of_what_it_reads(target, tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
+    )
+    shape = (2, 3, 16, 16)
+    program = effc.trace(module.eval(), normal(*shape))
+    quantize(program, batches("input", *shape), dialect=DIALECTS[target], conv_output=True)
+    pairs = [n for n in program.only().nodes if op_name(n) == "quantize"]
+    grids = [(n.args[1:5], n.args[0]) for n in pairs]
+    tensors = program.only().tensors()
+    (pooled,) = [g for g, source in grids if op_name(source) == "max_pool2d"]
+    step = tensors[tensor_name(program.only(), pooled[0])]
+    (before,) = [
+        g
+        for g, source in grids
+        if step == tensors[tensor_name(program.only(), g[0])] and g is not pooled
+    ]
+    assert before[2:] == pooled[2:]
+    x = normal(*shape, seed=4)
+    with engine(program, tmp_path, target) as opened:
+        assert (
+            distance(program.run(input=x)["output"], opened({"input": x.numpy()})["output"]) < 0.02
+        )
+        assert distance(module(x).detach(), opened({"input": x.numpy()})["output"]) < 0.05
+
+
+def test_what_is_never_negative_has_no_sign_where_a_grid_has_no_zero_point():
+    shape = (2, 3, 12, 12)
+    program = effc.trace(Residual().eval(), {"x": normal(*shape)})
+    quantize(program, batches("x", *shape), dialect=DIALECTS["openvino"])
+    grids = {
+        op_name(n.args[0]): n.args[3:5] for n in program.only().nodes if op_name(n) == "quantize"
+    }
+    assert grids["relu"] == (0, 255)
+    assert (-128, 127) in grids.values()  # the picture itself
 
 
 def test_a_convolution_that_is_the_output_stays_in_float_and_says_so(tmp_path):

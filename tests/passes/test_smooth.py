@@ -9,7 +9,7 @@ from graphs import Call, Tied, distance, normal
 from torch import nn
 
 import effc
-from effc.backends.dialect import OPENVINO, ORT
+from effc.backends.dialect import ONNX, OPENVINO, ORT
 from effc.calib.collectors import Channels
 from effc.calib.data import Batch
 from effc.errors import CalibrationError
@@ -92,10 +92,11 @@ def test_nothing_is_scaled_where_nothing_is_gained():
     assert list(record.decisions.values()) == [[]]
 
 
-def test_a_target_that_pays_for_it_is_left_alone():
+def test_a_target_that_pays_for_it_asks_for_more_or_is_left_alone():
     program = layers()
-    assert effc.apply(Smooth(), program, data(), dialect=ORT).sites == 0
-    assert effc.apply(Smooth(gain_db=1.0), program, data(), dialect=ORT).sites == 2
+    assert effc.apply(Smooth(), program, data(), dialect=ONNX).sites == 0
+    assert effc.apply(Smooth(), program.clone(), data(), dialect=ORT).sites == 2
+    assert effc.apply(Smooth(gain_db=40.0), program, data(), dialect=ORT).sites == 0
 
 
 def test_a_weight_that_others_read_is_left_alone():
