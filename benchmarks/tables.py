@@ -214,15 +214,14 @@ def _peer(found: Json, name: str, metric: str | None) -> list[str]:
         ms = shape["engine_ms"] if other is None else other["ms"]
         times.append(f"{ms:.2f} ms" + ("" if other is None else f", {ratio(other, other['n'])}"))
     of = found["quality"][name]
-    made = found["made"].get(
-        name, found["made"]["effc, both, gated"] if name.startswith("effc") else None
-    )
-    if name.endswith("all int8"):
-        made = found["made"]["effc, both, all int8"]
-    took = "" if made is None else f"{made['seconds']:.0f} s, {made['peak_mb']:.0f} MB"
+    whole = "effc, both, all int8" if name.endswith("all int8") else "effc, both, gated"
+    made = found["made"].get(name) or (found["made"][whole] if name.startswith("effc") else None)
+    peak = "" if made is None or made["peak_mb"] is None else f", {made['peak_mb']:.0f} MB"
+    took = "" if made is None else f"{made['seconds']:.0f} s{peak}"
     sites = found["int8_sites"].get(name)
     word = name if sites is None else f"{name} ({sites[0]} of {sites[1]} places in integers)"
-    quality = [f"{of['drift']:.3f}", *([f"{of['metric']:.4f}"] if metric else [])]
+    value = f"{of['metric']:.4f}" if "metric" in of else ""
+    quality = [f"{of['drift']:.3f}", *([value] if metric else [])]
     return [word, *times, *quality, took]
 
 
@@ -239,11 +238,15 @@ def _best(found: Json) -> str:
             times = {found["engine"]: shape["engine_ms"]} | {
                 n: o["ms"] for n, o in shape["against"].items()
             }
-            mine = min(times[name] for name in ours)
+            if not any(name in times for name in ours):
+                break
+            mine = min(times[name] for name in ours if name in times)
             other = min(
                 ms for n, ms in times.items() if not n.startswith("effc") and n.startswith(theirs)
             )
             shares.append(other / mine)
+        if not shares:
+            continue
         mean = math.prod(shares) ** (1 / len(shares))
         each = ", ".join(f"{s:.2f}" for s in shares)
         told.append(f"{title} {mean:.2f} ({each})")
