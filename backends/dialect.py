@@ -21,7 +21,7 @@ ORT = Dialect(
         "quantized_ops": "only layers with constant weights: quantising additions and norms as well is slower",
         "conv_output": "a convolution without a grid behind it runs in float",
         "conv_bias_int32": "the fused convolution wants its bias on the grid s_x·s_w",
-        "conv_residual": "a residual sum of integers is one kernel, and half of what a convolution net reads",
+        "conv_residual": "a residual sum of integers is one kernel and reads bytes",
         "overflow_fix": "x86 kernels without VNNI add two products in 16 bit and saturate; wider weight scales keep "
         "every pair below that, so an engine gives the same sums on every processor (benchmarks/overflow.py)",
     },

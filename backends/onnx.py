@@ -25,8 +25,8 @@ from effc.ir.select import module_path, op_name
 from effc.quant.ops import DEQUANTIZE
 
 EXTERNAL_BYTES = 1 << 28
-"""Models above this many bytes keep their weights in a file beside the graph: protobuf ends at 2 GiB, and takes five
-times as long to write 500 MB."""
+"""Models above this many bytes keep their weights in a file beside the graph: protobuf ends at 2 GiB, and is slow
+long before."""
 FILE = "model.onnx"
 DATA = "model.onnx.data"
 

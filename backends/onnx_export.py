@@ -213,6 +213,8 @@ def _say_in_numbers(node: fx.Node) -> None:
     if packet not in (aten.view, aten.reshape, aten.expand, aten.slice):
         return
     source: Any = node.args[0]
+    if source.meta["val"].is_complex() or node.target is aten.view.dtype:
+        return
     if packet is aten.slice:
         given: list[Any] = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
         axis, start, end, step = given

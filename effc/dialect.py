@@ -25,5 +25,5 @@ class Dialect:
     conv_residual: bool = True
     overflow_fix: bool = True
     smooth_gain_db: float | None = None
-    """What scaling the channels of an activation must be expected to gain; None where it costs a node at run time."""
+    """What scaling the channels of an activation must be expected to gain; None where nothing is scaled."""
     reasons: Mapping[str, str] = field(default_factory=dict)

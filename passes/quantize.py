@@ -216,6 +216,15 @@ def _behind(conv: fx.Node) -> fx.Node:
     return conv
 
 
+def _ends_in_conv(node: fx.Node) -> bool:
+    """Whether a convolution reads a value, perhaps behind an activation: it gets a grid anyway."""
+    return any(
+        op_name(reader).startswith("conv")
+        or (op_name(reader) in ACTIVATIONS_BEHIND_CONV and _ends_in_conv(reader))
+        for reader in node.users
+    )
+
+
 def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict[fx.Node, Scheme]:
     """One scheme per weight. A table that is looked up stays in 8 bit per row, whoever else reads it."""
     looked_up = {_weight(n) for n in sites if op_name(n) == "embedding"}
@@ -314,7 +323,7 @@ class _Work:
         """Let the residual sums beside a convolution read its integers too: the value itself is then never stored."""
         codes = pair.args[0]
         assert isinstance(codes, fx.Node)
-        sums = [n for n in value.users if op_name(n) in ("add", "add_")]
+        sums = [n for n in value.users if op_name(n) == "add" and _ends_in_conv(n)]
         order = {node: place for place, node in enumerate(self.graph.fx.nodes)}
         if not sums or min(order[n] for n in sums) < order[pair]:
             return
@@ -364,6 +373,8 @@ class _Work:
     def scheme(self, value: fx.Node) -> Scheme:
         """The grid of a value: one that is never negative needs no sign, and has twice the codes without one."""
         scheme = self.options._activation
+        while op_name(value) in SAME_GRID:
+            value = value.args[0]  # type: ignore[assignment]
         positive = op_name(value) in NEVER_NEGATIVE
         if positive and scheme.signed and scheme.symmetric:
             return dataclasses.replace(scheme, signed=False)

@@ -43,7 +43,8 @@ class Smooth(Pass):
     """Scales channels of the inputs of linear layers by powers of two, and the weights by their inverse.
 
     An activation is left as it is where that is not expected to lower the error of quantisation by `gain_db`. Where
-    that is not given it is the target's: a target that cannot take the scaling into its quantise node leaves all.
+    that is not given it is the target's: little where the scaling costs nothing, more where it is a node of its own;
+    a target that has none is left alone.
     """
 
     name = "smooth"

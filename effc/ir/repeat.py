@@ -10,6 +10,9 @@ cannot be told (a tensor, a hook or an object as an attribute) every layer is tr
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +62,10 @@ class Repeats:
     calls: list[str] = field(default_factory=list)
     like: list[int] = field(default_factory=list)
     _first: dict[Any, tuple[int, pytree.TreeSpec, list[Any]]] = field(default_factory=dict)
+
+    @property
+    def are_copied(self) -> bool:
+        return any(like != call for call, like in enumerate(self.like))
 
     def traced(self, path: str, kind: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward` of the layer at `path` that is traced where it is the first call of its kind, and else one node."""
@@ -117,22 +124,23 @@ def _call_key(kind: int, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
 def marked(module: nn.Module) -> Iterator[Repeats | None]:
     """While this is open, layers that are alike are traced once; see `expand`. None where `module` has none."""
     repeats, changed = Repeats(), []
-    for path, layer, kind in _alike(module):
-        own = type(layer)
-        members = {
-            "forward": repeats.traced(path, kind, own.forward),
-            "__module__": own.__module__,
-            "__qualname__": own.__qualname__,
-        }
-        layer.__class__ = type(own.__name__, (own,), members)
-        changed.append((layer, own))
+    alike = list(_alike(module))
     _shapes.clear()
     try:
+        for path, layer, kind in alike:
+            changed.append((layer, type(layer)))
+            layer.__class__ = _patched(type(layer), repeats.traced(path, kind, type(layer).forward))
         yield repeats if changed else None
     finally:
         for layer, own in changed:
             layer.__class__ = own
         _shapes.clear()
+
+
+def _patched(own: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """A class with another forward; module and name are kept, since the graph says of each node what class it is of."""
+    members = {"forward": forward, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (own,), members)
 
 
 def _alike(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -145,7 +153,7 @@ def _alike(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         entries = [(name, layer, _kind(layer)) for name, layer in part.named_children()]
         numbers = Counter(kind for _, _, kind in entries if kind is not None)
         for name, layer, kind in entries:
-            if kind is None or numbers[kind] < FEWEST:
+            if kind is None or numbers[kind] < FEWEST or id(layer) in inside:
                 continue
             inside.update(map(id, layer.modules()))
             yield f"{path}.{name}" if path else name, layer, kinds.setdefault(kind, len(kinds))
@@ -153,12 +161,16 @@ def _alike(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 def _kind(layer: nn.Module) -> Any:
     """Equal for layers that compute the same but for the values of their tensors; None where that cannot be told."""
+    if isinstance(layer, nn.ModuleList | nn.ModuleDict):  # never called itself
+        return None
     parts: list[Any] = []
     for path, part in layer.named_modules(remove_duplicate=False):
         own = part.__dict__
         if "forward" in own or any(own[hooks] for hooks in own if hooks.endswith("hooks")):
             return None
-        described = _plain({k: v for k, v in own.items() if k not in _BASE and k not in NUMBER})
+        described = _plain(
+            {k: v for k, v in own.items() if k not in _BASE and not _only_numbers(part, k)}
+        )
         if described is None:
             return None
         parts.append((path, type(part), described))
@@ -176,8 +188,23 @@ def _kind(layer: nn.Module) -> Any:
 
 _BASE = set(nn.Module().__dict__)
 NUMBER = {"layer_idx", "layer_id", "layer_index", "layer_number"}
-"""Attributes that number a layer, for a cache to know it by. One that computes with it is found when the traced graph
-is compared with the module."""
+"""Attributes that number a layer, for a cache to know it by."""
+
+
+def _only_numbers(part: nn.Module, name: str) -> bool:
+    """Whether an attribute numbers a layer and its class reads it to update a cache at most."""
+    kind: Any = type(part)
+    return name in NUMBER and _is_cache_key(kind, name)
+
+
+@functools.cache
+def _is_cache_key(kind: Any, name: str) -> bool:
+    try:
+        text = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return False
+    text = re.sub(r"\.update\([^()]*\)", "", text)
+    return f"self.{name}" not in re.sub(rf"self\.{name} = {name}\b", "", text)
 
 
 def _plain(value: Any) -> Any:
