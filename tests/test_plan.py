@@ -123,7 +123,7 @@ def test_a_plan_names_every_stage_and_writes_nothing(tmp_path):
     found = json.loads(file.read_text())
     names = [s["name"] for s in found["stages"]]
     assert names == [
-        "load", "trace", "exact passes", "quantize", "lower", "verify", "metric",
+        "load", "trace", "exact passes", "smooth", "quantize", "lower", "verify", "metric",
         "lower (float reference)", "bench",
     ]  # fmt: skip
     assert all(s["seconds"] >= 0 and s["memory_mb"] > 0 for s in found["stages"])
@@ -143,10 +143,14 @@ def test_a_plan_says_how_large_the_engine_will_be(tmp_path):
 @pytest.mark.slow
 def test_a_plan_of_recorded_decisions_needs_no_data(tmp_path):
     decisions = json.loads((made().out / "decisions.json").read_text())
-    data = {"source": {"transformers": str(made().model)}, "passes": ["quantize"], "bench": False}
+    data = {
+        "source": {"transformers": str(made().model)},
+        "passes": ["smooth", "quantize"],
+        "bench": False,
+    }
     replayed = recipe.build(data, replayed=True)
     found = plan.plan(replayed, tmp_path / "OUT", progress=Progress(), decisions=decisions)
-    assert [s["name"] for s in found["stages"]][3] == "quantize"
+    assert [s["name"] for s in found["stages"]][3:5] == ["smooth", "quantize"]
 
 
 @pytest.mark.slow
