@@ -25,6 +25,7 @@ from torch.fx.experimental import _config
 
 from effc import quiet as loggers
 from effc.backends.onnx_simplify import simplify
+from effc.ir.edit import sizes_of
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 
 op: Any = opset21
@@ -222,10 +223,11 @@ def _say_in_numbers(node: fx.Node) -> None:
         if all(isinstance(b, int) for b in bounds) and not node.kwargs:
             node.target, node.args = cut, (source, *bounds)
         return
+    old, new = (sizes_of(n.meta["val"].shape) for n in (source, node))
     if packet is aten.expand:
-        target, shape = expand, _expanded(_sizes(source), _sizes(node))
+        target, shape = expand, _expanded(old, new)
     else:
-        target, shape = reshape, _reshaped(_sizes(source), _sizes(node))
+        target, shape = reshape, _reshaped(old, new)
     if shape is not None:
         node.target, node.args, node.kwargs = target, (source, shape), {}
 
@@ -244,11 +246,6 @@ def _expanded(old: Sequence[Any], new: Sequence[Any]) -> list[int] | None:
     padded = [1] * (len(new) - len(old)) + list(old)
     shape = [1 if a == b else b for a, b in zip(padded, new, strict=True)]
     return shape if all(isinstance(size, int) for size in shape) else None
-
-
-def _sizes(node: fx.Node) -> list[Any]:
-    """Numbers, and an expression of symbols for every size that is free."""
-    return [s if isinstance(s, int) else s.node.expr for s in node.meta["val"].shape]
 
 
 @functools.cache

@@ -301,7 +301,8 @@ class Builder:
 
     def _lower(self, built: Built, place: Path) -> list[Lowered]:
         asked = self.recipe.target_options.get(built.target)
-        backend = BACKENDS[built.target](*([] if asked is None else [asked]))
+        kind = BACKENDS[built.target]
+        backend = kind() if asked is None else kind(asked)
         roles = list(built.program.graphs)
         made = []
         for graph in built.program:

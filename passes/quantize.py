@@ -324,8 +324,7 @@ class _Work:
         codes = pair.args[0]
         assert isinstance(codes, fx.Node)
         sums = [n for n in value.users if op_name(n) == "add" and _ends_in_conv(n)]
-        order = {node: place for place, node in enumerate(self.graph.fx.nodes)}
-        if not sums or min(order[n] for n in sums) < order[pair]:
+        if any(n < pair for n in sums):
             return
         for node in sums:
             node.replace_input_with(value, pair)

@@ -247,14 +247,15 @@ class _Shapes:
     def _found(self, value: Any) -> Any:
         leaves, spec = pytree.tree_flatten(value)
         return str(spec), *(
-            (_sizes(x.shape), _sizes(x.stride()), x.dtype, x.device)
+            (sizes_of(x.shape), sizes_of(x.stride()), x.dtype, x.device)
             if isinstance(x, Tensor)
             else (type(x), str(x))
             for x in leaves
         )
 
 
-def _sizes(sizes: Sequence[Any]) -> tuple[Any, ...]:
+def sizes_of(sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes to compare: numbers, and an expression of symbols for every one that is free."""
     return tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
 
 

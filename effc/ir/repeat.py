@@ -232,7 +232,10 @@ def _plain(value: Any) -> Any:
 
 
 def expand(exported: ExportedProgram, repeats: Repeats) -> None:
-    """Put a copy of the layer that it repeats in the place of every opaque node. Raises Unlike where that cannot be."""
+    """Put a copy of the layer that it repeats in the place of every opaque node. Raises Unlike where that cannot be.
+
+    Where there is one, nothing in the graph writes into tensors or holds a graph of its own.
+    """
     graph = exported.graph
     marks: dict[tuple[str, int], fx.Node] = {}
     for node in graph.nodes:
@@ -244,12 +247,13 @@ def expand(exported: ExportedProgram, repeats: Repeats) -> None:
         if call != like:
             lifted.check(repeats.calls[like], repeats.calls[call])
     bodies: dict[int, list[fx.Node]] = {}
-    for (place, call), enter in marks.items():
-        if place == "enter":
-            leave = marks.get(("leave", call))
-            if leave is None:  # nobody reads what the layer returns
-                raise Unlike(repeats.calls[call])
-            bodies[call] = [n for n in graph.nodes if order[enter] < order[n] < order[leave]]
+    for like in {like for call, like in enumerate(repeats.like) if call != like}:
+        enter, leave = marks["enter", like], marks.get(("leave", like))
+        if leave is None:  # nobody reads what the layer returns
+            raise Unlike(repeats.calls[like])
+        bodies[like] = [n for n in graph.nodes if order[enter] < order[n] < order[leave]]
+        if any(free_unbacked_symbols(n.meta.get("val")) for n in bodies[like]):
+            raise Unlike(repeats.calls[like])  # values decide sizes
     for (place, call), again in marks.items():
         if place == "again":
             like = repeats.like[call]
@@ -321,8 +325,6 @@ class _Copier:
         given: Any = again.args[0]
         self._made |= {user: given[user.args[1]] for user in enter.users}
         for node in body:
-            if not _can_repeat(node):
-                raise Unlike(self._new)
             if node in self._made or _is_size(node):
                 continue
             with again.graph.inserting_before(again):
@@ -360,11 +362,3 @@ def _is_size(node: fx.Node) -> bool:
     """Whether a node is a number that only shapes decide, the same for every layer, or an assertion."""
     value = node.meta.get("val")
     return value is None or isinstance(value, int | torch.SymInt | torch.SymBool | torch.SymFloat)
-
-
-def _can_repeat(node: fx.Node) -> bool:
-    """Not what writes into tensors, holds a graph of its own, or has a size that values decide."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or (schema is not None and schema.is_mutable):
-        return False
-    return not free_unbacked_symbols(node.meta.get("val"))

@@ -103,10 +103,10 @@ def _export_repeating(
             if repeats is None:
                 return None
             exported = _exported(module, feeds, dims)
+        if repeats.are_copied and _needs_functional(exported):
+            return None
         repeat.expand(exported, repeats)
-        if repeats.are_copied and (
-            _needs_functional(exported) or not _computes_as(exported, module, feeds)
-        ):
+        if repeats.are_copied and not _computes_as(exported, module, feeds):
             return None
         return _functional(exported)
     except Exception as error:  # whatever is wrong with the model itself is found again
