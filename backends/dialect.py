@@ -15,7 +15,7 @@ ORT = Dialect(
     reasons={
         "opset": "23 keeps attention one operator; benchmarks/opset.py measures it against 21",
         "smooth_gain_db": "the scaling is a multiplication of its own, and a scale per channel in the quantise node is "
-        "slower still: it is for the few activations that gain much (benchmarks/smooth.py)",
+        "slower still: it is for the few activations that gain much (benchmarks/ranges.py)",
         "activation": "uint8 with a zero point: the x86 kernels multiply unsigned by signed, int8 activations fall "
         "to slower ones",
         "quantized_ops": "only layers with constant weights: quantising additions and norms as well is slower",

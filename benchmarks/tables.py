@@ -164,22 +164,22 @@ def lowering() -> list[str]:
     return lines
 
 
-def smooth() -> list[str]:
-    lines = ["## What scaling channels is worth (benchmarks/smooth.py)", ""]
-    for found in results("smooth"):
+def ranges() -> list[str]:
+    lines = ["## What each way to choose ranges is worth (benchmarks/ranges.py)", ""]
+    lines += ["Each arm has what those above it have; `smooth` says how many layers it scaled.", ""]
+    for found in results("ranges"):
         lines += [circumstances(found), ""]
         rows = [
             [
+                r["model"],
                 r["target"],
-                f"{r['sites']} layers" if r["smooth"] else "off",
+                f"{r['arm']}, {r['smooth_sites']} layers" if r["arm"] == "smooth" else r["arm"],
                 f"{r['drift']:.3f}",
                 f"{metric_row(r['metric'])} {r['metric']['verdict']}",
             ]
             for r in found["rows"]
         ]
-        lines += table(
-            ["target", "`smooth`", "drift (relative L2, held out)", "STS-B Spearman"], rows
-        )
+        lines += table(["model", "target", "arm", "drift (relative L2, held out)", "metric"], rows)
     return lines
 
 
@@ -556,7 +556,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     lowering: ("lowering",),
     rules: ("opset",),
     exact: ("exact",),
-    smooth: ("smooth",),
+    ranges: ("ranges",),
     peers: ("peers",),
     kernels: ("kernels",),
     overflow: ("overflow",),

@@ -91,33 +91,36 @@ class MinMax:
 
 
 class Channels:
-    """Smallest, largest and mean square of every channel, the last axis."""
+    """Smallest, largest, mean and mean square of every channel, which is the last axis where no other is named."""
 
-    def __init__(self) -> None:
-        self.low = self.high = self.squares = np.zeros(0)
+    def __init__(self, axis: int = -1) -> None:
+        self.axis = axis
+        self.low = self.high = self.sums = self.squares = np.zeros(0)
         self.count = 0
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         if mask is not None:
             x = x[mask.bool()]
-        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+        x = x.detach().movedim(self.axis, -1)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
         if not len(rows):
             return
         _ends(rows.reshape(-1))
         seen = Channels()
         seen.low, seen.high = rows.amin(0).numpy(), rows.amax(0).numpy()
-        seen.squares, seen.count = rows.square().sum(0).numpy(), len(rows)
+        seen.sums, seen.squares = rows.sum(0).numpy(), rows.square().sum(0).numpy()
+        seen.count = len(rows)
         made = self.merge(seen)
-        self.low, self.high, self.squares, self.count = (
-            made.low, made.high, made.squares, made.count,
-        )  # fmt: skip
+        self.low, self.high, self.count = made.low, made.high, made.count
+        self.sums, self.squares = made.sums, made.squares
 
     def merge(self, other: Channels) -> Channels:
         if not self.count or not other.count:
             return other if other.count else self
         made = Channels()
         made.low, made.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
-        made.squares, made.count = self.squares + other.squares, self.count + other.count
+        made.sums, made.squares = self.sums + other.sums, self.squares + other.squares
+        made.count = self.count + other.count
         return made
 
     def steady(self) -> tuple[Array, Array, Array]:
@@ -125,6 +128,11 @@ class Channels:
         values = (self.low, self.high, self.squares / max(self.count, 1))
         low, high, squares = (np.array([steady(float(v)) for v in each]) for each in values)
         return low, high, squares
+
+    def mean(self) -> Array:
+        """The mean of every channel, [channels]."""
+        found: Array = self.sums / max(self.count, 1)
+        return found
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         return (float(self.low.min()), float(self.high.max())) if self.count else (0.0, 0.0)

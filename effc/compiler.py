@@ -16,7 +16,6 @@ from typing import Any
 from effc import cache, gate, measure, metrics, package, report, search
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered
-from effc.backends.dialect import DIALECTS
 from effc.build import Builder, Built, graph_digest, versions
 from effc.cache import Cache
 from effc.errors import GateRefused, LoweringError, SourceError, UsageError
@@ -123,16 +122,11 @@ def from_flags(
     options = QUANTIZE_WORDS[quantize]
     if options is not None:
         data["passes"] = [{"pass": "quantize", **options}]
-        if options.get("activation_bits", 8) != 16 and _smooths(data["targets"]):
+        if options.get("activation_bits", 8) != 16:
             data["passes"].insert(0, "smooth")
     if metric is not None:
         data["metric"] = metric
     return data
-
-
-def _smooths(targets: Sequence[str]) -> bool:
-    """Whether a target gains by the scaling of channels."""
-    return any(t in DIALECTS and DIALECTS[t].smooth_gain_db is not None for t in targets)
 
 
 def run(

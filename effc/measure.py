@@ -246,6 +246,9 @@ def time_engine(
     with _torch_threads(threads), scratch.held() as place:
         runtime = lowered.target if lowered.files else "ort"
         exported = exported or plain_export(graph, place, runtime)
+        if runtime == lowered.target:  # opened the same way, but for what the engine is to gain by
+            shared = {k: v for k, v in lowered.options.items() if k != "precision"}
+            exported = dataclasses.replace(exported, options=shared)
         openers = {
             "engine": opener(lowered, threads),
             "float": opener(exported, threads),

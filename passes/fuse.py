@@ -230,7 +230,9 @@ def _fuse_side_by_side(graph: Graph, layers: Sequence[fx.Node]) -> None:
         parts: list[Any] = [layer.args[place] for layer in layers]
         names = [tensor_name(graph, part) or "" for part in parts]
         joined = torch.cat([tensor_of(graph, part).detach() for part in parts])
-        tensors.append(lift(graph, names[0], joined, Origin("+".join(names), ("concatenate",))))
+        origins = [graph.origins[name] for name in names]
+        source, done = "+".join(o.source for o in origins), origins[0].transforms
+        tensors.append(lift(graph, names[0], joined, Origin(source, (*done, "concatenate"))))
     sizes = [layer.meta["val"].shape[-1] for layer in layers]
     fused = insert(graph, first, aten.linear.default, (first.args[0], *tensors))
     split = insert(graph, first, aten.split_with_sizes.default, (fused, sizes, -1))

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from effc.calib.collectors import COLLECTORS
+from effc.calib.collectors import COLLECTORS, Channels
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
 from effc.errors import PreconditionError
@@ -27,7 +27,8 @@ from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import Select, op_name, site_names, value_key
 from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
-from effc.quant.affine import qparams, quantize, steady, weight_qparams
+from effc.quant.affine import dequantize, qparams, quantize, steady, weight_qparams
+from effc.quant.channels import channels, columns
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.quant.scheme import Scheme
 
@@ -48,7 +49,8 @@ class Quantize(Pass):
 
     `activation_bits` 16 leaves activations in float (weight-only). `group` splits each weight row into blocks with
     a scale each, for weight-only kernels. `range` chooses activation ranges: `mse` (least squared error),
-    `percentile`, or `minmax`; `weight_range` does it for weights.
+    `percentile`, or `minmax`; `weight_range` does it for weights. `bias_correction` adds to every bias what rounding
+    the weights takes from the mean of the layer's output (Nagel et al. 2019, section 4.2): b + (W - Ŵ) E[x].
     """
 
     name = "quantize"
@@ -60,6 +62,7 @@ class Quantize(Pass):
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
     weight_range: Literal["minmax", "mse"] = "minmax"
     group: Annotated[int, Field(ge=1)] | None = None
+    bias_correction: bool = False
     select: Select = field(default_factory=Select)
     activation_signed: bool | None = None
     activation_symmetric: bool | None = None
@@ -98,7 +101,7 @@ class Quantize(Pass):
 
     @property
     def measures(self) -> bool:
-        return self._static
+        return self._static or self.bias_correction
 
     @property
     def _static(self) -> bool:
@@ -144,14 +147,17 @@ class Quantize(Pass):
         return [n for n in self.select.sites(graph) if op_name(n) in ops and _fits(graph, n, floor)]
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
-        if not self._static:
-            return
         names = site_names(graph)
         for node in self.sites(graph):
             if op_name(node) == "embedding":
                 continue
             value = node.args[0]
             assert isinstance(value, fx.Node)
+            if self.bias_correction and _constant_bias(graph, node) is not None:
+                axis = 1 if op_name(node).startswith("conv") else -1
+                yield Probe(key=mean_key(graph, names, value), node=value, collector=Channels(axis))
+            if not self._static:
+                continue
             yield Probe(
                 key=value_key(graph, names, value),
                 node=value,
@@ -181,6 +187,8 @@ class Quantize(Pass):
             if op_name(node) == "embedding":
                 work.embedding(node, weight)
                 continue
+            if self.bias_correction:
+                work.correct_bias(node, weight)
             if self._static:
                 work.input(node)
             work.layer(node, weight)
@@ -205,6 +213,16 @@ def _weight(node: fx.Node) -> fx.Node:
     place = 0 if op_name(node) == "embedding" else 1
     weight = node.args[place]
     return weight  # type: ignore[return-value]  # `_fits` has seen to it that a site's is a node
+
+
+def _constant_bias(graph: Graph, site: fx.Node) -> fx.Node | None:
+    bias = site.args[2] if len(site.args) > 2 else None
+    return bias if isinstance(bias, fx.Node) and is_constant(graph, bias) else None
+
+
+def mean_key(graph: Graph, names: dict[fx.Node, str], value: fx.Node) -> str:
+    """What the mean of every channel of a value stands under."""
+    return f"{value_key(graph, names, value)}:mean"
 
 
 def _behind(conv: fx.Node) -> fx.Node:
@@ -263,6 +281,11 @@ class _Work:
         self.values: dict[fx.Node, fx.Node] = {}
         self.grids: dict[fx.Node, tuple[float, int]] = {}
         self.schemes: dict[fx.Node, Scheme] = {}
+        self.means = {
+            site: mean_key(graph, names, site.args[0])  # type: ignore[arg-type]
+            for site in pass_.sites(graph)
+        }
+        """By site, where the channel means of what it reads stand."""
 
     def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> _Quantized:
         if node in self.weights:
@@ -300,6 +323,22 @@ class _Work:
         result = insert(self.graph, site, aten.mul.Tensor, (wide, scales))
         self.names[result] = self.names[site]  # ranges were measured under this name
         replace(self.graph, site, result)
+
+    def correct_bias(self, site: fx.Node, weight: _Quantized) -> None:
+        """Give the mean of the layer's output back what rounding the weights takes from it."""
+        bias, key = _constant_bias(self.graph, site), self.means[site]
+        if bias is None:
+            return
+        means = self.stats.decide(key, lambda: [steady(float(m)) for m in self.stats[key].mean()])
+        original = tensor_of(self.graph, _weight(site))
+        codes, zero = (tensor_of(self.graph, part) for part in (weight.codes, weight.zero_point))
+        lost = columns(original - dequantize(codes, weight.scales, zero, weight.scheme)).double()
+        mean = torch.tensor(means, dtype=torch.float64)[channels(original, len(means))]
+        made = tensor_of(self.graph, bias).double() + (lost.sum(2) * mean).sum(1)
+        name = tensor_name(self.graph, bias) or ""
+        origin = self.graph.origins[name]
+        origin = Origin(origin.source, (*origin.transforms, "bias correction"))
+        site.update_arg(2, lift(self.graph, f"{name}_corrected", made.to(torch.float32), origin))
 
     def layer(self, site: fx.Node, weight: _Quantized) -> None:
         group = weight.scheme.group or 0

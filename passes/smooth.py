@@ -6,6 +6,8 @@ One grid for a whole activation gives a channel that is small beside the others 
 are alike, and the weights, which have a scale per output, take it up. Here every s_j is a power of two: nothing is
 rounded, so the graph computes the same numbers, and the few decisions are small integers. α is chosen for each
 activation by the error that quantisation is expected to make.
+
+Where a norm or a layer in front can take up the 1 / s, it does, and nothing is computed more (`absorb`).
 """
 
 from __future__ import annotations
@@ -26,25 +28,41 @@ from effc.dialect import Dialect
 from effc.ir.edit import insert, is_constant, lift, rebind, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin
 from effc.ir.select import Select, op_name, site_names, value_key
+from effc.passes.absorb import owners
 from effc.passes.base import Pass, Stats
+from effc.quant.channels import channels, columns
 
 aten = torch.ops.aten
 
+LAYERS = ("linear", "conv1d", "conv2d")
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """α: how much of the unevenness goes into the weights."""
 MOST_POWER = 12
 """No channel is scaled by more than 2¹² or less than 2⁻¹²."""
 CODES = 127
 """Steps of a symmetric 8-bit grid on either side of zero."""
+FREE_GAIN_DB = 1.0
+"""What a scaling that costs nothing is to gain at least; for less the weights are left as they are."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An activation, the axis of its channels, the layers that read it, and the constants that take up 1 / s."""
+
+    value: fx.Node
+    axis: int
+    layers: list[fx.Node]
+    owners: list[fx.Node]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smooth(Pass):
-    """Scales channels of the inputs of linear layers by powers of two, and the weights by their inverse.
+    """Scales channels of the inputs of linear layers and convolutions by powers of two, and weights by the inverse.
 
-    An activation is left as it is where that is not expected to lower the error of quantisation by `gain_db`. Where
-    that is not given it is the target's: little where the scaling costs nothing, more where it is a node of its own;
-    a target that has none is left alone.
+    It costs nothing where the norm or the layer in front takes it up (cross-layer equalisation); else it is a
+    multiplication, for linear layers only. That is left out where it is not expected to lower the error of
+    quantisation by `gain_db`. Where that is not given it is the target's: little where the runtime fuses the
+    multiplication, more where it does not; a target that has none gets no multiplication.
     """
 
     name = "smooth"
@@ -63,67 +81,84 @@ class Smooth(Pass):
         return True
 
     def sites(self, graph: Graph) -> list[fx.Node]:
-        """The linear layers whose input may be scaled, in order of execution."""
-        return [layer for layers in self._readers(graph).values() for layer in layers]
+        """The layers whose input may be scaled, in order of execution."""
+        return [layer for place in self._places(graph) for layer in place.layers]
 
-    def _readers(self, graph: Graph) -> dict[fx.Node, list[fx.Node]]:
-        """By activation, the layers that read it, each with a weight of its own."""
-        if self.gain_db is None:
-            return {}
-        found: dict[fx.Node, list[fx.Node]] = {}
+    def _places(self, graph: Graph) -> list[_Place]:
+        """The activations that may be scaled, with the layers that read them, each of which has a weight of its own."""
+        found: dict[tuple[fx.Node, int], list[fx.Node]] = {}
         for node in self.select.sites(graph):
-            if op_name(node) != "linear" or not _has_own_weight(graph, node):
+            value = node.args[0] if node.args else None
+            if op_name(node) not in LAYERS or not isinstance(value, fx.Node):
                 continue
-            value = node.args[0]
-            assert isinstance(value, fx.Node)
-            found.setdefault(value, []).append(node)
-        return found
+            if _has_own_weight(graph, node) and _has_batch(node):
+                axis = 1 if op_name(node).startswith("conv") else -1
+                found.setdefault((value, axis), []).append(node)
+        places = [
+            _Place(v, axis, layers, owners(graph, v, axis) if set(v.users) == set(layers) else [])
+            for (v, axis), layers in found.items()
+        ]
+        return [p for p in places if p.owners or (p.axis == -1 and self.gain_db is not None)]
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
         names = site_names(graph)
-        for value in self._readers(graph):
-            yield Probe(key=value_key(graph, names, value), node=value, collector=Channels())
+        for place in self._places(graph):
+            key = value_key(graph, names, place.value)
+            yield Probe(key=key, node=place.value, collector=Channels(place.axis))
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         names, changed = site_names(graph), 0
-        for value, layers in self._readers(graph).items():
-            weights = [tensor_of(graph, layer.args[1]) for layer in layers]  # type: ignore[arg-type]
-            key = value_key(graph, names, value)
-            powers = stats.decide(key, partial(self._powers, stats, key, weights))
+        for place in self._places(graph):
+            weights = [tensor_of(graph, layer.args[1]) for layer in place.layers]  # type: ignore[arg-type]
+            key = value_key(graph, names, place.value)
+            gain = self.gain_db if self.gain_db is not None else FREE_GAIN_DB
+            if place.owners:
+                gain = min(gain, FREE_GAIN_DB)
+            powers = stats.decide(key, partial(_powers, stats, key, weights, gain))
             if not powers:
                 continue
-            self._scale(graph, key, value, layers, torch.tensor(powers, dtype=torch.float32))
-            changed += len(layers)
+            self._scale(graph, key, place, torch.tensor(powers, dtype=torch.float32))
+            changed += len(place.layers)
         return changed
 
-    def _powers(self, stats: Stats, key: str, weights: Sequence[Tensor]) -> list[int]:
-        """The exponent of every channel's s; empty where it is not worth it."""
-        assert self.gain_db is not None
-        low, high, squares = (torch.from_numpy(v) for v in stats[key].steady())
-        plain = torch.zeros_like(low)
-        least, best = expected_error(low, high, squares, weights, plain), plain
-        bound = least * 10 ** (-self.gain_db / 10)
-        sizes = torch.maximum(high, -low).clamp(min=1e-5)
-        columns = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double().clamp(min=1e-5)
-        for strength in STRENGTHS:
-            wanted = strength * sizes.log2() - (1 - strength) * columns.log2()
-            powers = (wanted - wanted.mean()).round().clamp(-MOST_POWER, MOST_POWER)
-            error = expected_error(low, high, squares, weights, powers)
-            if error < least:
-                least, best = error, powers
-        return [int(p) for p in best] if least < bound else []
-
-    def _scale(
-        self, graph: Graph, key: str, value: fx.Node, layers: Sequence[fx.Node], powers: Tensor
-    ) -> None:
-        name = key.partition("/")[2].replace(":", ".")
-        inverse = lift(graph, f"{name}_smooth", torch.exp2(-powers), Origin(key, ("smooth",)))
-        scaled = insert(graph, layers[0], aten.mul.Tensor, (value, inverse))
-        for layer in layers:
+    def _scale(self, graph: Graph, key: str, place: _Place, powers: Tensor) -> None:
+        for layer in place.layers:
             weight: Any = layer.args[1]
-            made = tensor_of(graph, weight) * torch.exp2(powers)
+            tensor = tensor_of(graph, weight)
+            factors = torch.exp2(powers)[channels(tensor, len(powers))]
+            made = tensor * factors.reshape(*factors.shape, *[1] * (tensor.dim() - 2))
             rebind(graph, tensor_name(graph, weight) or "", made, "smooth")
-            layer.update_arg(0, scaled)
+        for owner in place.owners:
+            tensor = tensor_of(graph, owner)
+            made = tensor * torch.exp2(-powers).reshape(-1, *[1] * (tensor.dim() - 1))
+            rebind(graph, tensor_name(graph, owner) or "", made, "smooth")
+        if not place.owners:
+            name = key.partition("/")[2].replace(":", ".")
+            inverse = lift(graph, f"{name}_smooth", torch.exp2(-powers), Origin(key, ("smooth",)))
+            scaled = insert(graph, place.layers[0], aten.mul.Tensor, (place.value, inverse))
+            for layer in place.layers:
+                layer.update_arg(0, scaled)
+
+
+def _powers(stats: Stats, key: str, weights: Sequence[Tensor], gain_db: float) -> list[int]:
+    """The exponent of every channel's s; empty where it is not worth it."""
+    low, high, squares = (torch.from_numpy(v) for v in stats[key].steady())
+    plain = torch.zeros_like(low)
+    least, best = expected_error(low, high, squares, weights, plain), plain
+    bound = least * 10 ** (-gain_db / 10)
+    sizes = torch.maximum(high, -low).clamp(min=1e-5)
+    largest = torch.zeros_like(low)
+    for weight in weights:
+        index, found = channels(weight, len(low)), columns(weight).abs().amax(2).double()
+        largest.scatter_reduce_(0, index.reshape(-1), found.reshape(-1), "amax")
+    largest = largest.clamp(min=1e-5)
+    for strength in STRENGTHS:
+        wanted = strength * sizes.log2() - (1 - strength) * largest.log2()
+        powers = (wanted - wanted.mean()).round().clamp(-MOST_POWER, MOST_POWER)
+        error = expected_error(low, high, squares, weights, powers)
+        if error < least:
+            least, best = error, powers
+    return [int(p) for p in best] if least < bound else []
 
 
 def expected_error(
@@ -134,16 +169,26 @@ def expected_error(
     step²/12 a value, for the grid of x / s and that of every row of W · s:
 
         Σ_ij (step_x · W_ij s_j)² / 12  +  Σ_i step_i² / 12 · Σ_j E[x_j²] / s_j²
+
+    Weights are [out, in / groups, …]; of a convolution every place of the kernel is one more column.
     """
     scale = torch.exp2(powers)
+    inner = squares / scale.square()
     step = float(torch.maximum((high / scale).amax(), -(low / scale).amin())) / CODES
     noise = 0.0
     for weight in weights:
-        scaled = weight.double() * scale
-        steps = scaled.abs().amax(1) / CODES
+        index, parts = channels(weight, len(scale)), columns(weight).double()
+        scaled = parts * scale[index][..., None]
+        steps = scaled.abs().amax((1, 2)) / CODES
         noise += step**2 / 12 * float(scaled.square().sum())
-        noise += float(steps.square().sum()) / 12 * float((squares / scale.square()).sum())
+        noise += float((steps.square() * inner[index].sum(1)).sum()) / 12 * parts.shape[2]
     return noise
+
+
+def _has_batch(layer: fx.Node) -> bool:
+    """Whether the channels of a convolution's input are its second axis: one picture may come without a batch."""
+    ranks = [part.meta["val"].dim() for part in layer.args[:2]]  # type: ignore[union-attr]
+    return op_name(layer) == "linear" or ranks[0] == ranks[1]
 
 
 def _has_own_weight(graph: Graph, layer: fx.Node) -> bool:
