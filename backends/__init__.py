@@ -33,6 +33,7 @@ BACKENDS = _Backends(
         "eager": "effc.backends.eager:Eager",
         "onnx": "effc.backends.onnx:Onnx",
         "openvino": "effc.backends.openvino:OpenVino",
+        "tensorrt": "effc.backends.tensorrt:TensorRt",
         "ort": "effc.backends.ort:Ort",
     },
     error=RecipeError,

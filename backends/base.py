@@ -128,8 +128,27 @@ class Backend(Protocol):
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Engine: ...
 
+    def obstacle(self) -> str | None:
+        """Why this machine cannot run its engines, nor time them; None where it can."""
+
+    def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Engine:
+        """What computes the same numbers on a machine that cannot run the engine."""
+
     def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
         """Peak resident memory, in MB, of a process of the plain runtime that runs `feeds` through an engine."""
+
+
+class BackendBase:
+    """The half of a backend that runs wherever its runtime is installed."""
+
+    def obstacle(self) -> str | None:
+        return None
+
+    def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Any:
+        return self.open(lowered, threads=threads)
+
+    def open(self, lowered: Lowered, *, threads: int | None = None) -> Any:
+        raise NotImplementedError
 
 
 # What backends with a runtime of their own say alike

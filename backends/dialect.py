@@ -48,6 +48,28 @@ OPENVINO = Dialect(
     },
 )
 
+TENSORRT = Dialect(
+    name="tensorrt",
+    opset=23,
+    activation=Scheme(bits=8, signed=True, symmetric=True, narrow=False),
+    quantized_ops=("linear", "conv1d", "conv2d"),
+    conv_output=False,
+    conv_bias_int32=False,
+    conv_residual=False,
+    overflow_fix=False,
+    reasons={
+        "opset": "23 keeps attention one operator, for which there are kernels in 16 bit; it is decomposed at 21 where "
+        "the builder has none for the sizes",
+        "activation": "int8 with zero point 0: the parser refuses any other",
+        "quantized_ops": "products and convolutions; a table that is looked up stays in 16 bit, for which there is a "
+        "kernel",
+        "conv_output": "the builder fuses what is behind a convolution itself",
+        "conv_bias_int32": "the bias is added in float behind the integer sums",
+        "conv_residual": "the builder places residual sums itself",
+        "overflow_fix": "sums are of 32 bit on every GPU",
+    },
+)
+
 ONNX = Dialect(
     name="onnx",
     opset=21,
@@ -71,5 +93,5 @@ EAGER = Dialect(
 )
 
 DIALECTS = Table("target", {}, error=RecipeError)
-for _dialect in (ORT, OPENVINO, ONNX, EAGER):
+for _dialect in (ORT, OPENVINO, TENSORRT, ONNX, EAGER):
     DIALECTS.add(_dialect.name, _dialect)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from effc.backends.base import Array, EngineBase, Lowered, Port, Unsupported
+from effc.backends.base import Array, BackendBase, EngineBase, Lowered, Port, Unsupported
 from effc.ir.program import Graph
 from effc.ir.show import shape_words
 from effc.ir.trace import evaluating, output_names
@@ -93,7 +93,7 @@ class ModuleEngine(EngineBase):
         return {p.name: found[p.name].numpy() for p in self.outputs}
 
 
-class Eager:
+class Eager(BackendBase):
     """Runs the rewritten graph in torch, for looking at a pass without any engine."""
 
     name: ClassVar[str] = "eager"

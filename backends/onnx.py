@@ -6,6 +6,7 @@ disk once, and a file that is the same bytes every time.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 from torch import fx
 
-from effc.backends.base import Array, Lowered, Port, Site, Unsupported
+from effc.backends.base import Array, BackendBase, Lowered, Port, Site, Unsupported
 from effc.backends.dialect import ONNX
 from effc.backends.eager import GraphEngine, described, ports
 from effc.backends.onnx_export import decomposed, registry, translated, untranslated
@@ -47,8 +48,12 @@ def _where(node: fx.Node) -> str:
     return module_path(node) or node.name
 
 
-def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
+def to_onnx(
+    graph: Graph, opset: int, *, translate: bool = True, places: dict[str, str] | None = None
+) -> ir.Model:
     """The graph as an ONNX model. `translate=False` has torch's own operators for everything: the float reference.
+
+    `places` is filled with where each node is from: the path of its module, and the node of the graph.
 
     Raises LoweringError where the exporter gives up, with its first reason.
     """
@@ -60,6 +65,8 @@ def to_onnx(graph: Graph, opset: int, *, translate: bool = True) -> ir.Model:
             hint="run with --debug for the exporter's whole explanation",
         ) from error
     _rename_ports(graph, model)
+    if places is not None:
+        places.update(_places(model))
     strip(model)
     if translate:
         share_transposed(model)
@@ -157,6 +164,19 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
+def _places(model: ir.Model) -> dict[str, str]:
+    """By name of an ONNX node: the path of the module that it is from, and the node of the graph."""
+    found = {}
+    for node in model.graph:
+        try:
+            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        except (SyntaxError, ValueError):
+            continue
+        if isinstance(scopes, list) and len(scopes) > 1 and node.name:
+            found[node.name] = f"{scopes[-2]} ({scopes[-1]})" if scopes[-2] else str(scopes[-1])
+    return found
+
+
 def strip(model: ir.Model) -> None:
     """Take out what differs between machines: stack traces, docs, producer notes; keep module paths in node names."""
     model.metadata_props.clear()
@@ -209,7 +229,7 @@ def weight_sites(graph: Graph) -> list[tuple[str, str, str]]:
     return found
 
 
-class Onnx:
+class Onnx(BackendBase):
     """Plain ONNX with quantise and dequantise nodes, for any runtime that reads them."""
 
     name: ClassVar[str] = "onnx"

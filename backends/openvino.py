@@ -21,6 +21,7 @@ from effc import cache
 from effc.backends.alone import peak_rss_mb
 from effc.backends.base import (
     Array,
+    BackendBase,
     EngineBase,
     Lowered,
     Port,
@@ -147,7 +148,7 @@ def _port(value: Any) -> Port:
     return Port(name=value.any_name, dtype=dtype, shape=shape)
 
 
-class OpenVino:
+class OpenVino(BackendBase):
     """OpenVINO's CPU plugin; the package holds the `model.onnx` that it compiles."""
 
     name: ClassVar[str] = "openvino"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+Size = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,5 +23,23 @@ class OpenVinoOptions:
     hint: Literal["latency", "throughput"] = "latency"
 
 
-OPTIONS: dict[str, type[Any]] = {"openvino": OpenVinoOptions}
+Capability = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRtOptions:
+    """`compute` are the compute capabilities of the GPUs that it is to run on; a portable engine for Ampere and newer
+    where none is named. `profile` has least, usual and largest size of free dimensions. `weights` lie `inside` the
+    engine, or are `refittable` there, or are `stripped` from it and come from `model.onnx` when it is opened.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    compute: tuple[Capability, ...] = ()
+    platform: Literal["linux", "windows"] = "linux"
+    profile: dict[str, tuple[Size, Size, Size]] = field(default_factory=dict)
+    weights: Literal["inside", "refittable", "stripped"] = "inside"
+
+
+OPTIONS: dict[str, type[Any]] = {"openvino": OpenVinoOptions, "tensorrt": TensorRtOptions}
 """By target that has any."""

@@ -27,6 +27,7 @@ from effc import scratch
 from effc.backends.alone import peak_rss_mb
 from effc.backends.base import (
     Array,
+    BackendBase,
     EngineBase,
     Lowered,
     Port,
@@ -73,8 +74,13 @@ _DTYPES = {
 }
 
 
-def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Options under which engines may be compared: given threads, none of them spinning."""
+def session_options(
+    threads: int | None = None, *, fuse_integers: bool = True
+) -> onnxruntime.SessionOptions:
+    """Options under which engines may be compared: given threads, none of them spinning.
+
+    Where integers are not fused every quantise and dequantise node is computed as it stands.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if threads is not None:
@@ -82,6 +88,8 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if not fuse_integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
@@ -95,9 +103,12 @@ def session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infe
 class OrtEngine(EngineBase):
     """An ONNX file in an onnxruntime session."""
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, threads: int | None = None, fuse_integers: bool = True
+    ) -> None:
         self._path = path
-        self._session: onnxruntime.InferenceSession | None = session(path, session_options(threads))
+        options = session_options(threads, fuse_integers=fuse_integers)
+        self._session: onnxruntime.InferenceSession | None = session(path, options)
         self.inputs = tuple(_port(v) for v in self._session.get_inputs())
         self.outputs = tuple(_port(v) for v in self._session.get_outputs())
         self._names = [p.name for p in self.outputs]
@@ -120,7 +131,7 @@ def _port(value: Any) -> Port:
     )
 
 
-class Ort:
+class Ort(BackendBase):
     """ONNX Runtime's CPU provider; the engine is a `model.onnx` that plain onnxruntime opens."""
 
     name: ClassVar[str] = "ort"

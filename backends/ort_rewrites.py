@@ -24,6 +24,7 @@ def rewrite(model: ir.Model) -> None:
     _weight_only_matmul(graph)
     _rotary_for_every_row(graph)
     _attention_without_transposes(graph)
+    mask_every_query(graph)
     _residual_as_sum(graph)
     _drop_dead(graph)
     _unique_names(graph)
@@ -230,6 +231,41 @@ def _attention_without_transposes(graph: ir.Graph) -> None:
             "", "Attention", inputs, list(attributes.values()), name=node.name, num_outputs=1
         )
         _swap(merge, new, graph, [])
+
+
+def mask_every_query(graph: ir.Graph) -> None:
+    """Spread a mask that is the same for every query over the queries: the kernel does not."""
+    made: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
+    for node in list(graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+        query = node.inputs[0]
+        if mask is None or mask.shape is None or query is None or query.shape is None:
+            continue
+        if node.domain or len(mask.shape) < 2 or mask.shape[-2] != 1:
+            continue
+        axis = len(query.shape) - 2
+        if query.shape[axis] == 1:
+            continue
+        if (mask, query) not in made:
+            made[mask, query] = _spread(graph, node, mask, query, axis)
+        node.replace_input_with(3, made[mask, query])
+
+
+def _spread(
+    graph: ir.Graph, before: ir.Node, mask: ir.Value, query: ir.Value, axis: int
+) -> ir.Value:
+    name = f"{mask.name}.of.{query.name}"
+    one = _initializer(graph, "one.of.shape", np.array([1], np.int64))
+    size = ir.node(
+        "Shape", [query], attributes={"start": axis, "end": axis + 1}, name=f"{name}.size"
+    )
+    shape = ir.node("Concat", [size.outputs[0], one], attributes={"axis": 0}, name=f"{name}.shape")
+    spread = ir.node("Expand", [mask, shape.outputs[0]], name=name)
+    for node in (size, shape, spread):
+        node.outputs[0].name = node.name
+        graph.insert_before(before, node)
+    spread.outputs[0].type = mask.type
+    return spread.outputs[0]
 
 
 def _split_heads(value: ir.Value | None) -> tuple[ir.Value, int] | None:

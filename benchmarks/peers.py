@@ -220,13 +220,10 @@ def effc_engines(model: Model, place: Path, *, gate: bool) -> tuple[dict[str, Lo
     recipe.write_text(json.dumps(content), encoding="utf-8")
     seconds, peak = common.run_cli("compile", recipe, "-o", out)
     word = "" if gate else ", all int8"
-    engines = {
-        f"effc {e.target}{word}": inspection._lowered(out, e) for e in package.read(out).engines
-    }
+    entries = {f"effc {e.target}{word}": e for e in package.read(out).engines}
+    engines = {name: inspection._lowered(out, entry) for name, entry in entries.items()}
     took = {"seconds": round(seconds, 1), "peak_mb": round(peak)}
-    sites = {
-        name: [sum(s.int8 for s in low.sites), len(low.sites)] for name, low in engines.items()
-    }
+    sites = {name: [entry.int8_sites, entry.total_sites] for name, entry in entries.items()}
     return engines, {"took": took, "int8_sites": sites}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from effc.backends import TARGETS
-from effc.errors import INTERRUPTED, EffcError, RecipeError, UsageError
+from effc.errors import INTERRUPTED, EffcError, UsageError
 from effc.progress import Progress, Step, silent
 
 if TYPE_CHECKING:
@@ -189,21 +189,6 @@ def _outside(json_: str | None, *packages: Path | str, option: str = "--json") -
             )
 
 
-def _target(value: Any) -> Any:
-    """Refuse a target that is planned; one that nobody knows is refused where targets are looked up."""
-    words = [value] if isinstance(value, str) else value or []
-    if set(words) <= set(TARGETS):
-        return value
-    from effc.inspection import PLANNED
-
-    for word in words:
-        if word in PLANNED:
-            raise RecipeError(
-                f"target {word!r} is not available yet", hint=f"known: {', '.join(TARGETS)}"
-            )
-    return value
-
-
 def _size(value: str | None) -> str | None:
     """Refuse what is no size before the work."""
     _size_of(value)
@@ -272,7 +257,7 @@ Metric = Annotated[
         help=f"Task metric, such as sts:stsb.csv: {', '.join(METRIC_NAMES)} or file.py:function.",
     ),
 ]
-QUANTIZE_NAMES = ("none", "int8", "w8a8", "w8a16", "w4a16", "w4a8", "w6a6")
+QUANTIZE_NAMES = ("none", "int8", "w8a8", "w8a16", "w4a16", "w4a8", "w6a6", "fp16", "bf16")
 Calib = Annotated[
     str | None,
     typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder."),
@@ -290,7 +275,6 @@ def compile(
         list[str] | None,
         typer.Option(
             "--target",
-            callback=_target,
             help=f"One of {', '.join(TARGETS)}; may be given again [default: ort].",
         ),
     ] = None,
@@ -513,9 +497,7 @@ def explain(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A package, a model directory, or module:factory.")],
-    target: Annotated[
-        str, typer.Option("--target", callback=_target, help="Whose dialect to show.")
-    ] = "ort",
+    target: Annotated[str, typer.Option("--target", help="Whose dialect to show.")] = "ort",
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the graph, one line per node.")
     ] = False,

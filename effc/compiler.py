@@ -119,14 +119,25 @@ def from_flags(
     }
     if calib is not None:
         data["calib"] = {"file": str(calib), "samples": samples}
-    options = QUANTIZE_WORDS[quantize]
-    if options is not None:
-        data["passes"] = [{"pass": "quantize", **options}]
-        if options.get("activation_bits", 8) != 16:
-            data["passes"].insert(0, "smooth")
+    if passes := _passes(quantize, data["targets"]):
+        data["passes"] = passes
     if metric is not None:
         data["metric"] = metric
     return data
+
+
+def _passes(word: str, targets: Sequence[str]) -> list[Any]:
+    """What a word for `--quantize` stands for. Kernels of a GPU are fast in 16 bit: there the rest is fp16."""
+    only_gpu = set(targets) == {"tensorrt"}
+    first = QUANTIZE_WORDS["fp16" if word == "none" and only_gpu else word]
+    if first is None:
+        return []
+    passes: list[Any] = [first]
+    if first["pass"] == "quantize" and first["activation_bits"] != 16:
+        passes.insert(0, "smooth")
+    if first["pass"] == "quantize" and only_gpu:
+        passes.append(QUANTIZE_WORDS["fp16"])
+    return passes
 
 
 def run(
@@ -185,6 +196,7 @@ def run(
             "verify": {of.built.target: of.drifts for of in made},
             "lowering": {of.built.target: of.lowering for of in made if of.lowering is not None},
             "layers": {of.built.target: of.layers for of in made if of.layers},
+            "stand_ins": {t: why for t in recipe.targets if (why := lab.obstacle(t)) is not None},
             "stages": [dataclasses.asdict(stage) for stage in progress.stages.values()],
             "timings": {name: round(s.seconds, 3) for name, s in progress.stages.items()},
         }
@@ -246,7 +258,8 @@ def _made(lab: Lab, target: str, time_budget_s: float | None, *, replays: bool) 
     chosen = found.trial.built
     if found.trial is not base:
         drifts, lowering = lab.drifts(chosen)[target], lab.lowering(chosen)
-    lab.beside[target] = chosen.first
+    if lab.obstacle(target) is None:
+        lab.beside[target] = chosen.first
     gated = gate.to_json(
         lab.spec, found.trial.checks, rolled_back=search.rolled_back(lab, base, found.trial),
         tried=found.tried, seconds=found.seconds, ran_out=found.ran_out, target=target,

@@ -18,8 +18,8 @@ from typing import Any
 
 from effc import bench as benchmark
 from effc import package, paths, report
-from effc.backends import DISTRIBUTIONS, TARGETS
-from effc.errors import PackageError, SourceError, UsageError, VerifyError
+from effc.backends import BACKENDS, DISTRIBUTIONS, TARGETS
+from effc.errors import BackendUnavailable, PackageError, SourceError, UsageError, VerifyError
 from effc.machine import cpu_features, default_threads
 from effc.progress import Progress
 
@@ -306,7 +306,6 @@ def inspect(model: str, *, target: str, graph: bool) -> Json:
         manifest = package.read(path)
         return {"package": dataclasses.asdict(manifest), "bytes": manifest.model_bytes(path)}
     from effc import compiler
-    from effc.backends import BACKENDS
     from effc.backends.dialect import DIALECTS
     from effc.ir.select import op_name, site_names
     from effc.ir.show import show
@@ -360,7 +359,9 @@ def inspect_lines(found: Mapping[str, Any]) -> list[str]:
                     shape = ", ".join(str(s) for s in port["shape"])
                     lines.append(f"    {side[:-1]} {port['name']}: {port['dtype']} [{shape}]")
             lines += [
-                f"    float: {s['name']} ({s['kernel']}): {s['reason']}" for s in e["float_sites"]
+                f"    float: {s['name']} ({s['kernel']}): {s['reason']}"
+                for s in e["float_sites"]
+                if s["kernel"] != "unknown"
             ]
         for p in manifest["passes"]:
             lines.append(f"{p['name']}: {p['sites']} sites, {p['effect']}")
@@ -410,9 +411,6 @@ def _default(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-PLANNED = tuple(target for target in DISTRIBUTIONS if target not in TARGETS)
-
-
 def doctor() -> Json:
     """CPU, memory, versions, and every target with the line that installs it where it is missing.
 
@@ -429,12 +427,13 @@ def doctor() -> Json:
         "openvino",
     )
     targets: Json = {}
-    for target in (*TARGETS, *PLANNED):
+    for target in TARGETS:
         distribution, wanted = DISTRIBUTIONS.get(target, (target, target))
         here = _version(distribution) is not None
         targets[target] = {
-            "available": here and target in TARGETS,
+            "available": here,
             "install": None if here else f"pip install {wanted}",
+            "obstacle": _obstacle(target) if here else None,
         }
     return {
         "python": sys.version.split()[0],
@@ -445,6 +444,15 @@ def doctor() -> Json:
         "versions": {name: _version(name) for name in names},
         "targets": targets,
     }
+
+
+def _obstacle(target: str) -> str | None:
+    """Why engines of an installed target cannot be run here; None where they can."""
+    try:
+        found: str | None = BACKENDS[target]().obstacle()
+    except BackendUnavailable as error:
+        return error.what
+    return found
 
 
 def _version(distribution: str) -> str | None:
@@ -469,6 +477,7 @@ def doctor_lines(found: Mapping[str, Any]) -> list[str]:
     ]
     for target, t in found["targets"].items():
         word = "available" if t["available"] else t["install"] or "installed"
-        later = "" if target in TARGETS else ", not a target yet"
-        lines.append(f"target     {target}: {word}{later}")
+        if t["obstacle"]:
+            word = f"engines are built here and not run: {t['obstacle']}"
+        lines.append(f"target     {target}: {word}")
     return lines

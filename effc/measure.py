@@ -32,6 +32,14 @@ from effc.verify import OutputDrift, Tolerance, parity
 Json = dict[str, Any]
 
 
+def opened(lowered: Lowered, threads: int) -> Engine:
+    """An engine to ask for numbers: what stands in for it where this machine cannot run it."""
+    backend = BACKENDS[lowered.target]()
+    choice = backend.open if backend.obstacle() is None else backend.stand_in
+    found: Engine = choice(lowered, threads=threads)
+    return found
+
+
 def verify_engine(
     source: Source,
     graph: Graph,
@@ -48,7 +56,7 @@ def verify_engine(
     found: dict[str, Json] = {}
     with (
         ModuleEngine(source.module, graph) as reference,
-        BACKENDS[lowered.target]().open(lowered, threads=threads) as engine,
+        opened(lowered, threads) as engine,
     ):
         found_cases = cases(source, samples, engine.inputs, longest(source, graph))
         for number, (label, batches) in enumerate(found_cases, 1):
@@ -71,7 +79,7 @@ def check_lowering(graph: Graph, lowered: Lowered, samples: Samples, threads: in
     Raises VerifyError where that is more than rounding can do: then the lowering is wrong, whatever the drift of
     quantisation hides.
     """
-    with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
+    with opened(lowered, threads) as engine:
         shapes = [(2, 32)] if samples.has_length() else [(2, 1)]
         cases = shaped_cases(samples, shapes, engine.inputs, longest(samples.source, graph))
         feeds = [case.feeds for case in cases]
@@ -184,7 +192,7 @@ def of_engine(
     samples: Samples | None = None,
 ) -> metrics.Samples:
     """Per-sample results of an engine."""
-    with BACKENDS[lowered.target]().open(lowered, threads=threads) as engine:
+    with opened(lowered, threads) as engine:
         return metric.measure(Counted(_pieced(engine, samples), step), source.processor)
 
 

@@ -520,11 +520,18 @@ def _false_words(out: Path, manifest: Manifest) -> list[str]:
     for engine in manifest.engines:
         if manifest.files.get(engine.path) != engine.sha256:
             found.append(f"{engine.path} is an engine but not a file of the manifest")
-        elif not engine.path.endswith(".onnx"):
-            found.append(f"{engine.path} is no kind of engine that this effc knows")
+            continue
+        path = engine.path
+        if path.endswith(".engine"):
+            with paths.opened(out, path) as stream:
+                if stream.read(4)[1:] != b"trt":
+                    found.append(f"{path} is no engine of TensorRT")
+            path = path.replace(".engine", ".onnx")  # that it was built from
+        if not path.endswith(".onnx") or path not in manifest.files:
+            found.append(f"{path} is no kind of engine that this effc knows")
         else:
             found += onnx_file.problems(
-                out, engine.path, inputs=engine.inputs, outputs=engine.outputs,
+                out, path, inputs=engine.inputs, outputs=engine.outputs,
                 opset=engine.opset, listed=manifest.files,
             )  # fmt: skip
     return found

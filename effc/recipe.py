@@ -33,14 +33,18 @@ MOST_BYTES, MOST_VALUES = 1 << 18, 10_000
 """Of a recipe, aliases written out; more is no recipe."""
 QUANTIZE_WORDS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "int8": {"bits": 8, "activation_bits": 8},
-    "w8a8": {"bits": 8, "activation_bits": 8},
-    "w6a6": {"bits": 6, "activation_bits": 6},
-    "w4a8": {"bits": 4, "activation_bits": 8, "weight_range": "mse"},
-    "w8a16": {"bits": 8, "activation_bits": 16, "group": 32},
-    "w4a16": {"bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse"},
-}
-"""What `--quantize` may say, and the options of the quantize pass that it stands for."""
+    "int8": {"pass": "quantize", "bits": 8, "activation_bits": 8},
+    "w8a8": {"pass": "quantize", "bits": 8, "activation_bits": 8},
+    "w6a6": {"pass": "quantize", "bits": 6, "activation_bits": 6},
+    "w4a8": {"pass": "quantize", "bits": 4, "activation_bits": 8, "weight_range": "mse"},
+    "w8a16": {"pass": "quantize", "bits": 8, "activation_bits": 16, "group": 32},
+    "w4a16": {
+        "pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse",
+    },
+    "fp16": {"pass": "mixed-precision", "dtype": "fp16"},
+    "bf16": {"pass": "mixed-precision", "dtype": "bf16"},
+}  # fmt: skip
+"""What `--quantize` may say, and the pass that it stands for."""
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -419,6 +423,8 @@ class _Reader:
                     raise self._error(
                         place, f"target {word} has no options", hint=f"targets: [{word}]"
                     )
+                if word == "tensorrt" and isinstance(asked, list):
+                    asked = {"compute": asked}
                 asked = self._section(OPTIONS[word], asked, place)
             if found.setdefault(word, asked) != asked:
                 raise self._error(place, f"target {word} is asked for twice, with unlike options")

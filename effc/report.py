@@ -85,6 +85,7 @@ def text(content: Mapping[str, Any]) -> str:
         *_size(content),
         *_passes(content),
         *_sites(content),
+        *_stand_ins(content),
         *_drift(content),
         *_lowering(content),
         *_worth(content),
@@ -138,10 +139,12 @@ def _sites(content: Mapping[str, Any]) -> list[str]:
         fused = [s for s in chosen if s["int8"]]
         kernels = ", ".join(sorted({s["kernel"] for s in fused}))
         within = f" ({kernels})" if kernels else ""
-        lines.append(
-            f"sites     {_of(content, target)}{len(fused)}/{len(chosen)} {op} fused{within}"
-        )
-    for site in [s for s in sites if not s["int8"]][:20]:
+        told = f"{len(fused)}/{len(chosen)} {op} fused{within}"
+        if all(s["kernel"] == "unknown" for s in chosen):
+            told = f"{len(chosen)} {op} written in integers: {chosen[0]['reason']}"
+        lines.append(f"sites     {_of(content, target)}{told}")
+    slow = [s for s in sites if not s["int8"] and s["kernel"] != "unknown"]
+    for site in slow[:20]:
         lines.append(f"          {site['name']} ({site['kernel']}): {site['reason']}")
     return lines
 
@@ -149,6 +152,14 @@ def _sites(content: Mapping[str, Any]) -> list[str]:
 def _of(content: Mapping[str, Any], target: str) -> str:
     """The target in front of a line, where there is more than one."""
     return f"{target}: " if len(content["verify"]) > 1 else ""
+
+
+def _stand_ins(content: Mapping[str, Any]) -> list[str]:
+    """Engines that this machine cannot run, and why."""
+    return [
+        f"stand-in  {target} was not run on this machine, nor timed: {why}; its ONNX ran on onnxruntime instead"
+        for target, why in content.get("stand_ins", {}).items()
+    ]
 
 
 def _drift(content: Mapping[str, Any]) -> list[str]:

@@ -240,6 +240,7 @@ class Report:
     bench: Bench | None = None
     layers: dict[str, list[Layer]] | None = None
     gate: Gate | None = None
+    stand_ins: dict[str, str] = field(default_factory=dict)
     others: dict[str, Other] = field(default_factory=dict)
     stages: list[Stage] | None = None
     machine: Machine | None = None

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from effc import gate, measure, metrics
+from effc.backends import BACKENDS
 from effc.backends.base import Lowered
 from effc.bench import cpu_name
 from effc.build import Builder, Built, Rollback, versions
@@ -136,11 +137,16 @@ class Lab:
 
     def timed(self, trial: Trial) -> Trial:
         """A measured candidate with its timing, and all checks."""
-        if self.recipe.bench is None:
+        if self.recipe.bench is None or self.obstacle(trial.built.target) is not None:
             return trial
         timed = self.bench(trial.built.first, self.recipe.bench, self.beside)
         trial = dataclasses.replace(trial, bench=timed)
         return dataclasses.replace(trial, checks=self._checks(trial))
+
+    def obstacle(self, target: str) -> str | None:
+        """Why engines of a target cannot be timed on this machine; None where they can."""
+        found: str | None = BACKENDS[target]().obstacle()
+        return found
 
     def finish(self) -> None:
         """Forget the timings: the compile is over, and the next one measures anew."""
@@ -324,4 +330,10 @@ class Lab:
 
 
 def model_bytes(lowered: Lowered) -> int:
-    return sum((lowered.directory / name).stat().st_size for name in lowered.files)
+    """Bytes of an engine and the data beside it."""
+    first = lowered.files[0]
+    return sum(
+        (lowered.directory / name).stat().st_size
+        for name in lowered.files
+        if name in (first, f"{first}.data")
+    )

@@ -15,6 +15,7 @@ PASSES = Table(
         "fuse-rmsnorm": "effc.passes.fuse:FuseRMSNorm",
         "fold-batchnorm": "effc.passes.fuse:FoldBatchNorm",
         "fuse-projections": "effc.passes.fuse:FuseProjections",
+        "mixed-precision": "effc.passes.mixed_precision:MixedPrecision",
         "quantize": "effc.passes.quantize:Quantize",
         "smooth": "effc.passes.smooth:Smooth",
     },

@@ -4,7 +4,7 @@ They are graph citizens: traced, interpreted, differentiated and exported whole,
 from the graph instead of guessing it from arithmetic.
 
     quantize    q = clamp(round(x / scale) + zero_point, low, high)
-    dequantize  x̂ = (q − zero_point) · scale
+    dequantize  x̂ = (q − zero_point) · scale                                   in the type of `scale`
 
 `scale` and `zero_point` are tensors: one element, one per index of `axis`, or `[out, in / group]` where `group` > 0.
 Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does.
@@ -48,12 +48,13 @@ def _(
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
     scale = spread(scale, q, axis, group)
     zero = spread(zero_point, q, axis, group)
-    return (q.to(torch.float32) - zero.to(torch.float32)) * scale
+    made = (q.to(torch.float32) - zero.to(torch.float32)) * scale.to(torch.float32)
+    return made.to(scale.dtype)
 
 
 @dequantize.register_fake
 def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
-    return torch.empty_like(q, dtype=torch.float32)
+    return torch.empty_like(q, dtype=scale.dtype)
 
 
 QUANTIZE = torch.ops.effc.quantize.default

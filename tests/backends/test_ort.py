@@ -147,6 +147,29 @@ def test_attention_of_any_module_loses_its_transposes(tmp_path):
     assert distance(program.run(x=torch.from_numpy(data[0].inputs["x"]))["output"], found) < 0.02
 
 
+class Masked(nn.Module):
+    """Attention whose mask is one row for all queries, as a float and as a bool."""
+
+    def __init__(self, *, is_float):
+        super().__init__()
+        self.is_float = is_float
+
+    def forward(self, x, mask):
+        q = x.view(*x.shape[:2], 2, -1).transpose(1, 2)
+        seen = mask[:, None, None, :] > 0
+        bias = torch.where(seen, 0.0, -1e9) if self.is_float else seen
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=bias)
+
+
+@pytest.mark.parametrize("is_float", [True, False])
+def test_a_mask_that_is_one_row_for_all_queries(tmp_path, is_float):
+    feeds = {"x": normal(2, 5, 16), "mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])}
+    program = effc.trace(Masked(is_float=is_float), feeds)
+    with engine(program, tmp_path) as opened:
+        found = opened({name: value.numpy() for name, value in feeds.items()})["output"]
+    assert distance(program.run(feeds)["output"], found) < 1e-5
+
+
 def test_one_linear_layer_agrees_with_the_graph_to_the_last_bits(tmp_path):
     program = effc.trace(nn.Linear(32, 16), normal(2, 32))
     data = batches("input", 8, 32)

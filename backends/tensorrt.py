@@ -1,0 +1,201 @@
+"""TensorRT: an engine built ahead of time, here or anywhere, for the GPUs that it is to run on.
+
+What lies beside the engine makes it anew where that is wanted: the ONNX that it was built from, with every cast and
+quantise node in it, the line that builds it with enterprise TensorRT's own tool, inputs, and what they should give.
+Without a GPU that ONNX stands in for the engine when it is compared with the model; nothing is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from effc.backends import tensorrt_build as build
+from effc.backends import tensorrt_kit as kit
+from effc.backends.base import Array, BackendBase, Lowered, Site, Unsupported, at_least
+from effc.backends.dialect import TENSORRT
+from effc.backends.eager import described, ports
+from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.options import TensorRtOptions
+from effc.dialect import Dialect
+from effc.errors import BackendUnavailable, LoweringError, RecipeError
+from effc.ir.program import Graph
+from effc.ir.select import op_name
+
+ENGINE, ONNX_FILE = "model.engine", "model.onnx"
+WHOLE, DECOMPOSED = 23, 21
+"""Opsets with attention as one operator, which has kernels in 16 bit only, and without."""
+USUAL = {"batch": 8}
+USUAL_SIZE, MOST_BATCH, MOST_SIZE = 128, 32, 512
+"""Sizes of free dimensions where a recipe does not say: the usual one, and the largest."""
+
+
+class TensorRt(BackendBase):
+    """TensorRT-RTX, or enterprise TensorRT where only that is installed."""
+
+    name: ClassVar[str] = "tensorrt"
+    dialect: ClassVar[Dialect] = TENSORRT
+
+    def __init__(self, asked: TensorRtOptions | None = None) -> None:
+        self._asked = asked or TensorRtOptions()
+
+    def supports(self, graph: Graph) -> list[Unsupported]:
+        build.library()
+        profile_of(graph, self._asked.profile)
+        return unsupported(graph, DECOMPOSED)
+
+    def lower(self, graph: Graph, directory: Path) -> Lowered:
+        """Write `model.onnx` and build `model.engine` from it; with attention whole where there is a kernel for it."""
+        asked = self._asked
+        plan = build.Plan(
+            profile=profile_of(graph, asked.profile), compute=asked.compute,
+            windows=asked.platform == "windows", refittable=asked.weights == "refittable",
+            stripped=asked.weights == "stripped",
+        )  # fmt: skip
+        shapes = {port.name: port.shape for port in ports(graph)[0]}
+        opset, why = WHOLE, ""
+        if not _attends_in_16_bit(graph):
+            opset = DECOMPOSED
+        while True:
+            places: dict[str, str] = {}
+            model = to_onnx(graph, opset, places=places)
+            store_int4(model)
+            files = save(model, directory)
+            try:
+                made = build.build(directory / files[0], plan, shapes, places=places)
+                break
+            except LoweringError as error:
+                if opset == DECOMPOSED:
+                    raise
+                opset, why = DECOMPOSED, error.what
+        (directory / ENGINE).write_bytes(made.engine)
+        options = {
+            "attention": "whole" if opset == WHOLE else "decomposed",
+            "compute": ",".join(plan.compute) or "portable",
+            "layers": str(made.layers),
+            "platform": asked.platform,
+            "profile": ";".join(
+                f"{name}={','.join(map(str, s))}" for name, s in plan.profile.items()
+            ),
+            "weights": asked.weights,
+        }
+        if why:
+            options["attention_refused"] = why
+        lowered = described(
+            graph, self.name, directory, (ENGINE, *files), opset,
+            sites=tuple(_site(*place) for place in weight_sites(graph)),
+            requires=(_requirement(),), options=options,
+        )  # fmt: skip
+        return dataclasses.replace(
+            lowered, files=(*lowered.files, *kit.write(graph, lowered, plan))
+        )
+
+    def obstacle(self) -> str | None:
+        from effc.backends import tensorrt_engine
+
+        return tensorrt_engine.obstacle()
+
+    def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Any:
+        """The ONNX that the engine was built from, on ONNX Runtime, every value rounded where the graph says."""
+        from effc.backends.onnx_widen import open_widened
+
+        return open_widened(lowered.directory / ONNX_FILE, threads)
+
+    def open(self, lowered: Lowered, *, threads: int | None = None) -> Any:
+        """Raises BackendUnavailable where no GPU of this machine runs it, with the reason."""
+        from effc.backends.tensorrt_engine import TensorRtEngine
+
+        return TensorRtEngine(lowered.path, lowered.inputs, lowered.outputs)
+
+    def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
+        raise BackendUnavailable(
+            "memory of an engine on a GPU is not measured from outside",
+            hint="nvidia-smi shows what a process holds",
+        )
+
+
+def _requirement() -> str:
+    version = build.library().__version__
+    return at_least("tensorrt-rtx-cu12-libs" if build.is_rtx() else "tensorrt", version)
+
+
+def _attends_in_16_bit(graph: Graph) -> bool:
+    kinds = {
+        str(n.meta["val"].dtype)
+        for n in graph.nodes
+        if op_name(n) == "scaled_dot_product_attention"
+    }
+    return bool(kinds) and "torch.float32" not in kinds
+
+
+def profile_of(graph: Graph, asked: Mapping[str, Sequence[int]]) -> dict[str, build.Sizes]:
+    """Least, usual and largest size of every free dimension. Raises RecipeError where what is asked does not fit."""
+    words = dict.fromkeys(
+        size for port in ports(graph)[0] for size in port.shape if isinstance(size, str)
+    )
+    if strange := [word for word in asked if word not in words]:
+        raise RecipeError(
+            f"targets.tensorrt.profile names {', '.join(strange)}, which is no free dimension of graph {graph.role!r}",
+            hint=f"free dimensions: {', '.join(words) or 'none'}",
+        )
+    found = {}
+    for word in words:
+        top = graph.largest(word)
+        most = MOST_BATCH if word == "batch" else MOST_SIZE
+        most = min(most, top) if top is not None else most
+        usual = min(USUAL.get(word, USUAL_SIZE), most)
+        least, usual, most = asked.get(word, (1, usual, most))
+        if not 1 <= least <= usual <= most or (top is not None and most > top):
+            bound = f", at most {top}" if top is not None else ""
+            raise RecipeError(
+                f"targets.tensorrt.profile.{word}: {least}, {usual}, {most} are not sizes that ascend from 1{bound}",
+                hint=f"profile: {{{word}: [1, 8, 32]}} is the least, the usual and the largest",
+            )
+        found[word] = (least, usual, most)
+    return found
+
+
+def store_int4(model: ir.Model) -> None:
+    """Write codes of 4 bit as INT4: block-wise weights whose codes all fit."""
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or not node.attributes.get_int("block_size", 0):
+            continue
+        parts = [v for v in (node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None) if v]
+        tensors = [part.const_value for part in parts]
+        if any(t is None or t.dtype != ir.DataType.INT8 for t in tensors):
+            continue
+        arrays = [t.numpy() for t in tensors if t is not None]
+        if any(a.size and (a.min() < -8 or a.max() > 7) for a in arrays):
+            continue
+        if any(use.node is not node for part in parts for use in part.uses() if part is parts[0]):
+            continue
+        _retype(model, node, parts, arrays)
+
+
+def _retype(
+    model: ir.Model, node: ir.Node, parts: Sequence[ir.Value], arrays: Sequence[Array]
+) -> None:
+    for part, array in zip(parts, arrays, strict=True):
+        narrow = array.astype(ir.DataType.INT4.numpy())
+        name = f"{part.name}.int4"
+        known = model.graph.initializers.get(name)
+        if known is None:
+            known = ir.Value(
+                name=name, type=ir.TensorType(ir.DataType.INT4), shape=ir.Shape(array.shape),
+                const_value=ir.Tensor(narrow, name=name, dtype=ir.DataType.INT4),
+            )  # fmt: skip
+            model.graph.initializers[name] = known
+        node.replace_input_with(list(node.inputs).index(part), known)
+        if not part.uses() and part.name and part.name in model.graph.initializers:
+            del model.graph.initializers[part.name]
+
+
+def _site(name: str, word: str, weight: str) -> Site:
+    return Site(
+        name=name, op=word, kernel="unknown", int8=False,
+        reason="TensorRT chooses kernels on the GPU",
+    )  # fmt: skip

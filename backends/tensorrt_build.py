@@ -1,0 +1,238 @@
+"""From an ONNX file to a TensorRT engine, without a GPU: the builder of TensorRT-RTX, or of enterprise TensorRT.
+
+TensorRT-RTX compiles ahead of time for compute capabilities that are named, on any processor. What is in the graph is
+what is built: the network is strongly typed, so precision is what casts and quantise nodes say.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effc import scratch
+from effc.errors import BackendUnavailable, LoweringError
+
+Sizes = tuple[int, int, int]
+"""Of a free dimension: the least, the usual, for which kernels are chosen, and the largest."""
+_CHATTER = ("Int64 binding", "minShape is not the same")
+
+
+@functools.cache
+def library() -> Any:
+    """TensorRT-RTX, or enterprise TensorRT where only that is there. Raises BackendUnavailable."""
+    try:
+        import tensorrt_rtx_bindings
+        import tensorrt_rtx_libs  # noqa: F401  # loads the shared libraries that the bindings want
+
+        return tensorrt_rtx_bindings
+    except ImportError as error:
+        try:
+            import tensorrt
+
+            return tensorrt
+        except ImportError:
+            raise BackendUnavailable(
+                f"target tensorrt needs TensorRT-RTX, which cannot be loaded: {error}",
+                hint="pip install 'effc[tensorrt]'",
+            ) from error
+
+
+def is_rtx() -> bool:
+    return bool(library().__name__.startswith("tensorrt_rtx"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an engine is built for. `profile` is by name of the dimension; `compute` are words such as `sm86`."""
+
+    profile: Mapping[str, Sizes]
+    compute: tuple[str, ...] = ()
+    windows: bool = False
+    refittable: bool = False
+    stripped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """An engine and what its builder said."""
+
+    engine: bytes
+    layers: int
+    warnings: tuple[str, ...]
+
+
+class Log:
+    """What the library says, errors and warnings apart."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def logger(self) -> Any:
+        trt, log = library(), self
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.ERROR:
+                    log.errors.append(message)
+                elif severity == trt.ILogger.WARNING and not any(c in message for c in _CHATTER):
+                    log.warnings.append(message)
+
+        return Logger()
+
+
+def build(
+    path: Path,
+    plan: Plan,
+    names: Mapping[str, Sequence[int | str]],
+    *,
+    places: Mapping[str, str] | None = None,
+    step: Callable[[int, int | None], None] | None = None,
+) -> Built:
+    """An engine from an ONNX file. `names` are the shapes of its inputs, `places` where each of its nodes is from.
+
+    Raises LoweringError with every node that the parser refuses, or with the builder's own first reason.
+    """
+    trt, log = library(), Log()
+    logger = log.logger()
+    with _hushed() as aside:
+        builder = trt.Builder(logger)
+        flags = trt.NetworkDefinitionCreationFlag
+        typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+        network = builder.create_network(typed)
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(path)):
+            raise _refused(parser, places or {})
+        config = builder.create_builder_config()
+        _configure(config, plan)
+        config.add_optimization_profile(_profile(builder, plan, names))
+        monitor = _monitor(step)
+        if monitor is not None:
+            config.progress_monitor = monitor
+        made = builder.build_serialized_network(network, config)
+    if made is None:
+        said = [*log.errors, *aside] or ["it gave no reason"]
+        if (plan.refittable or plan.stripped) and "CUDA" in said[0].upper():
+            raise BackendUnavailable(
+                "tensorrt makes engines with weights outside only where there is an NVIDIA driver",
+                hint="leave `weights` out, or compile where there is one",
+            )
+        raise LoweringError(
+            f"tensorrt cannot build {path.name}: {_first(said[0])}{_about(said, places or {})}",
+            hint="leave the part out of 16 bit with `exclude`, or choose other compute capabilities",
+        )
+    return Built(engine=bytes(made), layers=network.num_layers, warnings=tuple(log.warnings))
+
+
+def _configure(config: Any, plan: Plan) -> None:
+    trt = library()
+    if plan.compute:
+        if not hasattr(config, "set_compute_capability"):
+            raise BackendUnavailable(
+                "enterprise TensorRT builds for the GPU of this machine alone",
+                hint="pip install 'effc[tensorrt]' for TensorRT-RTX, or leave `compute` out",
+            )
+        config.num_compute_capabilities = len(plan.compute)
+        for place, word in enumerate(plan.compute):
+            config.set_compute_capability(getattr(trt.ComputeCapability, word.upper()), place)
+    if plan.windows:
+        config.runtime_platform = trt.RuntimePlatform.WINDOWS_AMD64
+    if plan.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if plan.stripped:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+
+
+def _profile(builder: Any, plan: Plan, names: Mapping[str, Sequence[int | str]]) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, shape in names.items():
+        profile.set_shape(name, *shapes_of(shape, plan.profile))
+    return profile
+
+
+def shapes_of(shape: Sequence[int | str], profile: Mapping[str, Sizes]) -> list[tuple[int, ...]]:
+    """The least, usual and largest shape of an input."""
+    return [
+        tuple(size if isinstance(size, int) else profile[size][k] for size in shape)
+        for k in range(3)
+    ]
+
+
+def _refused(parser: Any, places: Mapping[str, str]) -> LoweringError:
+    found = []
+    for number in range(parser.num_errors):
+        error = parser.get_error(number)
+        where = places.get(error.node_name(), "")
+        operator = error.node_operator() or "node"
+        found.append(f"{operator} {where or error.node_name()}: {_first(error.desc())}")
+    lines = list(dict.fromkeys(found)) or ["it gave no reason"]
+    more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return LoweringError(
+        f"tensorrt refuses {len(lines)} nodes: " + "; ".join(lines[:5]) + more,
+        hint="write the module without them, or choose another target",
+    )
+
+
+def _about(said: Sequence[str], places: Mapping[str, str]) -> str:
+    """The places in the model that an error of the builder names, by the names of nodes in it."""
+    text = " ".join(said)
+    found = [place for name, place in places.items() if place and f"'{name}'" in text]
+    return f" (at {', '.join(dict.fromkeys(found[:3]))})" if found else ""
+
+
+def _first(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:300]}…"
+
+
+def _monitor(step: Callable[[int, int | None], None] | None) -> Any:
+    if step is None:
+        return None
+    trt, say = library(), step
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """The outermost phase that has more than one step stands for all."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.phases[name] = steps
+
+        def step_complete(self, name: str, number: int) -> bool:
+            outermost = next((n for n, steps in self.phases.items() if steps > 1), None)
+            if name == outermost:
+                say(number + 1, self.phases[name])
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.phases.pop(name, None)
+
+    return Monitor()
+
+
+@contextmanager
+def _hushed() -> Iterator[list[str]]:
+    """With what the library writes to stderr past its logger kept aside, line by line."""
+    said: list[str] = []
+    with scratch.held() as place:
+        kept, log = os.dup(2), os.open(place / "stderr", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            os.dup2(log, 2)
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.lseek(log, 0, os.SEEK_SET)
+            with os.fdopen(log, encoding="utf-8", errors="replace") as stream:
+                said += [line.strip() for line in stream if line.strip()]

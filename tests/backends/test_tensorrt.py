@@ -1,0 +1,265 @@
+"""The tensorrt target: engines built without a GPU, what they are checked by, and what is refused with the reason."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from graphs import Attention, batches, distance, normal, quantize
+from torch import nn
+
+import effc
+from effc.backends.dialect import ORT, TENSORRT
+from effc.backends.options import TensorRtOptions
+from effc.errors import BackendUnavailable, LoweringError, RecipeError, VerifyError
+from effc.passes.mixed_precision import MixedPrecision
+from effc.recipe import build as recipe
+from kit import cli
+
+pytest.importorskip("tensorrt_rtx_bindings")
+
+from effc.backends.tensorrt import ENGINE, TensorRt
+from effc.backends.tensorrt_engine import obstacle
+
+SIZE = 64
+DIMS = {"x": {0: "batch", 1: "length"}}
+
+
+def traced(module=None, *shape, dims=None):
+    torch.manual_seed(0)
+    module = module or Attention(SIZE, 2)
+    x = normal(*(shape or (2, 6, SIZE)))
+    return effc.trace(module.eval(), {"x": x}, dims=DIMS if dims is None else dims)
+
+
+def built(program, folder, **options):
+    return TensorRt(TensorRtOptions(**options)).lower(program.only(), folder)
+
+
+def in_16_bit(program, dtype="fp16"):
+    effc.apply(MixedPrecision(dtype=dtype), program)
+    return program
+
+
+def gap(program, lowered, seed=5):
+    """How far the ONNX that the engine was built from is from the graph."""
+    x = normal(3, 7, SIZE, seed=seed)
+    with TensorRt().stand_in(lowered, threads=1) as engine:
+        found = engine({"x": x.numpy()})
+    return distance(program.run(x=x)["output"], found["output"])
+
+
+PRECISIONS = {
+    "fp32": (None, None),
+    "fp16": (None, "fp16"),
+    "bf16": (None, "bf16"),
+    "w8a16": ({"activation_bits": 16}, "fp16"),
+    "w4a16": ({"activation_bits": 16, "bits": 4, "group": 32}, "bf16"),
+    "w8a8": ({}, "fp16"),
+}
+
+
+@pytest.mark.parametrize("word", PRECISIONS)
+def test_every_precision_is_built_and_its_onnx_computes_the_graph(word, tmp_path):
+    options, dtype = PRECISIONS[word]
+    program = traced()
+    if options is not None:
+        quantize(program, batches("x", 2, 6, SIZE), dialect=TENSORRT, **options)
+    if dtype is not None:
+        in_16_bit(program, dtype)
+    lowered = built(program, tmp_path)
+    assert lowered.files[:2] == (ENGINE, "model.onnx")
+    assert (tmp_path / ENGINE).read_bytes()[1:4] == b"trt"
+    assert int(lowered.options["layers"]) > 4
+    assert gap(program, lowered) < (2e-2 if dtype == "bf16" else 1e-2)
+
+
+def test_weights_of_4_bit_are_stored_so(tmp_path):
+    program = traced()
+    quantize(program, dialect=TENSORRT, activation_bits=16, bits=4, group=32)
+    lowered = built(in_16_bit(program), tmp_path)
+    tensors = ir.load(tmp_path / "model.onnx").graph.initializers.values()
+    assert {t.dtype for t in tensors if "weight_int8" in t.name} == {ir.DataType.INT4}
+    assert gap(program, lowered) < 5e-3
+
+
+def test_attention_is_whole_where_there_is_a_kernel_and_else_the_reason_is_kept(tmp_path):
+    whole = built(in_16_bit(traced()), tmp_path / "whole")
+    apart = built(in_16_bit(traced(Attention(32, 4), 2, 6, 32)), tmp_path / "apart")
+    wide = built(traced(), tmp_path / "wide")
+    assert [low.options["attention"] for low in (whole, apart, wide)] == [
+        "whole", "decomposed", "decomposed",
+    ]  # fmt: skip
+    assert (whole.opset, apart.opset) == (23, 21)
+    assert "kernel" in apart.options["attention_refused"]
+    assert "attention_refused" not in wide.options
+
+
+def test_one_engine_for_several_gpus_and_for_windows(tmp_path):
+    several = built(in_16_bit(traced()), tmp_path, compute=("sm86", "sm89", "sm120"))
+    assert several.options["compute"] == "sm86,sm89,sm120"
+    other = built(in_16_bit(traced()), tmp_path / "w", platform="windows", compute=("sm89",))
+    assert other.options["platform"] == "windows"
+
+
+def test_a_gpu_without_kernels_is_refused_by_the_builder_with_its_reason(tmp_path):
+    with pytest.raises(LoweringError, match=r"Turing.*FP32"):
+        built(traced(), tmp_path, compute=("sm75",))
+
+
+@pytest.mark.skipif(obstacle() is None, reason="there is a GPU")
+@pytest.mark.parametrize("weights", ["stripped", "refittable"])
+def test_weights_outside_the_engine_need_a_driver(weights, tmp_path):
+    with pytest.raises(BackendUnavailable, match="NVIDIA driver"):
+        built(in_16_bit(traced()), tmp_path, weights=weights)
+
+
+def test_the_profile_is_made_of_the_named_dimensions(tmp_path):
+    lowered = built(in_16_bit(traced()), tmp_path, profile={"length": (2, 20, 99)})
+    assert lowered.options["profile"] == "batch=1,8,32;length=2,20,99"
+
+
+class Positions(nn.Module):
+    """As many positions as there are rows in a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(normal(40, SIZE))
+
+    def forward(self, x):
+        return x + self.table[: x.shape[1]]
+
+
+@pytest.mark.parametrize(
+    "profile", [{"width": (1, 2, 3)}, {"batch": (4, 2, 8)}, {"length": (1, 5, 41)}]
+)
+def test_a_profile_that_does_not_fit_is_refused(profile):
+    program = traced(Positions())
+    assert program.only().largest("length") == 40
+    with pytest.raises(RecipeError, match=next(iter(profile))):
+        TensorRt(TensorRtOptions(profile=profile)).supports(program.only())
+
+
+@pytest.mark.parametrize(
+    "asked", [{"compute": ["sm90"]}, {"profile": {"batch": [0, 1, 2]}}, {"fp16": True}, ["sm1"]]
+)
+def test_options_that_nobody_knows_are_refused(asked):
+    with pytest.raises(RecipeError, match="targets"):
+        recipe({"source": {"transformers": "D"}, "targets": [{"tensorrt": asked}]})
+
+
+def test_a_list_is_short_for_compute_capabilities():
+    found = recipe({"source": {"transformers": "D"}, "targets": [{"tensorrt": ["sm86", "sm89"]}]})
+    assert found.target_options["tensorrt"].compute == ("sm86", "sm89")
+
+
+def test_what_the_parser_refuses_is_named_by_module(tmp_path):
+    program = traced()
+    quantize(program, batches("x", 2, 6, SIZE), dialect=ORT)  # zero points, which it does not take
+    with pytest.raises(LoweringError, match=r"QuantizeLinear q .*"):
+        built(program, tmp_path)
+    assert not (tmp_path / ENGINE).exists()
+
+
+def test_the_kit_checks_what_trtexec_writes(tmp_path):
+    lowered = built(in_16_bit(traced()), tmp_path)
+    text = (tmp_path / "kit.txt").read_text()
+    for word in ("--onnx=model.onnx", "--minShapes=x:1x1x64", "--optShapes=x:8x128x64"):
+        assert word in text
+    assert "--loadInputs=x:kit-x.bin" in text and "fp16" not in text
+    assert set(lowered.files) == {p.name for p in tmp_path.iterdir()}
+    x = np.fromfile(tmp_path / "kit-x.bin", np.float32).reshape(2, 6, SIZE)
+    with TensorRt().stand_in(lowered, threads=1) as engine:
+        found = engine({"x": x})["output"]
+    for values, code in ((found, 0), (found * 1.2, 1), (found[:1], 1)):
+        told = [{"name": "output", "dimensions": "2x6x64", "values": values.ravel().tolist()}]
+        (tmp_path / "outputs.json").write_text(json.dumps(told))
+        words = [sys.executable, "kit-check.py", "outputs.json"]
+        assert subprocess.run(words, cwd=tmp_path, check=False).returncode == code
+
+
+@pytest.mark.skipif(obstacle() is None, reason="there is a GPU")
+def test_without_a_gpu_it_is_said_and_nothing_crashes(tmp_path):
+    lowered = built(in_16_bit(traced()), tmp_path)
+    assert "NVIDIA" in TensorRt().obstacle()
+    with pytest.raises(BackendUnavailable, match="NVIDIA"):
+        TensorRt().open(lowered)
+
+
+def test_without_the_library_there_is_the_line_that_installs_it():
+    code = (
+        "import sys; sys.modules['tensorrt_rtx_libs'] = sys.modules['tensorrt'] = None\n"
+        "from effc.backends.tensorrt_build import library\n"
+        "library()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "pip install 'effc[tensorrt]'" in found.stderr
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tensorrt")
+    (place / "model.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    f = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))\n"
+        "    return f.eval(), {'input': torch.randn(2, 32)}\n"
+    )
+    out = place / "out"
+    effc.compile(f"{place / 'model.py'}:build", out, target=["tensorrt", "ort"])
+    return out
+
+
+def test_a_package_says_what_was_not_run(package):
+    manifest = json.loads((package / "manifest.json").read_text())
+    assert [e["path"] for e in manifest["engines"]] == ["tensorrt/model.engine", "ort/model.onnx"]
+    text = (package / "report.txt").read_text()
+    if obstacle() is not None:
+        assert "tensorrt was not run on this machine, nor timed" in text
+    assert effc_verify(package) is None
+
+
+def effc_verify(package):
+    from effc.inspection import verify
+    from effc.progress import Progress
+
+    try:
+        verify(package, model=None, calib=None, metric=None, threads=1, progress=Progress())
+    except VerifyError as error:
+        return error.what
+    return None
+
+
+@pytest.mark.parametrize("change", ["truncated", "another", "no engine"])
+def test_an_engine_that_the_manifest_does_not_know_is_not_opened(package, tmp_path, change):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    file = copy / "tensorrt" / ENGINE
+    content = file.read_bytes()
+    changed = {
+        "truncated": content[: len(content) // 2],
+        "another": content[:-1] + bytes([content[-1] ^ 1]),
+        "no engine": b"MZ" + content[2:],
+    }
+    file.write_bytes(changed[change])
+    assert "model.engine differs from its sha256" in effc_verify(copy)
+
+
+def test_the_words_of_the_command_line(tmp_path):
+    place = tmp_path / "model.py"
+    place.write_text(
+        "import torch\n"
+        "def build():\n"
+        "    return torch.nn.Linear(16, 8).eval(), {'input': torch.randn(2, 16)}\n"
+    )
+    cli("compile", f"{place}:build", "-o", tmp_path / "out", "--target", "tensorrt")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert [p["name"] for p in manifest["passes"]] == ["mixed-precision"]
