@@ -128,8 +128,8 @@ class Backend(Protocol):
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Engine: ...
 
-    def obstacle(self) -> str | None:
-        """Why this machine cannot run its engines, nor time them; None where it can."""
+    def obstacle(self, lowered: Lowered | None = None) -> str | None:
+        """Why this machine cannot run an engine, or any where none is given; None where it can."""
 
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Engine:
         """What computes the same numbers on a machine that cannot run the engine."""
@@ -141,7 +141,7 @@ class Backend(Protocol):
 class BackendBase:
     """The half of a backend that runs wherever its runtime is installed."""
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, lowered: Lowered | None = None) -> str | None:
         return None
 
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Any:

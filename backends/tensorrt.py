@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from effc.backends import cuda
 from effc.backends import tensorrt_build as build
 from effc.backends import tensorrt_kit as kit
 from effc.backends.base import Array, BackendBase, Lowered, Site, Unsupported, at_least
@@ -26,6 +27,9 @@ from effc.errors import BackendUnavailable, LoweringError, RecipeError
 from effc.ir.program import Graph
 from effc.ir.select import op_name
 
+PORTABLE = "portable"
+AHEAD_OF_TIME = ("sm80", "sm86", "sm89", "sm120", "sm121")
+"""What an engine of TensorRT-RTX runs on that was built for no capability by name."""
 ENGINE, ONNX_FILE = "model.engine", "model.onnx"
 WHOLE, DECOMPOSED = 23, 21
 """Opsets with attention as one operator, which has kernels in 16 bit only, and without."""
@@ -75,7 +79,7 @@ class TensorRt(BackendBase):
         (directory / ENGINE).write_bytes(made.engine)
         options = {
             "attention": "whole" if opset == WHOLE else "decomposed",
-            "compute": ",".join(plan.compute) or "portable",
+            "compute": ",".join(plan.compute) or PORTABLE,
             "layers": str(made.layers),
             "platform": asked.platform,
             "profile": ";".join(
@@ -94,10 +98,15 @@ class TensorRt(BackendBase):
             lowered, files=(*lowered.files, *kit.write(graph, lowered, plan))
         )
 
-    def obstacle(self) -> str | None:
-        from effc.backends import tensorrt_engine
-
-        return tensorrt_engine.obstacle()
+    def obstacle(self, lowered: Lowered | None = None) -> str | None:
+        if (why := cuda.obstacle()) is not None or not build.is_rtx():
+            return why
+        built_for = lowered.options.get("compute", PORTABLE) if lowered is not None else PORTABLE
+        runs_on = AHEAD_OF_TIME if built_for == PORTABLE else str(built_for).split(",")
+        name, word = cuda.gpu()
+        if word in runs_on:
+            return None
+        return f"its GPU, {name}, is {word}, and engines are for {', '.join(runs_on)}"
 
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Any:
         """The ONNX that the engine was built from, on ONNX Runtime, every value rounded where the graph says."""
@@ -107,8 +116,12 @@ class TensorRt(BackendBase):
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Any:
         """Raises BackendUnavailable where no GPU of this machine runs it, with the reason."""
-        from effc.backends.tensorrt_engine import TensorRtEngine
+        from effc.backends.tensorrt_engine import ELSEWHERE, TensorRtEngine
 
+        if (why := self.obstacle(lowered)) is not None:
+            raise BackendUnavailable(
+                f"a TensorRT engine cannot run on this machine: {why}", hint=ELSEWHERE
+            )
         return TensorRtEngine(lowered.path, lowered.inputs, lowered.outputs)
 
     def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:

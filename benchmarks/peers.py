@@ -28,12 +28,13 @@ import numpy as np
 import peermakers
 import peernets
 
-from effc import bench, inspection, measure, metrics, package
+from effc import bench, measure, metrics, package
 from effc.backends.base import Engine, EngineBase, Lowered
 from effc.backends.eager import ModuleEngine
 from effc.backends.openvino import OpenVinoEngine, has_bf16
 from effc.backends.ort import Ort, OrtEngine
 from effc.compiler import trace_source
+from effc.engine import lowered as lowered_of
 from effc.ir.program import Graph
 from effc.ir.select import op_name
 from effc.recipe import CalibSpec
@@ -221,7 +222,7 @@ def effc_engines(model: Model, place: Path, *, gate: bool) -> tuple[dict[str, Lo
     seconds, peak = common.run_cli("compile", recipe, "-o", out)
     word = "" if gate else ", all int8"
     entries = {f"effc {e.target}{word}": e for e in package.read(out).engines}
-    engines = {name: inspection._lowered(out, entry) for name, entry in entries.items()}
+    engines = {name: lowered_of(out, entry) for name, entry in entries.items()}
     took = {"seconds": round(seconds, 1), "peak_mb": round(peak)}
     sites = {name: [entry.int8_sites, entry.total_sites] for name, entry in entries.items()}
     return engines, {"took": took, "int8_sites": sites}

@@ -23,6 +23,7 @@ _NAMES = {
     "Source": "effc.source:Source",
     "Batch": "effc.calib.data:Batch",
     "Program": "effc.ir.program:Program",
+    "Engine": "effc.engine:Engine",
     "EffcError": "effc.errors:EffcError",
     "register": "effc.passes:register",
     "explain": "effc.blame:explain",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from effc.calib.data import Batch as Batch
     from effc.calib.probe import Probe as Probe
     from effc.compiler import compile as compile
+    from effc.engine import Engine as Engine
     from effc.errors import EffcError as EffcError
     from effc.ir.program import Program as Program
     from effc.ir.select import Select as Select

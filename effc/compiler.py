@@ -196,7 +196,7 @@ def run(
             "verify": {of.built.target: of.drifts for of in made},
             "lowering": {of.built.target: of.lowering for of in made if of.lowering is not None},
             "layers": {of.built.target: of.layers for of in made if of.layers},
-            "stand_ins": {t: why for t in recipe.targets if (why := lab.obstacle(t)) is not None},
+            "stand_ins": {b.target: why for b in built if (why := lab.obstacle(b)) is not None},
             "stages": [dataclasses.asdict(stage) for stage in progress.stages.values()],
             "timings": {name: round(s.seconds, 3) for name, s in progress.stages.items()},
         }
@@ -258,7 +258,7 @@ def _made(lab: Lab, target: str, time_budget_s: float | None, *, replays: bool) 
     chosen = found.trial.built
     if found.trial is not base:
         drifts, lowering = lab.drifts(chosen)[target], lab.lowering(chosen)
-    if lab.obstacle(target) is None:
+    if lab.obstacle(chosen) is None:
         lab.beside[target] = chosen.first
     gated = gate.to_json(
         lab.spec, found.trial.checks, rolled_back=search.rolled_back(lab, base, found.trial),

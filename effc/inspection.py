@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from effc import bench as benchmark
-from effc import package, paths, report
+from effc import package, report
 from effc.backends import BACKENDS, DISTRIBUTIONS, TARGETS
-from effc.errors import BackendUnavailable, PackageError, SourceError, UsageError, VerifyError
+from effc.engine import entry_of, refuse
+from effc.engine import lowered as lowered_of
+from effc.errors import BackendUnavailable, PackageError, SourceError, UsageError
 from effc.machine import cpu_features, default_threads
 from effc.progress import Progress
 
@@ -66,7 +68,7 @@ def verify(
             cases = measure.verify_engine(
                 source,
                 original.only(),
-                _lowered(out, entry),
+                lowered_of(out, entry),
                 samples,
                 _lossy(manifest, entry),
                 threads,
@@ -76,7 +78,7 @@ def verify(
             prefix = f"{entry.target}: " if number else ""
             found["cases"] |= {f"{prefix}{label}": drifts for label, drifts in cases.items()}
     if wanted is not None:
-        lowered = _lowered(out, manifest.engines[0])
+        lowered = lowered_of(out, manifest.engines[0])
         with progress.stage("metric") as step:
             found["metric"] = measure.task_metric(
                 source, original.only(), lowered, wanted, threads, step
@@ -91,17 +93,8 @@ def _whole(out: Path, progress: Progress) -> package.Manifest:
     """The manifest of a package that is what its manifest says. Raises VerifyError for any other."""
     with progress.stage("integrity"):
         manifest = package.read(out)
-        _refuse(out, package.check(out))
+        refuse(out, package.check(out))
     return manifest
-
-
-def _refuse(what: Path, broken: Sequence[str]) -> None:
-    if broken:
-        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise VerifyError(
-            f"{what} is not what it is said to be: {'; '.join(broken[:5])}{more}",
-            hint=package.UNHARMED,
-        )
 
 
 def _lossy(manifest: package.Manifest, entry: package.EngineEntry) -> bool:
@@ -156,22 +149,6 @@ def _open(
     with progress.stage("trace"):
         original = compiler.trace_source(source)
     return source, Samples(source, CalibSpec(file=calib) if calib else None), original
-
-
-def _lowered(out: Path, entry: package.EngineEntry) -> Any:
-    from effc.backends.base import Lowered
-
-    path = paths.inside(out, entry.path)
-    return Lowered(
-        role=entry.role,
-        target=entry.target,
-        directory=path.parent,
-        files=(path.name,),
-        opset=entry.opset,
-        inputs=entry.inputs,
-        outputs=entry.outputs,
-        options=entry.options,
-    )
 
 
 def verify_lines(found: Mapping[str, Any]) -> list[str]:
@@ -231,14 +208,14 @@ def bench(
         raise UsageError(f"--budget {budget_s} never ends", hint="--budget 10, in seconds")
     wanted = metrics.parse(metric) if metric else None
     manifest = _whole(out, progress)
-    entry = _engine(out, manifest, target)
+    entry = entry_of(out, manifest, target)
     threads = threads or default_threads()
     others = {_name_of(word): _opener(word, threads) for word in against}
     model_spec = _source_of(out, model, trust_code)
     source, samples, original = _open(out, manifest, model_spec, calib, progress)
     if wanted is not None:
         wanted.check(source)
-    lowered = _lowered(out, entry)
+    lowered = lowered_of(out, entry)
     with progress.stage("verify") as step:
         cases = measure.verify_engine(
             source, original.only(), lowered, samples, _lossy(manifest, entry), threads, step
@@ -262,14 +239,6 @@ def bench(
     }
 
 
-def _engine(out: Path, manifest: package.Manifest, target: str | None) -> package.EngineEntry:
-    for entry in manifest.engines:
-        if target in (None, entry.target):
-            return entry
-    known = ", ".join(entry.target for entry in manifest.engines)
-    raise UsageError(f"{out} has no engine for {target!r}", hint=f"it has {known}")
-
-
 def _name_of(word: str) -> str:
     """What `--against` is called in the results: as typed, unless that is one of the names that stand there anyway."""
     return os.path.abspath(word) if word in ("engine", "float", "torch") else word
@@ -282,11 +251,11 @@ def _opener(word: str, threads: int) -> Callable[[], Any]:
 
     path = Path(word)
     if os.path.isdir(path):
-        _refuse(path, package.check(path))
-        return opener(_lowered(path, package.read(path).engines[0]), threads)
+        refuse(path, package.check(path))
+        return opener(lowered_of(path, package.read(path).engines[0]), threads)
     if os.path.isfile(path) and path.suffix == ".onnx":
         path = path.resolve()
-        _refuse(path, onnx_file.problems(path.parent, path.name))
+        refuse(path, onnx_file.problems(path.parent, path.name))
         return lambda: OrtEngine(path, threads=threads)
     raise UsageError(
         f"--against {word} is neither a package nor an .onnx file",

@@ -35,7 +35,7 @@ Json = dict[str, Any]
 def opened(lowered: Lowered, threads: int) -> Engine:
     """An engine to ask for numbers: what stands in for it where this machine cannot run it."""
     backend = BACKENDS[lowered.target]()
-    choice = backend.open if backend.obstacle() is None else backend.stand_in
+    choice = backend.open if backend.obstacle(lowered) is None else backend.stand_in
     found: Engine = choice(lowered, threads=threads)
     return found
 

@@ -137,15 +137,15 @@ class Lab:
 
     def timed(self, trial: Trial) -> Trial:
         """A measured candidate with its timing, and all checks."""
-        if self.recipe.bench is None or self.obstacle(trial.built.target) is not None:
+        if self.recipe.bench is None or self.obstacle(trial.built) is not None:
             return trial
         timed = self.bench(trial.built.first, self.recipe.bench, self.beside)
         trial = dataclasses.replace(trial, bench=timed)
         return dataclasses.replace(trial, checks=self._checks(trial))
 
-    def obstacle(self, target: str) -> str | None:
-        """Why engines of a target cannot be timed on this machine; None where they can."""
-        found: str | None = BACKENDS[target]().obstacle()
+    def obstacle(self, built: Built) -> str | None:
+        """Why a candidate cannot be timed on this machine; None where it can."""
+        found: str | None = BACKENDS[built.target]().obstacle(built.first)
         return found
 
     def finish(self) -> None:

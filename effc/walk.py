@@ -28,6 +28,8 @@ from effc.blame import Blame, Faults, first_fault
 from effc.build import Rollback, graph_digest
 from effc.calib.calibrator import MASK, tensors_for
 from effc.case import few
+from effc.engine import entry_of
+from effc.engine import lowered as lowered_of
 from effc.errors import CalibrationError, PackageError, UsageError, VerifyError
 from effc.ir.program import Graph, Program
 from effc.layers import Layers
@@ -110,7 +112,7 @@ def walk(
     Raises VerifyError where the package is not whole, and no code is run that it names unless it is trusted.
     """
     manifest = inspection._whole(out, progress)
-    entry = inspection._engine(out, manifest, target)
+    entry = entry_of(out, manifest, target)
     spec = inspection._source_of(out, model, trust_code)
     asked = _recipe(out, spec, trust_code)
     decisions = package.read_json(out, "decisions.json")
@@ -123,7 +125,7 @@ def walk(
         way = _Way(feeds=feeds, module=module, is_made_up=is_made_up, progress=progress)
         program, before = way.graphs(original, asked, entry.target, decisions)
         way.plain_export(original.only(), entry.target, threads)
-        lowered = inspection._lowered(out, entry)
+        lowered = lowered_of(out, entry)
         way.files(lowered, program.only(), inspection._lossy(manifest, entry), threads)
         sites, loudest = way.layers(before, program, top)
     wrong = next((s for s in way.steps if s.judgement.is_fault), None)

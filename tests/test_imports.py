@@ -36,6 +36,7 @@ LINES = [
     samples verify bench
     gate case
     package
+    engine
     delta charts report_shape
     report_numbers
     report_html

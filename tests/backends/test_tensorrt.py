@@ -1,6 +1,7 @@
 """The tensorrt target: engines built without a GPU, what they are checked by, and what is refused with the reason."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,15 +15,15 @@ from torch import nn
 import effc
 from effc.backends.dialect import ORT, TENSORRT
 from effc.backends.options import TensorRtOptions
-from effc.errors import BackendUnavailable, LoweringError, RecipeError, VerifyError
+from effc.errors import BackendUnavailable, LoweringError, RecipeError, UsageError, VerifyError
 from effc.passes.mixed_precision import MixedPrecision
 from effc.recipe import build as recipe
 from kit import cli
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
+from effc.backends import cuda
 from effc.backends.tensorrt import ENGINE, TensorRt
-from effc.backends.tensorrt_engine import obstacle
 
 SIZE = 64
 DIMS = {"x": {0: "batch", 1: "length"}}
@@ -110,7 +111,7 @@ def test_a_gpu_without_kernels_is_refused_by_the_builder_with_its_reason(tmp_pat
         built(traced(), tmp_path, compute=("sm75",))
 
 
-@pytest.mark.skipif(obstacle() is None, reason="there is a GPU")
+@pytest.mark.skipif(cuda.obstacle() is None, reason="there is a driver")
 @pytest.mark.parametrize("weights", ["stripped", "refittable"])
 def test_weights_outside_the_engine_need_a_driver(weights, tmp_path):
     with pytest.raises(BackendUnavailable, match="NVIDIA driver"):
@@ -181,7 +182,7 @@ def test_the_kit_checks_what_trtexec_writes(tmp_path):
         assert subprocess.run(words, cwd=tmp_path, check=False).returncode == code
 
 
-@pytest.mark.skipif(obstacle() is None, reason="there is a GPU")
+@pytest.mark.skipif(TensorRt().obstacle() is None, reason="there is a GPU")
 def test_without_a_gpu_it_is_said_and_nothing_crashes(tmp_path):
     lowered = built(in_16_bit(traced()), tmp_path)
     assert "NVIDIA" in TensorRt().obstacle()
@@ -220,7 +221,7 @@ def test_a_package_says_what_was_not_run(package):
     manifest = json.loads((package / "manifest.json").read_text())
     assert [e["path"] for e in manifest["engines"]] == ["tensorrt/model.engine", "ort/model.onnx"]
     text = (package / "report.txt").read_text()
-    if obstacle() is not None:
+    if TensorRt().obstacle() is not None:
         assert "tensorrt was not run on this machine, nor timed" in text
     assert effc_verify(package) is None
 
@@ -238,7 +239,6 @@ def effc_verify(package):
 
 @pytest.mark.parametrize("change", ["truncated", "another", "no engine"])
 def test_an_engine_that_the_manifest_does_not_know_is_not_opened(package, tmp_path, change):
-    import shutil
 
     copy = tmp_path / "copy"
     shutil.copytree(package, copy)
@@ -263,3 +263,19 @@ def test_the_words_of_the_command_line(tmp_path):
     cli("compile", f"{place}:build", "-o", tmp_path / "out", "--target", "tensorrt")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [p["name"] for p in manifest["passes"]] == ["mixed-precision"]
+
+
+def test_an_engine_of_a_package_is_opened_by_its_target(package, tmp_path):
+    x = {"input": np.ones((3, 32), np.float32)}
+    with effc.Engine.open(package, "ort") as engine:
+        assert engine(x)["output"].shape == (3, 8)
+    with pytest.raises(UsageError, match="no engine for 'openvino'"):
+        effc.Engine.open(package, "openvino")
+    if TensorRt().obstacle() is not None:
+        with pytest.raises(BackendUnavailable, match="NVIDIA"):
+            effc.Engine.open(package)
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    (copy / "ort" / "model.onnx").write_bytes(b"")
+    with pytest.raises(VerifyError):
+        effc.Engine.open(copy, "ort")
