@@ -11,7 +11,7 @@ DISTRIBUTIONS = {
     "openvino": ("openvino", "'effc[openvino]'"),
     "tensorrt": ("tensorrt-rtx-cu12-bindings", "'effc[tensorrt]'"),
 }
-"""By target, made or planned: the distribution that it needs, and what pip is to install for it."""
+"""By target: the distribution that it needs, and what pip is to install for it."""
 
 
 class _Backends(Table):

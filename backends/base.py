@@ -134,8 +134,15 @@ class Backend(Protocol):
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Engine:
         """What computes the same numbers on a machine that cannot run the engine."""
 
-    def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
-        """Peak resident memory, in MB, of a process of the plain runtime that runs `feeds` through an engine."""
+    def plain(self, graph: Any, lowered: Lowered) -> Lowered:
+        """The plain float export of a graph, which lies in a directory already, as its runtime opens it."""
+
+    def peak_rss_mb(
+        self, lowered: Lowered, feeds: Mapping[str, Array], threads: int
+    ) -> float | None:
+        """Peak resident memory, in MB, of a process of the plain runtime that runs `feeds` through an engine; None
+        where it cannot be measured.
+        """
 
 
 class BackendBase:
@@ -146,6 +153,9 @@ class BackendBase:
 
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Any:
         return self.open(lowered, threads=threads)
+
+    def plain(self, graph: Any, lowered: Lowered) -> Lowered:
+        return lowered
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Any:
         raise NotImplementedError

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from effc.backends.base import Array
@@ -64,9 +65,16 @@ class Memory:
 
         self._driver, self._places = driver, dict[str, tuple[int, int]]()
         called(driver.cuInit(0))
-        device = called(driver.cuDeviceGet(0))
-        called(driver.cuCtxSetCurrent(called(driver.cuDevicePrimaryCtxRetain(device))))
+        self._device = called(driver.cuDeviceGet(0))
+        self._context = called(driver.cuDevicePrimaryCtxRetain(self._device))
+        called(driver.cuCtxSetCurrent(self._context))
         self._stream = called(driver.cuStreamCreate(0))
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """With the GPU's context in the thread that calls."""
+        called(self._driver.cuCtxSetCurrent(self._context))
+        yield
 
     @property
     def stream(self) -> int:
@@ -107,4 +115,5 @@ class Memory:
         self._places.clear()
         if self._stream is not None:
             self._driver.cuStreamDestroy(self._stream)
+            self._driver.cuDevicePrimaryCtxRelease(self._device)
             self._stream = None

@@ -57,7 +57,9 @@ TENSORRT = Dialect(
     conv_bias_int32=False,
     conv_residual=False,
     overflow_fix=False,
+    rest="fp16",
     reasons={
+        "rest": "kernels of a GPU are fast in 16 bit",
         "opset": "23 keeps attention one operator, for which there are kernels in 16 bit; it is decomposed at 21 where "
         "the builder has none for the sizes",
         "activation": "int8 with zero point 0: the parser refuses any other",

@@ -1,6 +1,7 @@
-"""An ONNX file in bfloat16 on a runtime that has no kernels for it: computed in float32, rounded where the file says.
+"""An ONNX file in 16 bit on a processor without kernels for it: computed in float32, rounded where the file says.
 
-Every node that reads or gives bfloat16 is put between casts, so that what leaves it is rounded as it would be.
+Every node that reads or gives 16 bit is put between casts, so that what leaves it is rounded as it would be. Left
+alone, onnxruntime has no kernels for bfloat16, and computes whole chains of fp16 in float32, where nothing overflows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from effc import scratch
 from effc.backends.ort import OrtEngine
 from effc.backends.ort_rewrites import mask_every_query
 
-BF16, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+FLOAT = ir.DataType.FLOAT
 
 
 def open_widened(path: Path, threads: int | None) -> OrtEngine:
@@ -29,21 +31,21 @@ def open_widened(path: Path, threads: int | None) -> OrtEngine:
 
 
 def widen(model: ir.Model) -> int:
-    """Put every node that computes in bfloat16 between casts; gives how many there were."""
+    """Put every node that computes in 16 bit between casts; gives how many there were."""
     wide: dict[ir.Value, ir.Value] = {}
     changed = 0
     for node in list(model.graph):
-        narrow = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype == BF16]
+        narrow = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype in NARROW]
         if not narrow or node.op_type in ("Cast", "Constant"):
             continue
         changed += 1
         for place, value in enumerate(node.inputs):
-            if value is not None and value.dtype == BF16:
+            if value is not None and value.dtype in NARROW:
                 if value not in wide:
                     wide[value] = _cast(model, value, FLOAT, before=node)
                 node.replace_input_with(place, wide[value])
         for value in node.outputs:
-            if value.dtype == BF16:
+            if value.dtype in NARROW:
                 _round(model, node, value)
     return changed
 
@@ -58,11 +60,12 @@ def _cast(model: ir.Model, value: ir.Value, kind: ir.DataType, *, before: ir.Nod
 
 
 def _round(model: ir.Model, node: ir.Node, value: ir.Value) -> None:
-    """What a node gives is float32 now; the value that others read is that in bfloat16."""
-    uses = list(value.uses())
-    cast = ir.node("Cast", [value], attributes={"to": int(BF16)})
+    """What a node gives is float32 now; the value that others read is that in 16 bit."""
+    uses, kind = list(value.uses()), value.dtype
+    assert kind is not None
+    cast = ir.node("Cast", [value], attributes={"to": int(kind)})
     made: Any = cast.outputs[0]
-    made.name, made.type, made.shape = f"{value.name}_bf16", ir.TensorType(BF16), value.shape
+    made.name, made.type, made.shape = f"{value.name}_narrow", ir.TensorType(kind), value.shape
     model.graph.insert_after(node, cast)
     for use in uses:
         use.node.replace_input_with(use.idx, made)

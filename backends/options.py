@@ -34,6 +34,8 @@ class TensorRtOptions:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    short: ClassVar[str] = "compute"
+    """The option that a list in the place of options is."""
 
     compute: tuple[Capability, ...] = ()
     platform: Literal["linux", "windows"] = "linux"

@@ -30,7 +30,7 @@ from effc.ir.select import op_name
 PORTABLE = "portable"
 AHEAD_OF_TIME = ("sm80", "sm86", "sm89", "sm120", "sm121")
 """What an engine of TensorRT-RTX runs on that was built for no capability by name."""
-ENGINE, ONNX_FILE = "model.engine", "model.onnx"
+ENGINE = "model.engine"
 WHOLE, DECOMPOSED = 23, 21
 """Opsets with attention as one operator, which has kernels in 16 bit only, and without."""
 USUAL = {"batch": 8}
@@ -61,9 +61,8 @@ class TensorRt(BackendBase):
             stripped=asked.weights == "stripped",
         )  # fmt: skip
         shapes = {port.name: port.shape for port in ports(graph)[0]}
-        opset, why = WHOLE, ""
-        if not _attends_in_16_bit(graph):
-            opset = DECOMPOSED
+        kinds, why = _attention_types(graph), ""
+        opset = WHOLE if kinds and "torch.float32" not in kinds else DECOMPOSED
         while True:
             places: dict[str, str] = {}
             model = to_onnx(graph, opset, places=places)
@@ -78,8 +77,7 @@ class TensorRt(BackendBase):
                 opset, why = DECOMPOSED, error.what
         (directory / ENGINE).write_bytes(made.engine)
         options = {
-            "attention": "whole" if opset == WHOLE else "decomposed",
-            "compute": ",".join(plan.compute) or PORTABLE,
+            "compute": ",".join(plan.compute) or (PORTABLE if build.is_rtx() else cuda.gpu()[1]),
             "layers": str(made.layers),
             "platform": asked.platform,
             "profile": ";".join(
@@ -87,11 +85,13 @@ class TensorRt(BackendBase):
             ),
             "weights": asked.weights,
         }
+        if kinds:
+            options["attention"] = "whole" if opset == WHOLE else "decomposed"
         if why:
             options["attention_refused"] = why
         lowered = described(
             graph, self.name, directory, (ENGINE, *files), opset,
-            sites=tuple(_site(*place) for place in weight_sites(graph)),
+            sites=tuple(_site(name, word) for name, word, _ in weight_sites(graph)),
             requires=(_requirement(),), options=options,
         )  # fmt: skip
         return dataclasses.replace(
@@ -112,7 +112,7 @@ class TensorRt(BackendBase):
         """The ONNX that the engine was built from, on ONNX Runtime, every value rounded where the graph says."""
         from effc.backends.onnx_widen import open_widened
 
-        return open_widened(lowered.directory / ONNX_FILE, threads)
+        return open_widened(lowered.path.with_suffix(".onnx"), threads)
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Any:
         """Raises BackendUnavailable where no GPU of this machine runs it, with the reason."""
@@ -122,13 +122,21 @@ class TensorRt(BackendBase):
             raise BackendUnavailable(
                 f"a TensorRT engine cannot run on this machine: {why}", hint=ELSEWHERE
             )
-        return TensorRtEngine(lowered.path, lowered.inputs, lowered.outputs)
-
-    def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> float:
-        raise BackendUnavailable(
-            "memory of an engine on a GPU is not measured from outside",
-            hint="nvidia-smi shows what a process holds",
+        weights = lowered.path.with_suffix(".onnx")
+        is_stripped = lowered.options.get("weights") == "stripped"
+        return TensorRtEngine(
+            lowered.path, lowered.inputs, lowered.outputs, weights=weights if is_stripped else None
         )
+
+    def plain(self, graph: Graph, lowered: Lowered) -> Lowered:
+        """An engine of the float export, for GPUs of this machine."""
+        plan = build.Plan(profile=profile_of(graph, self._asked.profile))
+        made = build.build(lowered.path, plan, {p.name: p.shape for p in lowered.inputs})
+        (lowered.directory / ENGINE).write_bytes(made.engine)
+        return dataclasses.replace(lowered, files=(ENGINE, *lowered.files))
+
+    def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> None:
+        """Memory of an engine on a GPU is not measured from outside."""
 
 
 def _requirement() -> str:
@@ -136,13 +144,10 @@ def _requirement() -> str:
     return at_least("tensorrt-rtx-cu12-libs" if build.is_rtx() else "tensorrt", version)
 
 
-def _attends_in_16_bit(graph: Graph) -> bool:
-    kinds = {
-        str(n.meta["val"].dtype)
-        for n in graph.nodes
-        if op_name(n) == "scaled_dot_product_attention"
-    }
-    return bool(kinds) and "torch.float32" not in kinds
+def _attention_types(graph: Graph) -> set[str]:
+    """The types that attention is computed in; none where a graph has none."""
+    found = [n for n in graph.nodes if op_name(n) == "scaled_dot_product_attention"]
+    return {str(n.meta["val"].dtype) for n in found}
 
 
 def profile_of(graph: Graph, asked: Mapping[str, Sequence[int]]) -> dict[str, build.Sizes]:
@@ -207,7 +212,7 @@ def _retype(
             del model.graph.initializers[part.name]
 
 
-def _site(name: str, word: str, weight: str) -> Site:
+def _site(name: str, word: str) -> Site:
     return Site(
         name=name, op=word, kernel="unknown", int8=False,
         reason="TensorRT chooses kernels on the GPU",

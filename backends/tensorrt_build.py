@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from effc.errors import BackendUnavailable, LoweringError
 
 Sizes = tuple[int, int, int]
 """Of a free dimension: the least, the usual, for which kernels are chosen, and the largest."""
-_CHATTER = ("Int64 binding", "minShape is not the same")
 
 
 @functools.cache
@@ -59,19 +58,17 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """An engine and what its builder said."""
+    """An engine, and how many layers its network has."""
 
     engine: bytes
     layers: int
-    warnings: tuple[str, ...]
 
 
 class Log:
-    """What the library says, errors and warnings apart."""
+    """The errors that the library says."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.warnings: list[str] = []
 
     def logger(self) -> Any:
         trt, log = library(), self
@@ -83,8 +80,6 @@ class Log:
             def log(self, severity: Any, message: str) -> None:
                 if severity <= trt.ILogger.ERROR:
                     log.errors.append(message)
-                elif severity == trt.ILogger.WARNING and not any(c in message for c in _CHATTER):
-                    log.warnings.append(message)
 
         return Logger()
 
@@ -95,7 +90,6 @@ def build(
     names: Mapping[str, Sequence[int | str]],
     *,
     places: Mapping[str, str] | None = None,
-    step: Callable[[int, int | None], None] | None = None,
 ) -> Built:
     """An engine from an ONNX file. `names` are the shapes of its inputs, `places` where each of its nodes is from.
 
@@ -114,9 +108,6 @@ def build(
         config = builder.create_builder_config()
         _configure(config, plan)
         config.add_optimization_profile(_profile(builder, plan, names))
-        monitor = _monitor(step)
-        if monitor is not None:
-            config.progress_monitor = monitor
         made = builder.build_serialized_network(network, config)
     if made is None:
         said = [*log.errors, *aside] or ["it gave no reason"]
@@ -129,7 +120,7 @@ def build(
             f"tensorrt cannot build {path.name}: {_first(said[0])}{_about(said, places or {})}",
             hint="leave the part out of 16 bit with `exclude`, or choose other compute capabilities",
         )
-    return Built(engine=bytes(made), layers=network.num_layers, warnings=tuple(log.warnings))
+    return Built(engine=bytes(made), layers=network.num_layers)
 
 
 def _configure(config: Any, plan: Plan) -> None:
@@ -192,33 +183,6 @@ def _about(said: Sequence[str], places: Mapping[str, str]) -> str:
 def _first(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 300 else f"{line[:300]}…"
-
-
-def _monitor(step: Callable[[int, int | None], None] | None) -> Any:
-    if step is None:
-        return None
-    trt, say = library(), step
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """The outermost phase that has more than one step stands for all."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.phases: dict[str, int] = {}
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self.phases[name] = steps
-
-        def step_complete(self, name: str, number: int) -> bool:
-            outermost = next((n for n, steps in self.phases.items() if steps > 1), None)
-            if name == outermost:
-                say(number + 1, self.phases[name])
-            return True
-
-        def phase_finish(self, name: str) -> None:
-            self.phases.pop(name, None)
-
-    return Monitor()
 
 
 @contextmanager

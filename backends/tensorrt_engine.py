@@ -5,6 +5,7 @@ An engine file is code that the driver runs: who opens one has compared its sha2
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,20 @@ ELSEWHERE = "open it on a machine with a GPU that it was built for"
 class TensorRtEngine(EngineBase):
     """An engine file on the first GPU, its buffers kept from call to call, in one CUDA graph where the library can.
 
-    Raises BackendUnavailable where the GPU does not run it, with the reason that the library gives.
+    `weights` is the ONNX file that an engine without weights takes them from. One call runs at a time. Raises
+    BackendUnavailable where the GPU does not run it, with the reason that the library gives.
     """
 
-    def __init__(self, path: Path, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        inputs: tuple[Port, ...],
+        outputs: tuple[Port, ...],
+        *,
+        weights: Path | None = None,
+    ) -> None:
         self._path, self.inputs, self.outputs = path, inputs, outputs
-        self._memory, log = Memory(), Log()
+        self._memory, self._turn, log = Memory(), threading.Lock(), Log()
         self._logger = log.logger()
         self._runtime = library().Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -37,11 +46,30 @@ class TensorRtEngine(EngineBase):
                 f"{path.name} cannot run here: {' '.join(log.errors) or 'the library gives no reason'}",
                 hint=ELSEWHERE,
             )
+        if weights is not None:
+            self._refit(weights, log)
         self._context = _context(self._engine)
 
+    def _refit(self, weights: Path, log: Log) -> None:
+        refitter = library().Refitter(self._engine, self._logger)
+        parser = library().OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+            self.close()
+            raise LoweringError(
+                f"{self._path.name} does not take the weights of {weights.name}: {' '.join(log.errors)}",
+                hint="compile it again",
+            )
+
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        given = {p.name: np.ascontiguousarray(feeds[p.name]) for p in self.inputs}
         try:
-            return self._run({p.name: np.ascontiguousarray(feeds[p.name]) for p in self.inputs})
+            for port in self.inputs:
+                if given[port.name].dtype != np.dtype(port.dtype):
+                    raise LoweringError(
+                        f"{port.name} is {given[port.name].dtype}, not {port.dtype}"
+                    )
+            with self._turn, self._memory.current():
+                return self._run(given)
         except LoweringError as error:
             raise cannot_run("tensorrt", self._path, feeds, self.inputs, error) from error
 
@@ -65,7 +93,7 @@ class TensorRtEngine(EngineBase):
         return found
 
     def close(self) -> None:
-        self._context = self._engine = self._runtime = None
+        self._context = self._engine = self._runtime = None  # before the memory that they use
         self._memory.close()
 
 

@@ -213,7 +213,7 @@ def effc_engines(model: Model, place: Path, *, gate: bool) -> tuple[dict[str, Lo
         "calib": {"file": model.calib, "samples": model.samples},
         "passes": [{"pass": "smooth"}, {"pass": "quantize"}],
         "targets": ["ort", "openvino"],
-        "bench": {"shapes": [list(s) for s in model.shapes], "threads": THREADS},
+        "bench": {"shapes": [list(s) for s in model.shapes], "threads": THREADS, "budget_s": 4.0},
     }
     if not gate:
         content |= {"gate": False, "bench": False}

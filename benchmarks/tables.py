@@ -186,7 +186,8 @@ def ranges() -> list[str]:
 def peers() -> list[str]:
     lines = [
         "## Beside other tools (benchmarks/peers.py)", "",
-        "All are calibrated on the same samples and take turns with 2 threads. The ratio is the time of each ÷ that of "
+        "All are calibrated on the same samples and take turns with 2 threads, those more than five times slower than "
+        "`effc ort` in turns of their own. The ratio is the time of each ÷ that of "
         "`effc ort`, with its 99 % interval, so above 1 effc's ONNX Runtime engine is faster. `effc ort` and `effc "
         "openvino` are what one compile for both ships: where integers do not pay, its gate has taken them back. "
         "`made in` is a process of its own: seconds and peak memory.", "",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from effc import package
-from effc.backends import BACKENDS
+from effc.backends import BACKENDS, DISTRIBUTIONS
 from effc.backends.base import Lowered, Port, Site
 from effc.backends.dialect import DIALECTS
 from effc.cache import Cache, key_of
@@ -313,6 +313,7 @@ class Builder:
                 "lower", graph=graph_digest([Program({graph.role: graph})]), target=built.target,
                 asked=asked and dataclasses.asdict(asked),
                 ports=[list(graph.inputs), list(graph.outputs)], cpu=cpu_features(), versions=versions(),
+                tool=_version(DISTRIBUTIONS[built.target][0]),
             )  # fmt: skip
             entry = self.cache.get(key)
             if entry is not None and entry.copy_to(directory):
@@ -373,13 +374,15 @@ def graph_digest(programs: Sequence[Program]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that decide the bytes of an output."""
+    names = ("effc", "torch", "transformers", "tokenizers", "numpy", "pillow")
+    known = {name: _version(name) for name in (*names, "onnx-ir", "onnxscript", "onnxruntime")}
+    return {name: found.split("+")[0] for name, found in known.items() if found is not None}
+
+
+def _version(distribution: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    names = ("effc", "torch", "transformers", "tokenizers", "numpy", "pillow")
-    for name in (*names, "onnx-ir", "onnxscript", "onnxruntime"):
-        try:
-            found[name] = version(name).split("+")[0]
-        except PackageNotFoundError:
-            continue
-    return found
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -16,6 +16,7 @@ from typing import Any
 from effc import cache, gate, measure, metrics, package, report, search
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered
+from effc.backends.dialect import DIALECTS
 from effc.build import Builder, Built, graph_digest, versions
 from effc.cache import Cache
 from effc.errors import GateRefused, LoweringError, SourceError, UsageError
@@ -127,16 +128,17 @@ def from_flags(
 
 
 def _passes(word: str, targets: Sequence[str]) -> list[Any]:
-    """What a word for `--quantize` stands for. Kernels of a GPU are fast in 16 bit: there the rest is fp16."""
-    only_gpu = set(targets) == {"tensorrt"}
-    first = QUANTIZE_WORDS["fp16" if word == "none" and only_gpu else word]
+    """What a word for `--quantize` stands for. Where all targets want it, what stays in float is in 16 bit."""
+    rests = {DIALECTS[target].rest if target in DIALECTS else None for target in targets}
+    rest = rests.pop() if len(rests) == 1 else None
+    first = QUANTIZE_WORDS[word] or (QUANTIZE_WORDS[rest] if rest is not None else None)
     if first is None:
         return []
     passes: list[Any] = [first]
     if first["pass"] == "quantize" and first["activation_bits"] != 16:
         passes.insert(0, "smooth")
-    if first["pass"] == "quantize" and only_gpu:
-        passes.append(QUANTIZE_WORDS["fp16"])
+    if first["pass"] == "quantize" and rest is not None:
+        passes.append(QUANTIZE_WORDS[rest])
     return passes
 
 
@@ -218,7 +220,7 @@ def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
         )
     with progress.stage("trace"):
         original = trace_source(source)
-        _refuse_unsupported(original, recipe.targets)
+        _refuse_unsupported(original, recipe)
     return source, original
 
 
@@ -282,8 +284,9 @@ def _first_and_others(made: Sequence[_Made]) -> Json:
     """What the report says of the first engine, and by target of the others; bench.json has all that were timed."""
     told, *rest = [of.told() for of in made]
     others = {of.built.target: each for of, each in zip(made[1:], rest, strict=True)}
-    if told["bench"] and others:
-        told["bench"]["others"] = {target: of["bench"] for target, of in others.items()}
+    beside = {target: of["bench"] for target, of in others.items() if of["bench"]}
+    if told["bench"] and beside:
+        told["bench"]["others"] = beside
     return {**told, "others": others}
 
 
@@ -312,9 +315,10 @@ def trace_source(source: Source) -> Program:
     return Program(graphs)
 
 
-def _refuse_unsupported(program: Program, targets: Sequence[str]) -> None:
-    for target in targets:
-        backend = BACKENDS[target]()
+def _refuse_unsupported(program: Program, recipe: Recipe) -> None:
+    for target in recipe.targets:
+        asked = recipe.target_options.get(target)
+        backend = BACKENDS[target]() if asked is None else BACKENDS[target](asked)
         for graph in program:
             if found := backend.supports(graph):
                 lines = [f"{u.node}: {u.reason}" for u in found[:5]]

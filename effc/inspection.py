@@ -19,6 +19,7 @@ from typing import Any
 from effc import bench as benchmark
 from effc import package, report
 from effc.backends import BACKENDS, DISTRIBUTIONS, TARGETS
+from effc.backends.base import Lowered
 from effc.engine import entry_of, refuse
 from effc.engine import lowered as lowered_of
 from effc.errors import BackendUnavailable, PackageError, SourceError, UsageError
@@ -49,6 +50,7 @@ def verify(
         "model_bytes": manifest.model_bytes(out),
         "outputs": {},
         "cases": {},
+        "stand_ins": {},
         "metric": None,
     }
     if model is None and not trust_code:
@@ -75,6 +77,8 @@ def verify(
                 step,
             )
             found["outputs"] = found["outputs"] or measure.worst_known(cases)
+            if (why := _obstacle_of(lowered_of(out, entry))) is not None:
+                found["stand_ins"][entry.target] = why
             prefix = f"{entry.target}: " if number else ""
             found["cases"] |= {f"{prefix}{label}": drifts for label, drifts in cases.items()}
     if wanted is not None:
@@ -155,6 +159,7 @@ def verify_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"integrity  {found['files']} files as the manifest says, {found['model_bytes'] / 1e6:.1f} MB of model"
     ]
+    lines += report.stand_ins(found)
     for label, outputs in found["cases"].items():
         for name, d in outputs.items():
             lines.append(
@@ -398,11 +403,15 @@ def doctor() -> Json:
     targets: Json = {}
     for target in TARGETS:
         distribution, wanted = DISTRIBUTIONS.get(target, (target, target))
-        here = _version(distribution) is not None
+        here, why = _version(distribution) is not None, None
+        try:
+            why = BACKENDS[target]().obstacle() if here else None
+        except BackendUnavailable:
+            here = False
         targets[target] = {
             "available": here,
             "install": None if here else f"pip install {wanted}",
-            "obstacle": _obstacle(target) if here else None,
+            "obstacle": why,
         }
     return {
         "python": sys.version.split()[0],
@@ -415,12 +424,8 @@ def doctor() -> Json:
     }
 
 
-def _obstacle(target: str) -> str | None:
-    """Why engines of an installed target cannot be run here; None where they can."""
-    try:
-        found: str | None = BACKENDS[target]().obstacle()
-    except BackendUnavailable as error:
-        return error.what
+def _obstacle_of(lowered: Lowered) -> str | None:
+    found: str | None = BACKENDS[lowered.target]().obstacle(lowered)
     return found
 
 

@@ -231,7 +231,9 @@ def plain_export(graph: Graph, place: Path, target: str) -> Lowered:
 
 def plain(graph: Graph, place: Path, files: tuple[str, ...], target: str) -> Lowered:
     """A plain float export that lies in a directory already."""
-    return described(graph, target, place, files, PLAIN_OPSET)
+    backend = BACKENDS[target]()
+    found: Lowered = backend.plain(graph, described(graph, target, place, files, PLAIN_OPSET))
+    return found
 
 
 def time_engine(
@@ -276,7 +278,8 @@ def time_engine(
             name: backend.peak_rss_mb(low, largest.feeds, threads)
             for name, low in (("engine", lowered), ("float", exported))
         }
-        return dataclasses.replace(timed, peak_rss_mb=memory)
+        known = {name: mb for name, mb in memory.items() if mb is not None}
+        return dataclasses.replace(timed, peak_rss_mb=known)
 
 
 @contextmanager

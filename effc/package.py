@@ -526,7 +526,7 @@ def _false_words(out: Path, manifest: Manifest) -> list[str]:
             with paths.opened(out, path) as stream:
                 if stream.read(4)[1:] != b"trt":
                     found.append(f"{path} is no engine of TensorRT")
-            path = path.replace(".engine", ".onnx")  # that it was built from
+            path = f"{path.removesuffix('.engine')}.onnx"  # that it was built from
         if not path.endswith(".onnx") or path not in manifest.files:
             found.append(f"{path} is no kind of engine that this effc knows")
         else:

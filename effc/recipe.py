@@ -423,8 +423,8 @@ class _Reader:
                     raise self._error(
                         place, f"target {word} has no options", hint=f"targets: [{word}]"
                     )
-                if word == "tensorrt" and isinstance(asked, list):
-                    asked = {"compute": asked}
+                if (short := getattr(OPTIONS[word], "short", None)) and isinstance(asked, list):
+                    asked = {short: asked}
                 asked = self._section(OPTIONS[word], asked, place)
             if found.setdefault(word, asked) != asked:
                 raise self._error(place, f"target {word} is asked for twice, with unlike options")
@@ -621,7 +621,9 @@ def schema() -> dict[str, Any]:
     plain = {"enum": sorted(TARGETS)}
     asked = {}
     for word, kind in OPTIONS.items():
-        asked[word] = {**adapter(kind).json_schema(), "additionalProperties": False}
+        section = {**adapter(kind).json_schema(), "additionalProperties": False}
+        short = getattr(kind, "short", None)
+        asked[word] = {"anyOf": [section, section["properties"][short]]} if short else section
     chosen = {"type": "object", "minProperties": 1, "maxProperties": 1}
     chosen |= {"properties": asked, "additionalProperties": False}
     targets = {"anyOf": [plain, chosen]}

@@ -26,8 +26,11 @@ REPORT, HTML, RECIPE = "report.json", "report.html", "recipe.yaml"
 
 def write(stage: Path, content: Mapping[str, Any]) -> None:
     """bench.json, timings.json, report.json, report.txt and report.html of a package; all else of it is there."""
-    if content.get("bench"):
-        (stage / "bench.json").write_text(dump(content["bench"]), encoding="utf-8")
+    timed = [
+        of["bench"] for of in (content, *content.get("others", {}).values()) if of.get("bench")
+    ]
+    if timed:  # the first has the others in it
+        (stage / "bench.json").write_text(dump(timed[0]), encoding="utf-8")
     (stage / "timings.json").write_text(dump(content["timings"]), encoding="utf-8")
     machine = {"cpu": cpu_name(), "features": cpu_features()}
     written = dump({"machine": machine, **content})
@@ -85,7 +88,7 @@ def text(content: Mapping[str, Any]) -> str:
         *_size(content),
         *_passes(content),
         *_sites(content),
-        *_stand_ins(content),
+        *stand_ins(content),
         *_drift(content),
         *_lowering(content),
         *_worth(content),
@@ -154,7 +157,7 @@ def _of(content: Mapping[str, Any], target: str) -> str:
     return f"{target}: " if len(content["verify"]) > 1 else ""
 
 
-def _stand_ins(content: Mapping[str, Any]) -> list[str]:
+def stand_ins(content: Mapping[str, Any]) -> list[str]:
     """Engines that this machine cannot run, and why."""
     return [
         f"stand-in  {target} was not run on this machine, nor timed: {why}; its ONNX ran on onnxruntime instead"

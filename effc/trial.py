@@ -282,8 +282,10 @@ class Lab:
 
     def _key(self, stage: str, lowered: Lowered, **parts: Any) -> str:
         return key_of(
-            stage, **self._model, engine=self._engine(lowered), target=lowered.target, **parts
-        )
+            stage, **self._model, engine=self._engine(lowered), target=lowered.target,
+            options=dict(lowered.options), ran=BACKENDS[lowered.target]().obstacle(lowered) is None,
+            **parts,
+        )  # fmt: skip
 
     def _value(self, stage: str, key: str, run: Callable[[], Any]) -> Any:
         """A result from the cache, or made and put there."""

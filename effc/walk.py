@@ -255,8 +255,9 @@ class _Way:
         """torch's own float export; it lies beside the way, and nothing is made of it."""
         last = self.last
         with self.progress.stage("plain export"), scratch.held() as place:
-            lowered = measure.plain_export(graph, place, target)
-            with BACKENDS[target]().open(lowered, threads=threads) as engine:
+            runtime = target if BACKENDS[target]().obstacle() is None else "ort"
+            lowered = measure.plain_export(graph, place, runtime)
+            with BACKENDS[runtime]().open(lowered, threads=threads) as engine:
                 self.last = self.module
                 self.step("plain export", "beside", lambda: engine(self.feeds), Tolerance().rel_l2)
         self.last = last
@@ -290,7 +291,7 @@ class _Way:
                 )  # fmt: skip
         with (
             self.progress.stage("engine"),
-            BACKENDS[lowered.target]().open(lowered, threads=threads) as engine,
+            measure.opened(lowered, threads) as engine,
         ):
             how = judge(True) if lowered.target in ONNXRUNTIME else None
             self.step("engine", "engine", lambda: engine(self.feeds), most, how)

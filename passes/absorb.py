@@ -8,7 +8,7 @@ between them and the value may lie what a positive factor passes through: a rect
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -33,7 +33,7 @@ def owners(graph: Graph, value: fx.Node, axis: int) -> list[fx.Node]:
     match op_name(value):
         case "linear" if axis == last:
             return _own(graph, args[1:3])
-        case "conv1d" | "conv2d" if axis == 1:
+        case "conv1d" | "conv2d" if axis == 1 and args[1].meta["val"].dim() == last + 1:
             return _own(graph, args[1:3])
         case "layer_norm" if axis == last and len(args[1]) == 1:
             return _own(graph, args[2:4])
@@ -43,7 +43,7 @@ def owners(graph: Graph, value: fx.Node, axis: int) -> list[fx.Node]:
             return _alone(graph, args[0], axis)
         case word if word in POOLS and axis == 1:
             return _alone(graph, args[0], axis)
-        case "mul" if all(_same_shape(value, side) for side in args):
+        case "mul" if args[0] is not args[1] and all(_same_shape(value, side) for side in args):
             return _alone(graph, args[1], axis) or _alone(graph, args[0], axis)
         case word if word in RESHAPES and axis == last:
             return _values_of_attention(graph, value)
@@ -75,7 +75,9 @@ def _values_of_attention(graph: Graph, value: fx.Node) -> list[fx.Node]:
     attention = _turned(value.args[0])
     if attention is None or op_name(attention) != "scaled_dot_product_attention":
         return []
-    values: Any = attention.args[2]
+    query, key, values = cast("tuple[Any, ...]", attention.args[:3])
+    if values in (query, key):
+        return []
     split = _turned(values)
     if split is None or op_name(split) not in RESHAPES:
         return []

@@ -35,6 +35,8 @@ PRODUCTS = frozenset(
         "baddbmm", "scaled_dot_product_attention", "embedding",
     )
 )  # fmt: skip
+MASKED = frozenset(("add", "add_", "sub", "where", "minimum", "scaled_dot_product_attention"))
+"""What reads a mask as numbers, the smallest of which stands for minus infinity."""
 FOLLOWERS = frozenset(
     (
         "add", "add_", "sub", "mul", "mul_", "neg", "relu", "relu_", "relu6", "gelu", "silu", "silu_",
@@ -69,26 +71,31 @@ class MixedPrecision(Pass):
         if not self.measures:
             return
         names = site_names(graph)
-        for node in _narrow(graph, self.select, frozenset()):
-            if _is_tensor(node):
-                yield Probe(key=value_key(graph, names, node), node=node, collector=MinMax())
+        for node in _seen(graph, self.select):
+            yield Probe(key=value_key(graph, names, node), node=node, collector=MinMax())
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         names = site_names(graph)
 
         def too_large() -> list[str]:
             limit = torch.finfo(torch.float16).max / HEADROOM
-            found = [n for n in _narrow(graph, self.select, frozenset()) if _is_tensor(n)]
-            keys = dict.fromkeys(value_key(graph, names, n) for n in found)
-            return [key for key in keys if _largest(stats[key]) > limit]
+            keys = [value_key(graph, names, n) for n in _seen(graph, self.select)]
+            return [key for key in dict.fromkeys(keys) if _largest(stats[key]) > limit]
 
-        wide: list[str] = []
+        wide: set[str] = set()
         if self.measures:
-            wide = stats.decide(f"{graph.role}:wide", too_large)
-        kept = frozenset(n for n in names if value_key(graph, names, n) in set(wide))
+            wide = set(stats.decide(f"{graph.role}:wide", too_large))
+        kept = frozenset(n for n in graph.fx.nodes if value_key(graph, names, n) in wide)
         narrow = _narrow(graph, self.select, kept)
         _Casts(graph, DTYPES[self.dtype]).write(narrow)
         return len(narrow)
+
+
+def _seen(graph: Graph, select: Select) -> list[fx.Node]:
+    """Values that would be in 16 bit: those that are computed so, and what they read."""
+    narrow = _narrow(graph, select, frozenset())
+    found = dict.fromkeys(n for node in narrow for n in (*node.all_input_nodes, node))
+    return [n for n in found if _is_tensor(n) and _gives_float(n) and not is_constant(graph, n)]
 
 
 def _largest(seen: MinMax) -> float:
@@ -96,10 +103,10 @@ def _largest(seen: MinMax) -> float:
 
 
 def _narrow(graph: Graph, select: Select, wide: frozenset[fx.Node]) -> dict[fx.Node, None]:
-    """Nodes to compute in 16 bit; not those that are `wide`."""
+    """Nodes to compute in 16 bit; not those that are `wide`, nor those that read one."""
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node in wide or not _gives_float(node):
+        if not _gives_float(node) or not wide.isdisjoint((node, *node.all_input_nodes)):
             continue
         if _computes_narrow(node, select) or (
             op_name(node) in FOLLOWERS and any(read in found for read in node.all_input_nodes)
@@ -108,7 +115,9 @@ def _narrow(graph: Graph, select: Select, wide: frozenset[fx.Node]) -> dict[fx.N
     for node in graph.nodes:  # a weight of integers is read in the type of its scale
         is_weight = op_name(node) == "dequantize" and is_constant(graph, node.args[0])
         if is_weight and all(reader in found for reader in node.users):
-            found[node] = None
+            least = float(tensor_of(graph, node.args[1]).abs().min())  # type: ignore[arg-type]
+            if least >= torch.finfo(torch.float16).tiny:
+                found[node] = None
     return found
 
 
@@ -139,7 +148,7 @@ class _Casts:
 
     def __init__(self, graph: Graph, dtype: torch.dtype) -> None:
         self.graph, self.dtype = graph, dtype
-        self.made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.made: dict[tuple[fx.Node, torch.dtype, bool], fx.Node] = {}
 
     def write(self, narrow: Mapping[fx.Node, None]) -> None:
         masks = _masks(self.graph)
@@ -148,50 +157,55 @@ class _Casts:
 
             def cast(read: fx.Node, node: fx.Node = node, wanted: torch.dtype = wanted) -> fx.Node:
                 actual = self.dtype if read in narrow else torch.float32
-                return read if actual == wanted else self._as(read, wanted, node, read in masks)
+                is_mask = read in masks and op_name(node) in MASKED
+                return read if actual == wanted else self._as(read, wanted, node, is_mask)
 
             node.args = fx.node.map_arg(node.args, cast)
             node.kwargs = fx.node.map_arg(node.kwargs, cast)
         output = self.graph.fx.output_node()
+        read: dict[str, fx.Node] = {n.name: n for n in output.all_input_nodes}
         for spec in self.graph.exported.graph_signature.output_specs:
-            read = next(n for n in output.all_input_nodes if n.name == spec.arg.name)
-            if read in narrow:
-                made = self._as(read, torch.float32, output, False)
-                output.replace_input_with(read, made)
+            node = read[spec.arg.name]
+            if node in narrow:
+                made = self._as(node, torch.float32, output, False)
+                output.replace_input_with(node, made)
                 spec.arg = TensorArgument(made.name)
 
     def _as(self, read: fx.Node, wanted: torch.dtype, before: fx.Node, is_mask: bool) -> fx.Node:
         value = read.meta.get("val")
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return read  # integers, and the parts of a split, which stand as a list
-        if (read, wanted) not in self.made:
-            self.made[read, wanted] = self._made(read, wanted, before, is_mask)
-        return self.made[read, wanted]
+        key = read, wanted, is_mask
+        if key not in self.made:
+            self.made[key] = self._made(read, wanted, before, is_mask)
+        return self.made[key]
 
     def _made(self, read: fx.Node, wanted: torch.dtype, before: fx.Node, is_mask: bool) -> fx.Node:
+        most = torch.finfo(
+            wanted
+        ).max  # beyond it is infinity, and a softmax over a row of that is NaN
         if is_constant(self.graph, read):
             name = tensor_name(self.graph, read) or ""
             origin, word = self.graph.origins[name], str(wanted).removeprefix("torch.")
             origin = Origin(origin.source, (*origin.transforms, word))
-            return lift(
-                self.graph, f"{name}_{word}", tensor_of(self.graph, read).to(wanted), origin
-            )
-        if (
-            is_mask and wanted == torch.float16
-        ):  # the smallest float32 would become -inf, and a row of them NaN
-            most = torch.finfo(wanted).max
+            tensor = tensor_of(self.graph, read).clamp(-most, most).to(wanted)
+            return lift(self.graph, f"{name}_{word}", tensor, origin)
+        if is_mask:
             read = insert(self.graph, before, aten.clamp.default, (read, -most, most))
         return insert(self.graph, before, aten.to.dtype, (read, wanted))
 
 
 def _masks(graph: Graph) -> set[fx.Node]:
-    """Float values that depend on integer or boolean inputs and on nothing else."""
+    """Float values that depend on integer or boolean inputs and on single numbers alone."""
     found: set[fx.Node] = set()
     plain: set[fx.Node] = set()
     for node in graph.fx.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.int64, torch.int32):
+            if not isinstance(value, Tensor):
+                continue
+            is_scalar = is_constant(graph, node) and value.numel() == 1
+            if is_scalar or value.dtype in (torch.bool, torch.int64, torch.int32):
                 plain.add(node)
         elif node.op == "call_function" and all(n in plain for n in node.all_input_nodes):
             plain.add(node)

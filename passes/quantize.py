@@ -154,8 +154,8 @@ class Quantize(Pass):
             value = node.args[0]
             assert isinstance(value, fx.Node)
             if self.bias_correction and _constant_bias(graph, node) is not None:
-                axis = 1 if op_name(node).startswith("conv") else -1
-                yield Probe(key=mean_key(graph, names, value), node=value, collector=Channels(axis))
+                key = _mean_key(graph, names, node)
+                yield Probe(key=key, node=value, collector=Channels(_channel_axis(node)))
             if not self._static:
                 continue
             yield Probe(
@@ -220,9 +220,14 @@ def _constant_bias(graph: Graph, site: fx.Node) -> fx.Node | None:
     return bias if isinstance(bias, fx.Node) and is_constant(graph, bias) else None
 
 
-def mean_key(graph: Graph, names: dict[fx.Node, str], value: fx.Node) -> str:
-    """What the mean of every channel of a value stands under."""
-    return f"{value_key(graph, names, value)}:mean"
+def _channel_axis(site: fx.Node) -> int:
+    return 1 if op_name(site).startswith("conv") else -1
+
+
+def _mean_key(graph: Graph, names: dict[fx.Node, str], site: fx.Node) -> str:
+    """What the mean of every channel of what a site reads stands under."""
+    axis = "" if _channel_axis(site) == -1 else f".{_channel_axis(site)}"
+    return f"{value_key(graph, names, site.args[0])}:mean{axis}"  # type: ignore[arg-type]
 
 
 def _behind(conv: fx.Node) -> fx.Node:
@@ -281,10 +286,7 @@ class _Work:
         self.values: dict[fx.Node, fx.Node] = {}
         self.grids: dict[fx.Node, tuple[float, int]] = {}
         self.schemes: dict[fx.Node, Scheme] = {}
-        self.means = {
-            site: mean_key(graph, names, site.args[0])  # type: ignore[arg-type]
-            for site in pass_.sites(graph)
-        }
+        self.means = {site: _mean_key(graph, names, site) for site in pass_.sites(graph)}
         """By site, where the channel means of what it reads stand."""
 
     def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> _Quantized:

@@ -413,6 +413,8 @@ def test_the_examples_are_recipes(file):
         "targets: onnx",
         "targets: [ort, onnx]",
         "targets: [ort, {openvino: {precision: f32, hint: throughput}}]",
+        "targets: [{tensorrt: [sm86, sm89]}]",
+        "targets: [{tensorrt: {profile: {batch: [1, 2, 3]}, weights: stripped}}]",
         "bench: null",
         "bench: false",
         "bench: {threads: null}",

@@ -1,5 +1,6 @@
 """The tensorrt target: engines built without a GPU, what they are checked by, and what is refused with the reason."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import effc
 from effc.backends.dialect import ORT, TENSORRT
 from effc.backends.options import TensorRtOptions
 from effc.errors import BackendUnavailable, LoweringError, RecipeError, UsageError, VerifyError
+from effc.package import sealed
 from effc.passes.mixed_precision import MixedPrecision
 from effc.recipe import build as recipe
 from kit import cli
@@ -251,6 +253,31 @@ def test_an_engine_that_the_manifest_does_not_know_is_not_opened(package, tmp_pa
     }
     file.write_bytes(changed[change])
     assert "model.engine differs from its sha256" in effc_verify(copy)
+
+
+def test_a_manifest_does_not_make_an_engine_of_any_file(package, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    (copy / "tensorrt" / ENGINE).write_bytes(b"MZ" * 100)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    digest = hashlib.sha256(b"MZ" * 100).hexdigest()
+    manifest["files"]["tensorrt/model.engine"] = manifest["engines"][0]["sha256"] = digest
+    (copy / "manifest.json").write_text(sealed(manifest))
+    assert "model.engine is no engine of TensorRT" in effc_verify(copy)
+
+
+def test_a_profile_is_refused_before_any_work(tmp_path):
+    place = tmp_path / "recipe.yaml"
+    (tmp_path / "model.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    return torch.nn.Linear(16, 8).eval(), {'input': torch.randn(2, 16)}\n"
+    )
+    target = {"tensorrt": {"profile": {"width": [1, 2, 3]}}}
+    content = {"source": {"python": "model.py:build"}, "targets": [target]}
+    place.write_text(json.dumps(content))
+    ran = cli("compile", place, "-o", tmp_path / "out", "-v")
+    assert ran.code == 3 and "width" in ran.err and "lower" not in ran.err
 
 
 def test_the_words_of_the_command_line(tmp_path):

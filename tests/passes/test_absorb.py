@@ -120,13 +120,31 @@ def _shared(self, x):
     return self.b(F.relu(F.linear(self.a(x), self.a.weight, self.a.bias)))
 
 
-@pytest.mark.parametrize("run", [_both_read, _not_homogeneous, _shared])
+def _squared(self, x):
+    value = F.relu(self.a(x))
+    return self.b(value * value)
+
+
+def _is_key_too(self, x):
+    value = self.a(x).view(x.shape[0], 1, 3, 4).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(value, value, value)
+    return self.b(mixed.transpose(1, 2).reshape(x.shape[0], 1, SIZE).squeeze(1))
+
+
+@pytest.mark.parametrize("run", [_both_read, _not_homogeneous, _shared, _squared, _is_key_too])
 def test_nothing_takes_it_up_where_something_else_would_see_it(run):
     parts = {"a": uneven_rows(nn.Linear(SIZE, SIZE)), "b": nn.Linear(SIZE, SIZE)}
     program = effc.trace(Call(run, **parts).eval(), {"x": normal(4, SIZE)})
     data = [Batch(inputs={"x": normal(4, SIZE).numpy()})]
     assert Smooth().resolve(ONNX).sites(program.only()) == []
     assert effc.apply(Smooth(), program, data, dialect=ONNX).sites == 0
+
+
+def test_rows_of_a_convolution_without_a_batch_are_no_channels():
+    parts = {"a": uneven_rows(nn.Conv1d(SIZE, SIZE, 1)), "b": nn.Linear(SIZE, 4)}
+    module = Call(lambda self, x: self.b(F.relu(self.a(x))), **parts)
+    program = effc.trace(module.eval(), {"x": normal(SIZE, SIZE)})
+    assert Smooth().resolve(ONNX).sites(program.only()) == []
 
 
 def test_a_picture_without_a_batch_is_left_alone():

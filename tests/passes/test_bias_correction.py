@@ -102,6 +102,19 @@ def test_a_bias_that_two_layers_share_is_corrected_for_each():
     assert mean_gap(program, corrected, x) < mean_gap(program, plain, x)
 
 
+def test_a_value_that_a_convolution_and_a_linear_layer_read_has_means_along_both_axes():
+    parts = {"a": nn.Conv1d(8, 8, 1), "b": nn.Linear(8, 6)}
+    program, data, x = traced(
+        lambda: (Call(lambda self, x: (self.a(x).mean(-1), self.b(x).mean(1)), **parts), (4, 8, 8))
+    )
+    made, record = quantised(program, data, bias_correction=True)
+    assert len([key for key in record.decisions if ":mean" in key]) == 2
+    plain, _ = quantised(program, data)
+    for name, wanted in program.run(x=x).items():
+        was, now = (float((wanted - p.run(x=x)[name]).mean(0).abs().mean()) for p in (plain, made))
+        assert now < was / 2
+
+
 def test_means_are_recorded_and_replayed():
     program, data, x = traced(conv)
     options = {"bits": 4, "bias_correction": True}

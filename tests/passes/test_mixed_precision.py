@@ -1,5 +1,6 @@
 """Products in 16 bit, what is sensitive in 32, and all of it to be seen in the graph."""
 
+import numpy as np
 import pytest
 import torch
 from graphs import Call, distance, normal
@@ -12,7 +13,7 @@ from effc.backends.onnx import save, to_onnx
 from effc.backends.onnx_widen import open_widened
 from effc.calib.data import Batch
 from effc.ir.select import op_name
-from effc.passes.mixed_precision import HEADROOM, MixedPrecision
+from effc.passes.mixed_precision import MixedPrecision
 from effc.passes.quantize import Quantize
 
 SIZE = 16
@@ -82,33 +83,96 @@ def test_products_are_narrow_and_what_is_sensitive_is_not():
         assert (word, "float32") in found and (word, "float16") not in found
 
 
-def test_a_mask_that_hides_everything_gives_numbers():
-    made, _ = narrowed(traced())
+class Scores(nn.Module):
+    """Attention written out, its mask a number, a constant, or chosen between two."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.q = how, nn.Linear(SIZE, SIZE)
+        least = torch.finfo(torch.float32).min
+        self.register_buffer("hidden", torch.full((5, 5), least))
+        self.register_buffer("zero", torch.tensor(0.0))
+
+    def forward(self, x, mask):
+        least = torch.finfo(torch.float32).min
+        scores, seen = self.q(x) @ self.q(x).transpose(-1, -2), mask[:, None, :]
+        bias = {
+            "number": lambda: (1 - seen.float()) * least,
+            "constant": lambda: self.hidden,
+            "chosen": lambda: torch.where(seen > 0, self.zero, least),
+        }[self.how]()
+        return (scores + bias).softmax(-1) @ self.q(x)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("how", ["number", "constant", "chosen"])
+def test_a_mask_that_hides_everything_gives_numbers(dtype, how):
+    program = traced(Scores(how))
+    made, _ = narrowed(program, dtype=dtype)
     feeds = inputs()
-    feeds["mask"][:] = 0
-    assert all(bool(value.isfinite().all()) for value in made.run(feeds).values())
+    feeds["mask"][0, :] = 0
+    wanted, found = program.run(feeds)["output"], made.run(feeds)["output"]
+    assert bool(found.isfinite().all())
+    assert distance(wanted, found) < CLOSE[dtype] * 5
+
+
+def test_a_value_that_is_returned_twice():
+    module = Call(lambda self, x: (y := self.f(x), y), f=nn.Linear(4, 4))
+    made, _ = narrowed(traced(module, {"x": normal(2, 4)}))
+    first, second = made.run({"x": normal(2, 4)}).values()
+    assert first.dtype == torch.float32 and torch.equal(first, second)
+
+
+def test_scales_too_small_for_fp16_stay_wide():
+    module = Call(lambda self, x: self.f(x), f=nn.Linear(SIZE, SIZE, bias=False))
+    with torch.no_grad():
+        module.f.weight *= 1e-4
+    program = traced(module, {"x": normal(2, SIZE)})
+    effc.apply(Quantize(activation_bits=16), program, dialect=TENSORRT)
+    made, _ = narrowed(program)
+    x = {"x": normal(2, SIZE, seed=4)}
+    assert ("dequantize", "float32") in kinds(made)
+    assert distance(program.run(x)["output"], made.run(x)["output"]) < CLOSE["fp16"]
 
 
 def large():
-    """What its first layer gives is beyond fp16; the second takes it back."""
+    """What its first layer gives is beyond fp16, and what reads that takes it back."""
     parts = {"a": nn.Linear(SIZE, SIZE), "b": nn.Linear(SIZE, SIZE), "c": nn.Linear(SIZE, SIZE)}
     with torch.no_grad():
-        parts["a"].weight *= 2 * torch.finfo(torch.float16).max / HEADROOM
+        parts["a"].weight *= 8 * torch.finfo(torch.float16).max
         parts["b"].weight /= 1e6
     return Call(lambda self, x: self.c(self.b(self.a(x))), **parts)
 
 
-def test_what_comes_near_the_largest_number_stays_wide():
+def test_what_comes_near_the_largest_number_stays_wide_for_whoever_reads_it():
     program = traced(large(), {"x": normal(4, SIZE)})
     data = [Batch(inputs={"x": normal(4, SIZE).numpy()})]
-    made = program.clone()
+    made, again = program.clone(), program.clone()
     record = effc.apply(MixedPrecision(check_range=True), made, data)
     found = [str(n.meta["val"].dtype) for n in made.only().nodes if op_name(n) == "linear"]
-    assert found == ["torch.float32", "torch.float16", "torch.float16"]
-    again = program.clone()
-    effc.apply(MixedPrecision(check_range=True), again, recorded=record.decisions)
+    assert found == ["torch.float32", "torch.float32", "torch.float16"]
     x = {"x": normal(4, SIZE, seed=3)}
+    assert distance(program.run(x)["output"], made.run(x)["output"]) < CLOSE["fp16"]
+    assert not bool(narrowed(program)[0].run(x)["output"].isfinite().all())
+    effc.apply(MixedPrecision(check_range=True), again, recorded=record.decisions)
     assert torch.equal(made.run(x)["output"], again.run(x)["output"])
+
+
+def test_an_input_that_is_large_is_read_wide():
+    program = traced(
+        Call(lambda self, x: self.f(x), f=nn.Linear(SIZE, 4)), {"x": normal(4, SIZE) * 1e6}
+    )
+    data = [Batch(inputs={"x": (normal(4, SIZE) * 1e6).numpy()})]
+    made = program.clone()
+    assert effc.apply(MixedPrecision(check_range=True), made, data).sites == 0
+
+
+def test_the_file_overflows_where_the_gpu_would(tmp_path):
+    made, _ = narrowed(traced(large(), {"x": normal(4, SIZE)}))
+    save(to_onnx(made.only(), 21), tmp_path)
+    with open_widened(tmp_path / "model.onnx", 1) as engine:
+        found = engine({"x": normal(4, SIZE).numpy()})["output"]
+    assert not np.isfinite(found).all()
 
 
 def test_only_what_is_chosen():
