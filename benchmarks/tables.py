@@ -139,6 +139,35 @@ def coverage() -> list[str]:
     return lines
 
 
+def gpuless() -> list[str]:
+    lines = ["## Engines for GPUs, built without one (benchmarks/gpuless.py)", ""]
+    lines += [
+        "Size, seconds to write the ONNX and build, drift of the ONNX from the model; † attention decomposed.",
+        "",
+    ]
+    for found in results("gpuless"):
+        lines += [circumstances(found), ""]
+        words = list(dict.fromkeys(r["precision"] for r in found["rows"]))
+        by_name: dict[str, list[str]] = {}
+        for r in found["rows"]:
+            by_name.setdefault(r["name"], []).append(_built(r))
+        lines += table(
+            ["architecture", *words], [[name, *cells] for name, cells in by_name.items()]
+        )
+        twins = [r["same"] for r in found["rows"] if "same" in r]
+        refused = [r for r in found["rows"] if "refused" in r]
+        lines += [f"Built twice, {sum(twins)} of {len(twins)} engines are the same bytes.", ""]
+        lines += [f"* {r['name']}, {r['precision']}: {r['refused']}" for r in refused]
+    return lines
+
+
+def _built(row: Json) -> str:
+    if "refused" in row:
+        return "refused"
+    mark = "†" if row["why"] else ""
+    return f"{row['bytes'] / 1e3:.0f} kB, {row['seconds']:.1f} s, {row['rel_l2']:.2g}{mark}"
+
+
 def rules() -> list[str]:
     lines = ["## What each rule of the ort dialect is worth (benchmarks/opset.py)", ""]
     for found in results("opset"):
@@ -559,6 +588,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     exact: ("exact",),
     ranges: ("ranges",),
     peers: ("peers",),
+    gpuless: ("gpuless",),
     kernels: ("kernels",),
     overflow: ("overflow",),
     verdicts: ("verdicts",),
