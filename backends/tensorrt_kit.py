@@ -2,7 +2,7 @@
 
 kit.txt             the line for trtexec 11, which takes its precision from the ONNX, and the one that checks
 kit-*.bin           inputs, raw
-kit-expected.npz    what the graph gives for them in torch, its casts and grids in it
+kit-expected.npz    what the graph gives for them in torch, casts in it, layers on integers as fused kernels do them
 kit-check.py        compares what trtexec wrote with that
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from effc.backends.base import Array, Lowered
+from effc.backends.emulate import emulated
 from effc.backends.tensorrt_build import Plan, shapes_of
 from effc.ir.program import Graph
 
@@ -61,7 +62,7 @@ def write(graph: Graph, lowered: Lowered, plan: Plan) -> tuple[str, ...]:
     place = lowered.directory
     for name, value in feeds.items():
         (place / files[name]).write_bytes(np.ascontiguousarray(value).tobytes())
-    made = graph.run({name: torch.from_numpy(value) for name, value in feeds.items()})
+    made = emulated(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
     np.savez(place / EXPECTED, **{name: value.numpy() for name, value in made.items()})  # type: ignore[arg-type]
     (place / CHECK).write_text(_SCRIPT, encoding="utf-8")
     (place / TEXT).write_text(_text(lowered, plan, feeds, files), encoding="utf-8")
