@@ -246,20 +246,17 @@ def compared(model: Model, place: Path, budget_s: float) -> Json:
     peers = Peers(source, graph, samples, place)
     openers = peers.openers()
     openers |= {name: measure.opener(low, THREADS) for name, low in mine.items()}
-    quality = {
-        name: _quality(
-            # torch compiles anew for most shapes that a metric has
-            source,
-            graph,
-            opener,
-            samples,
-            None if "compile" in name else model.metric,
-        )
-        for name, opener in openers.items()
-    }
     cases = measure.shaped_cases(
         samples, model.shapes, mine["effc ort"].inputs, measure.longest(source, graph)
     )
+    held = [dict(b.inputs) for b in itertools.islice(samples.held_out(), 4)]
+    timed_feeds = [dict(case.feeds) for case in cases]
+    quality = {
+        name: _quality(source, graph, opener, timed_feeds, None)
+        if "compile" in name  # anew for most shapes, which takes longer than all the rest
+        else _quality(source, graph, opener, held, model.metric)
+        for name, opener in openers.items()
+    }
     first = "effc ort"
     engine = openers.pop(first)
     far = _far_behind(engine, openers, cases[-1])
@@ -330,16 +327,15 @@ def _quality(
     source: Source,
     graph: Graph,
     opener: Callable[[], EngineBase],
-    samples: Samples,
+    feeds: list[dict[str, Any]],
     metric: str | None,
 ) -> Json:
-    """Drift over held-out samples, and the metric where there is one."""
+    """Drift over those inputs, and the metric where there is one."""
     from effc.verify import parity
 
     found: Json = {}
     with opener() as engine, ModuleEngine(source.module, graph) as reference:
-        fresh = [dict(b.inputs) for b in itertools.islice(samples.held_out(), 4)]
-        (drift,) = parity(reference, engine, fresh).values()
+        (drift,) = parity(reference, engine, feeds).values()
         found["drift"] = round(drift.rel_l2, 4)
         if metric is not None:
             measured = metrics.parse(metric)
