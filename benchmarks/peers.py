@@ -111,7 +111,10 @@ MODELS: dict[str, Callable[[Path], Model]] = {
 class Peers:
     """Engines of others, each made once into a folder, with what making one took."""
 
-    def __init__(self, source: Source, graph: Graph, samples: Samples, place: Path) -> None:
+    def __init__(
+        self, source: Source, graph: Graph, samples: Samples, place: Path, *, compiles: bool
+    ) -> None:
+        self.compiles = compiles
         self.source, self.graph, self.samples, self.place = source, graph, samples, place
         self.made: dict[str, Json] = {}
         self.left_out: dict[str, str] = {}
@@ -161,6 +164,9 @@ class Peers:
 
         import torch
 
+        if not self.compiles:
+            self.left_out[name] = "--no-compile"
+            return None
         module = copy.deepcopy(self.source.module).eval()
         try:
             if change is not None:
@@ -230,7 +236,7 @@ def effc_engines(model: Model, place: Path, *, gate: bool) -> tuple[dict[str, Lo
     return engines, {"took": took, "int8_sites": sites}
 
 
-def compared(model: Model, place: Path, budget_s: float) -> Json:
+def compared(model: Model, place: Path, budget_s: float, *, compiles: bool = True) -> Json:
     """All engines of one model beside the fastest that effc ships."""
     mine, told = effc_engines(model, place, gate=True)
     made = {"effc, both, gated": told["took"]}
@@ -243,7 +249,7 @@ def compared(model: Model, place: Path, budget_s: float) -> Json:
     source = load(model.source)
     samples = Samples(source, CalibSpec(file=model.calib, samples=model.samples))
     graph = trace_source(source).only()
-    peers = Peers(source, graph, samples, place)
+    peers = Peers(source, graph, samples, place, compiles=compiles)
     openers = peers.openers()
     openers |= {name: measure.opener(low, THREADS) for name, low in mine.items()}
     cases = measure.shaped_cases(
@@ -305,6 +311,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", choices=list(MODELS), help="all where none is named")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for a shape")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without what torch compiles, for a quick look"
+    )
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     import torch
@@ -312,7 +321,8 @@ def main() -> int:
     torch.set_num_threads(THREADS)
     for name in options.models or MODELS:
         with tempfile.TemporaryDirectory(prefix="effc-peers-") as folder:
-            found = compared(MODELS[name](Path(folder)), Path(folder), options.budget)
+            model = MODELS[name](Path(folder))
+            found = compared(model, Path(folder), options.budget, compiles=not options.no_compile)
         print(common.write(f"peers-{name}-{common.features()}", found), flush=True)
     return 0
 
