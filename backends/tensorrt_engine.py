@@ -66,7 +66,8 @@ class TensorRtEngine(EngineBase):
             for port in self.inputs:
                 if given[port.name].dtype != np.dtype(port.dtype):
                     raise LoweringError(
-                        f"{port.name} is {given[port.name].dtype}, not {port.dtype}"
+                        f"{port.name} is {given[port.name].dtype}, not {port.dtype}",
+                        hint=f"give it as {port.dtype}",
                     )
             with self._turn, self._memory.current():
                 return self._run(given)
@@ -77,7 +78,10 @@ class TensorRtEngine(EngineBase):
         context, memory = self._context, self._memory
         for name, value in feeds.items():
             if not context.set_input_shape(name, value.shape):
-                raise LoweringError(f"{name} {list(value.shape)} is outside the engine's profile")
+                raise LoweringError(
+                    f"{name} {list(value.shape)} is outside the engine's profile",
+                    hint="the manifest has the profile; compile with a wider one",
+                )
             context.set_tensor_address(name, memory.upload(name, value))
         found = {
             p.name: np.empty(tuple(context.get_tensor_shape(p.name)), np.dtype(p.dtype))
@@ -86,7 +90,9 @@ class TensorRtEngine(EngineBase):
         for name, made in found.items():
             context.set_tensor_address(name, memory.place(name, made.nbytes))
         if not context.execute_async_v3(memory.stream):
-            raise LoweringError("the engine stopped")
+            raise LoweringError(
+                "the engine stopped", hint="nvidia-smi shows what became of the GPU"
+            )
         for name, made in found.items():
             memory.download(name, made)
         memory.synchronize()

@@ -43,6 +43,11 @@ CODES = 127
 """Steps of a symmetric 8-bit grid on either side of zero."""
 FREE_GAIN_DB = 1.0
 """What a scaling that costs nothing is to gain at least; for less the weights are left as they are."""
+SURE_GAIN_DB = 8.0
+"""What it is to gain where few rows were seen. Channels that are brought to one size all end where the grid ends, so
+that a row that was not seen is clipped in one of them: a gain that is expected from few rows is none."""
+FEW = 16
+"""Rows a channel that are few for a scaling that costs nothing; one is few for any."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class Smooth(Pass):
             gain = self.gain_db if self.gain_db is not None else FREE_GAIN_DB
             if place.owners:
                 gain = min(gain, FREE_GAIN_DB)
-            powers = stats.decide(key, partial(_powers, stats, key, weights, gain))
+            rows = FEW if place.owners else 1
+            powers = stats.decide(key, partial(_powers, stats, key, weights, gain, rows))
             if not powers:
                 continue
             self._scale(graph, key, place, torch.tensor(powers, dtype=torch.float32))
@@ -140,8 +146,12 @@ class Smooth(Pass):
                 layer.update_arg(0, scaled)
 
 
-def _powers(stats: Stats, key: str, weights: Sequence[Tensor], gain_db: float) -> list[int]:
-    """The exponent of every channel's s; empty where it is not worth it."""
+def _powers(
+    stats: Stats, key: str, weights: Sequence[Tensor], gain_db: float, rows: int
+) -> list[int]:
+    """The exponent of every channel's s; empty where it is not worth it, or `rows` a channel were not seen."""
+    if stats[key].count <= rows * len(stats[key].low):
+        gain_db = max(gain_db, SURE_GAIN_DB)
     low, high, squares = (torch.from_numpy(v) for v in stats[key].steady())
     plain = torch.zeros_like(low)
     least, best = expected_error(low, high, squares, weights, plain), plain

@@ -18,6 +18,7 @@ from effc import recipe
 from effc.backends.ort_rewrites import rewrite
 from effc.errors import CalibrationError, LoweringError, SourceError, UsageError, VerifyError
 from effc.passes.quantize import Quantize
+from effc.passes.smooth import Smooth
 from effc.source import load
 
 MODEL = """
@@ -205,7 +206,7 @@ def test_a_recipe_gives_what_the_flags_give(place, result, tmp_path):
     text = """
         source: {python: "model.py:build"}
         calib: {file: rows.npz, samples: 48}
-        passes: [{pass: quantize, bits: 8, activation_bits: 8}]
+        passes: [smooth, {pass: quantize, bits: 8, activation_bits: 8}]
         targets: [ort]
         bench: false
     """
@@ -215,7 +216,7 @@ def test_a_recipe_gives_what_the_flags_give(place, result, tmp_path):
     made = effc.compile(recipe.build(data), tmp_path / "OUT")
     assert (made.out / "model.onnx").read_bytes() == (result.out / "model.onnx").read_bytes()
     travelled = recipe.read(made.out / "recipe.yaml")
-    assert travelled.passes == (Quantize(),)
+    assert travelled.passes == (Smooth(), Quantize())
     assert str(place) not in (made.out / "recipe.yaml").read_text(encoding="utf-8")
 
 

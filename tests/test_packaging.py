@@ -65,10 +65,13 @@ def test_the_sdist_can_be_built_from_and_holds_no_test(dist):
 def test_what_is_imported_is_declared():
     """The wheel is tested beside a full environment, so a missing declaration would not be noticed there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["openvino"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["openvino"], *extras["tensorrt"]]
     declared = {re.split(r"[<>=!~ ;\[]", line)[0].lower().replace("-", "_") for line in lines}
-    names = {"yaml": "pyyaml", "PIL": "pillow"}
-    optional = {"pillow", "psutil", "click", "huggingface_hub"}  # guarded, or a dependency's own
+    names = {"yaml": "pyyaml", "PIL": "pillow", "cuda": "cuda_bindings"}
+    names |= {f"tensorrt_rtx_{part}": f"tensorrt_rtx_cu12_{part}" for part in ("libs", "bindings")}
+    # guarded, or a dependency's own
+    optional = {"pillow", "psutil", "click", "huggingface_hub", "tensorrt"}
     files = [f for folder in ("effc", *MAPPED) for f in (ROOT / folder).rglob("*.py")]
     used = set()
     for node in (n for f in files for n in ast.walk(ast.parse(f.read_text(encoding="utf-8")))):
