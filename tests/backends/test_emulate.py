@@ -72,6 +72,7 @@ def test_a_whole_model_is_close_to_its_graph_and_no_further_than_rounding():
     assert distance(wanted, found) < 2e-2  # codes flip at borders of rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 4, 8])
 def test_convolutions_in_groups_and_integer_biases(groups):
     program = traced(nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=groups), 2, 8, 9, 9)

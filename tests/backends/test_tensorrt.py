@@ -27,6 +27,8 @@ pytest.importorskip("tensorrt_rtx_bindings")
 from effc.backends import cuda
 from effc.backends.tensorrt import ENGINE, TensorRt
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 DIMS = {"x": {0: "batch", 1: "length"}}
 

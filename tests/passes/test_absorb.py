@@ -89,6 +89,7 @@ def traced(name):
     return program, shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_numbers_without_a_node_more_and_less_to_lose(name):
     program, shape = traced(name)

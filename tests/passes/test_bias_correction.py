@@ -60,6 +60,7 @@ def mean_gap(program, made, x):
     return float((wanted - found).mean(axes).abs().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_mean_is_kept_and_less_is_lost(name, activation_bits):

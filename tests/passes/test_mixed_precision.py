@@ -104,6 +104,7 @@ class Scores(nn.Module):
         return (scores + bias).softmax(-1) @ self.q(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("how", ["number", "constant", "chosen"])
 def test_a_mask_that_hides_everything_gives_numbers(dtype, how):
@@ -181,6 +182,7 @@ def test_only_what_is_chosen():
     assert last.meta["val"].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_weight_of_integers_is_read_in_16_bit(bits):
     program = traced()
@@ -207,6 +209,7 @@ def test_a_constant_or_an_input_that_is_an_output_keeps_its_type():
     assert all(v.dtype == torch.float32 for v in made.run({"x": normal(2, 4)}).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("opset", [21, 23])
 def test_onnx_has_the_same_casts(dtype, opset, tmp_path):
