@@ -26,7 +26,7 @@ from effc.calib.calibrator import MASK, tensors_for
 from effc.errors import CalibrationError
 from effc.ir.program import Program
 from effc.ir.show import show
-from effc.machine import cpu_features
+from effc.machine import cpu_features, installed
 from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, PassRecord
 from effc.passes.pipeline import apply, options_of
@@ -313,7 +313,7 @@ class Builder:
                 "lower", graph=graph_digest([Program({graph.role: graph})]), target=built.target,
                 asked=asked and dataclasses.asdict(asked),
                 ports=[list(graph.inputs), list(graph.outputs)], cpu=cpu_features(), versions=versions(),
-                tool=_version(DISTRIBUTIONS[built.target][0]),
+                tool=installed(DISTRIBUTIONS[built.target][0]),
             )  # fmt: skip
             entry = self.cache.get(key)
             if entry is not None and entry.copy_to(directory):
@@ -375,14 +375,5 @@ def graph_digest(programs: Sequence[Program]) -> str:
 def versions() -> dict[str, str]:
     """Versions that decide the bytes of an output."""
     names = ("effc", "torch", "transformers", "tokenizers", "numpy", "pillow")
-    known = {name: _version(name) for name in (*names, "onnx-ir", "onnxscript", "onnxruntime")}
+    known = {name: installed(name) for name in (*names, "onnx-ir", "onnxscript", "onnxruntime")}
     return {name: found.split("+")[0] for name, found in known.items() if found is not None}
-
-
-def _version(distribution: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

@@ -12,7 +12,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from effc.backends.base import Lowered
 from effc.engine import entry_of, refuse
 from effc.engine import lowered as lowered_of
 from effc.errors import BackendUnavailable, PackageError, SourceError, UsageError
-from effc.machine import cpu_features, default_threads
+from effc.machine import cpu_features, default_threads, installed
 from effc.progress import Progress
 
 Json = dict[str, Any]
@@ -403,7 +402,7 @@ def doctor() -> Json:
     targets: Json = {}
     for target in TARGETS:
         distribution, wanted = DISTRIBUTIONS.get(target, (target, target))
-        here, why = _version(distribution) is not None, None
+        here, why = installed(distribution) is not None, None
         try:
             why = BACKENDS[target]().obstacle() if here else None
         except BackendUnavailable:
@@ -419,7 +418,7 @@ def doctor() -> Json:
         "cpu": benchmark.cpu_name(),
         "features": cpu_features(),
         "cores": os.cpu_count(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: installed(name) for name in names},
         "targets": targets,
     }
 
@@ -427,13 +426,6 @@ def doctor() -> Json:
 def _obstacle_of(lowered: Lowered) -> str | None:
     found: str | None = BACKENDS[lowered.target]().obstacle(lowered)
     return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def doctor_lines(found: Mapping[str, Any]) -> list[str]:
