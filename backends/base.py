@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from effc.errors import LoweringError, first_line
+from effc.progress import Step, silent
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -71,6 +72,16 @@ class Lowered:
         return self.directory / self.files[0]
 
     @property
+    def profile(self) -> dict[str, tuple[int, int, int]]:
+        """Least, usual and largest of the free sizes that the engine is bound to; empty where it takes any."""
+        found = {}
+        for part in filter(None, str(self.options.get("profile", "")).split(";")):
+            word, _, sizes = part.partition("=")
+            least, usual, most = map(int, sizes.split(","))
+            found[word] = least, usual, most
+        return found
+
+    @property
     def is_float(self) -> bool:
         """Whether everything that is not quantised is computed in float32."""
         return bool(self.options.get("precision", "f32") == "f32")
@@ -124,12 +135,19 @@ class Backend(Protocol):
 
     def supports(self, graph: Any) -> list[Unsupported]: ...
 
-    def lower(self, graph: Any, directory: Path) -> Lowered: ...
+    def lower(self, graph: Any, directory: Path, step: Step = silent) -> Lowered:
+        """Write the files of an engine; `step` is told how far a long build is."""
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> Engine: ...
 
     def obstacle(self, lowered: Lowered | None = None) -> str | None:
         """Why this machine cannot run an engine, or any where none is given; None where it can."""
+
+    def gpu(self) -> str | None:
+        """The GPU that engines run on; None where they run on the processor."""
+
+    def made_with(self) -> str:
+        """What decides the bytes of an engine beside its graph, its options and the target's distribution."""
 
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Engine:
         """What computes the same numbers on a machine that cannot run the engine."""
@@ -150,6 +168,12 @@ class BackendBase:
 
     def obstacle(self, lowered: Lowered | None = None) -> str | None:
         return None
+
+    def gpu(self) -> str | None:
+        return None
+
+    def made_with(self) -> str:
+        return ""
 
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Any:
         return self.open(lowered, threads=threads)

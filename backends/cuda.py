@@ -87,6 +87,7 @@ class Memory:
             return place
         if place:
             self.synchronize()
+            del self._places[name]
             called(self._driver.cuMemFree(place))
         made = int(called(self._driver.cuMemAlloc(max(size, 1))))
         self._places[name] = made, size

@@ -57,8 +57,10 @@ TENSORRT = Dialect(
     conv_bias_int32=False,
     conv_residual=False,
     overflow_fix=False,
+    fp8=True,
     rest="fp16",
     reasons={
+        "fp8": "GPUs of capability 8.9 and above multiply it",
         "rest": "kernels of a GPU are fast in 16 bit",
         "opset": "23 keeps attention one operator, for which there are kernels in 16 bit; it is decomposed at 21 where "
         "the builder has none for the sizes",
@@ -76,7 +78,9 @@ ONNX = Dialect(
     name="onnx",
     opset=21,
     activation=_UINT8,
+    fp8=True,
     reasons={
+        "fp8": "where it will run is not known, and GPUs have kernels",
         "opset": "21 is the first with 4-bit and block-wise DequantizeLinear, and what most runtimes read today",
         "activation": "as onnxruntime likes it; other runtimes re-read the grid from the graph",
         "quantized_ops": "layers with constant weights",
@@ -91,7 +95,11 @@ EAGER = Dialect(
     name="eager",
     opset=0,
     activation=_UINT8,
-    reasons={"activation": "the same grid as onnxruntime's, to compare with it number by number"},
+    fp8=True,
+    reasons={
+        "fp8": "as the ONNX has it",
+        "activation": "the same grid as onnxruntime's, to compare with it number by number",
+    },
 )
 
 DIALECTS = Table("target", {}, error=RecipeError)

@@ -16,6 +16,7 @@ from effc.backends.base import Array, BackendBase, EngineBase, Lowered, Port, Un
 from effc.ir.program import Graph
 from effc.ir.show import shape_words
 from effc.ir.trace import evaluating, output_names
+from effc.progress import Step, silent
 
 
 def numpy_dtype(dtype: torch.dtype) -> str:
@@ -101,7 +102,7 @@ class Eager(BackendBase):
     def supports(self, graph: Graph) -> list[Unsupported]:
         return []
 
-    def lower(self, graph: Graph, directory: Path) -> Lowered:
+    def lower(self, graph: Graph, directory: Path, step: Step = silent) -> Lowered:
         return described(graph, self.name, directory, (), 0, options={"graph": graph})
 
     def open(self, lowered: Lowered, *, threads: int | None = None) -> GraphEngine:

@@ -32,7 +32,9 @@ def integer_products(graph: Graph) -> list[fx.Node]:
 def _is_integer(node: fx.Node) -> bool:
     reads = node.args[:2]
     quantised = all(isinstance(n, fx.Node) and n.target is DEQUANTIZE for n in reads)
-    return quantised and reads[0].args[0].target is QUANTIZE  # type: ignore[union-attr]
+    if not quantised or reads[0].args[0].target is not QUANTIZE:  # type: ignore[union-attr]
+        return False
+    return all(not n.args[0].meta["val"].is_floating_point() for n in reads)  # type: ignore[union-attr]
 
 
 def emulated(
@@ -50,9 +52,23 @@ def emulated(
 
 class _Emulator(fx.Interpreter):
     def __init__(self, graph: Graph, sums: dict[str, Tensor] | None) -> None:
-        super().__init__(graph.exported.graph_module, garbage_collect_values=False)
+        super().__init__(graph.exported.graph_module)
         self.products = set(integer_products(graph))
         self.sums = sums
+        self.user_to_last_uses = self._last_uses()
+
+    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+        """What may be forgotten behind every node: products read the codes too that their operands are made of."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            reads = list(node.all_input_nodes)
+            if node in self.products:
+                reads += [part for pair in reads for part in pair.all_input_nodes]
+            fresh = [read for read in dict.fromkeys(reads) if read not in seen]
+            seen.update(fresh)
+            found[node] = fresh
+        return found
 
     def run_node(self, n: fx.Node) -> Any:
         return self._product(n) if n in self.products else super().run_node(n)

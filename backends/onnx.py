@@ -23,6 +23,7 @@ from effc.dialect import Dialect
 from effc.errors import LoweringError
 from effc.ir.program import Graph
 from effc.ir.select import module_path, op_name
+from effc.progress import Step, silent
 from effc.quant.ops import DEQUANTIZE
 
 EXTERNAL_BYTES = 1 << 28
@@ -224,7 +225,7 @@ def weight_sites(graph: Graph) -> list[tuple[str, str, str]]:
         if isinstance(weight, fx.Node) and weight.target is DEQUANTIZE:
             weight = weight.args[0]
         name = tensor_name(graph, weight)
-        if name is not None and not graph.tensors()[name].is_floating_point():
+        if name is not None and graph.tensors()[name].element_size() == 1:
             found.append((module_path(node) or node.name, word, name))
     return found
 
@@ -238,7 +239,7 @@ class Onnx(BackendBase):
     def supports(self, graph: Graph) -> list[Unsupported]:
         return unsupported(graph, self.dialect.opset)
 
-    def lower(self, graph: Graph, directory: Path) -> Lowered:
+    def lower(self, graph: Graph, directory: Path, step: Step = silent) -> Lowered:
         files = save(to_onnx(graph, self.dialect.opset), directory)
         return described(
             graph,

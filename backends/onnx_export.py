@@ -27,6 +27,7 @@ from effc import quiet as loggers
 from effc.backends.onnx_simplify import simplify
 from effc.ir.edit import sizes_of
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
+from effc.quant.scheme import FP8_MAX
 
 op: Any = opset21
 aten: Any = torch.ops.aten
@@ -36,7 +37,7 @@ def _quantize(
     x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int, group: int
 ) -> Any:
     codes = op.QuantizeLinear(x, scale, zero_point, axis=axis)
-    if (low, high) in ((0, 255), (-128, 127)):
+    if (low, high) in ((0, 255), (-128, 127), (-FP8_MAX, FP8_MAX)):
         return codes
     kind = ir.DataType.UINT8 if low >= 0 else ir.DataType.INT8
     bounds = [op.Cast(op.Constant(value_int=v), to=int(kind)) for v in (low, high)]

@@ -50,6 +50,16 @@ def widen(model: ir.Model) -> int:
     return changed
 
 
+def between_casts(model: ir.Model, node: ir.Node) -> None:
+    """Let a node that reads and gives 16 bit compute in float32."""
+    for place, value in enumerate(node.inputs):
+        if value is not None and value.dtype in NARROW:
+            node.replace_input_with(place, _cast(model, value, FLOAT, before=node))
+    for value in node.outputs:
+        if value.dtype in NARROW:
+            _round(model, node, value)
+
+
 def _cast(model: ir.Model, value: ir.Value, kind: ir.DataType, *, before: ir.Node) -> ir.Value:
     node = ir.node("Cast", [value], attributes={"to": int(kind)})
     made: Any = node.outputs[0]

@@ -39,6 +39,7 @@ from effc.dialect import Dialect
 from effc.errors import BackendUnavailable
 from effc.ir.program import Graph
 from effc.machine import cpu_features
+from effc.progress import Step, silent
 
 BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 """Instructions with which a product in bfloat16 is faster than one in float."""
@@ -160,7 +161,7 @@ class OpenVino(BackendBase):
     def supports(self, graph: Graph) -> list[Unsupported]:
         return unsupported(graph, self.dialect.opset)
 
-    def lower(self, graph: Graph, directory: Path) -> Lowered:
+    def lower(self, graph: Graph, directory: Path, step: Step = silent) -> Lowered:
         """Write `model.onnx`, compile it once, and read from the compiled graph which sites really run in int8."""
         places = weight_sites(graph)
         model = to_onnx(graph, self.dialect.opset)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+Least = Annotated[int, Field(ge=0)]
+"""No past yet is a size too."""
 Size = Annotated[int, Field(ge=1)]
 
 
@@ -30,7 +32,8 @@ Capability = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]
 class TensorRtOptions:
     """`compute` are the compute capabilities of the GPUs that it is to run on; a portable engine for Ampere and newer
     where none is named. `profile` has least, usual and largest size of free dimensions. `weights` lie `inside` the
-    engine, or are `refittable` there, or are `stripped` from it and come from `model.onnx` when it is opened.
+    engine, or are `refittable` there, or are `stripped` from it and come from `model.onnx` when it is opened. `build`
+    says whether an engine is built `ahead` of time, or left to enterprise TensorRT's trtexec by a `kit`.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -39,8 +42,9 @@ class TensorRtOptions:
 
     compute: tuple[Capability, ...] = ()
     platform: Literal["linux", "windows"] = "linux"
-    profile: dict[str, tuple[Size, Size, Size]] = field(default_factory=dict)
+    profile: dict[str, tuple[Least, Size, Size]] = field(default_factory=dict)
     weights: Literal["inside", "refittable", "stripped"] = "inside"
+    build: Literal["ahead", "kit"] = "ahead"
 
 
 OPTIONS: dict[str, type[Any]] = {"openvino": OpenVinoOptions, "tensorrt": TensorRtOptions}

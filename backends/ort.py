@@ -44,6 +44,7 @@ from effc.backends.ort_rewrites import rewrite
 from effc.dialect import Dialect
 from effc.errors import LoweringError
 from effc.ir.program import Graph
+from effc.progress import Step, silent
 
 INT8_KERNELS = frozenset(
     (
@@ -140,7 +141,7 @@ class Ort(BackendBase):
     def supports(self, graph: Graph) -> list[Unsupported]:
         return unsupported(graph, self.dialect.opset)
 
-    def lower(self, graph: Graph, directory: Path) -> Lowered:
+    def lower(self, graph: Graph, directory: Path, step: Step = silent) -> Lowered:
         """Write `model.onnx`, open it once, and read from the optimised graph which sites really run in int8."""
         model = to_onnx(graph, self.dialect.opset)
         rewrite(model)

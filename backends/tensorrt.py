@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx_ir as ir
+import torch
 
 from effc.backends import cuda
 from effc.backends import tensorrt_build as build
@@ -21,21 +22,24 @@ from effc.backends.base import Array, BackendBase, Lowered, Site, Unsupported, a
 from effc.backends.dialect import TENSORRT
 from effc.backends.eager import described, ports
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.onnx_widen import NARROW, between_casts
 from effc.backends.options import TensorRtOptions
+from effc.backends.tensorrt_profile import profile_of, written
 from effc.dialect import Dialect
 from effc.errors import BackendUnavailable, LoweringError, RecipeError
 from effc.ir.program import Graph
 from effc.ir.select import op_name
+from effc.progress import Step, silent
 
 PORTABLE = "portable"
 AHEAD_OF_TIME = ("sm80", "sm86", "sm89", "sm120", "sm121")
 """What an engine of TensorRT-RTX runs on that was built for no capability by name."""
+FP8 = ("sm89", "sm120", "sm121")
+"""Those that multiply numbers of 8 bit."""
 ENGINE = "model.engine"
+ENTERPRISE = "tensorrt>=11"
 WHOLE, DECOMPOSED = 23, 21
 """Opsets with attention as one operator, which has kernels in 16 bit only, and without."""
-USUAL = {"batch": 8}
-USUAL_SIZE, MOST_BATCH, MOST_SIZE = 128, 32, 512
-"""Sizes of free dimensions where a recipe does not say: the usual one, and the largest."""
 
 
 class TensorRt(BackendBase):
@@ -48,57 +52,88 @@ class TensorRt(BackendBase):
         self._asked = asked or TensorRtOptions()
 
     def supports(self, graph: Graph) -> list[Unsupported]:
-        build.library()
+        if not self._is_kit:
+            build.library()
         profile_of(graph, self._asked.profile)
+        self._compute(graph)
         return unsupported(graph, DECOMPOSED)
 
-    def lower(self, graph: Graph, directory: Path) -> Lowered:
-        """Write `model.onnx` and build `model.engine` from it; with attention whole where there is a kernel for it."""
+    @property
+    def _is_kit(self) -> bool:
+        return self._asked.build == "kit"
+
+    def _compute(self, graph: Graph) -> tuple[str, ...]:
+        """The compute capabilities to build for; none where one engine for all is. Raises RecipeError."""
+        asked = self._asked.compute
+        if not any(t.dtype == torch.float8_e4m3fn for t in graph.tensors().values()):
+            return asked
+        if old := [word for word in asked if word not in FP8]:
+            raise RecipeError(
+                f"targets.tensorrt.compute names {', '.join(old)}, which has no fp8",
+                hint=f"{', '.join(FP8)} have",
+            )
+        return asked or FP8
+
+    def lower(self, graph: Graph, directory: Path, step: Step = silent) -> Lowered:
+        """Write `model.onnx`, the kit, and `model.engine` where it is not left to the kit.
+
+        Attention is whole where the builder has a kernel for it.
+        """
         asked = self._asked
         plan = build.Plan(
-            profile=profile_of(graph, asked.profile), compute=asked.compute,
+            profile=profile_of(graph, asked.profile), compute=self._compute(graph),
             windows=asked.platform == "windows", refittable=asked.weights == "refittable",
             stripped=asked.weights == "stripped",
         )  # fmt: skip
         shapes = {port.name: port.shape for port in ports(graph)[0]}
         kinds, why = _attention_types(graph), ""
         opset = WHOLE if kinds and "torch.float32" not in kinds else DECOMPOSED
+        made: build.Built | None = None
         while True:
             places: dict[str, str] = {}
             model = to_onnx(graph, opset, places=places)
             store_int4(model)
+            widen_softmax(model)
             files = save(model, directory)
+            if self._is_kit:
+                break
             try:
-                made = build.build(directory / files[0], plan, shapes, places=places)
+                made = build.build(directory / files[0], plan, shapes, places=places, step=step)
                 break
             except LoweringError as error:
                 if opset == DECOMPOSED:
                     raise
                 opset, why = DECOMPOSED, error.what
-        (directory / ENGINE).write_bytes(made.engine)
         options = {
-            "compute": ",".join(plan.compute) or (PORTABLE if build.is_rtx() else cuda.gpu()[1]),
-            "layers": str(made.layers),
             "platform": asked.platform,
-            "profile": ";".join(
-                f"{name}={','.join(map(str, s))}" for name, s in plan.profile.items()
-            ),
+            "profile": written(plan.profile),
             "weights": asked.weights,
         }
+        if made is None:
+            options["build"] = "kit"
+        else:
+            (directory / ENGINE).write_bytes(made.engine)
+            files = (ENGINE, *files)
+            options["compute"] = ",".join(plan.compute) or (
+                PORTABLE if build.is_rtx() else cuda.gpu()[1]
+            )
+            options["layers"] = str(made.layers)
         if kinds:
             options["attention"] = "whole" if opset == WHOLE else "decomposed"
         if why:
             options["attention_refused"] = why
-        lowered = described(
-            graph, self.name, directory, (ENGINE, *files), opset,
+        made_kit = kit.write(graph, directory, files[0 if made is None else 1], plan.profile)
+        if made_kit.gap is not None:
+            options["gap"] = f"{made_kit.gap:.2g}"
+        return described(
+            graph, self.name, directory, (*files, *made_kit.files), opset,
             sites=tuple(_site(name, word) for name, word, _ in weight_sites(graph)),
-            requires=(_requirement(),), options=options,
+            requires=(ENTERPRISE if made is None else _requirement(),), options=options,
         )  # fmt: skip
-        return dataclasses.replace(
-            lowered, files=(*lowered.files, *kit.write(graph, lowered, plan))
-        )
 
     def obstacle(self, lowered: Lowered | None = None) -> str | None:
+        if lowered is not None and lowered.options.get("build") == "kit":
+            return "the package has a kit that builds the engine with trtexec, and no engine"
         if (why := cuda.obstacle()) is not None or not build.is_rtx():
             return why
         built_for = lowered.options.get("compute", PORTABLE) if lowered is not None else PORTABLE
@@ -107,6 +142,10 @@ class TensorRt(BackendBase):
         if word in runs_on:
             return None
         return f"its GPU, {name}, is {word}, and engines are for {', '.join(runs_on)}"
+
+    def gpu(self) -> str:
+        name: str = cuda.gpu()[0]
+        return name
 
     def stand_in(self, lowered: Lowered, *, threads: int | None = None) -> Any:
         """The ONNX that the engine was built from, on ONNX Runtime, every value rounded where the graph says."""
@@ -129,11 +168,21 @@ class TensorRt(BackendBase):
         )
 
     def plain(self, graph: Graph, lowered: Lowered) -> Lowered:
-        """An engine of the float export, for GPUs of this machine."""
-        plan = build.Plan(profile=profile_of(graph, self._asked.profile))
+        """An engine of the float export, for the sizes and GPUs of the engine whose options it is to have."""
+        options = {**lowered.options, "weights": "inside"}
+        asked = str(options.get("compute", PORTABLE))
+        profile = lowered.profile or profile_of(graph, {})
+        plan = build.Plan(
+            profile=profile, compute=() if asked == PORTABLE else tuple(asked.split(","))
+        )
         made = build.build(lowered.path, plan, {p.name: p.shape for p in lowered.inputs})
         (lowered.directory / ENGINE).write_bytes(made.engine)
-        return dataclasses.replace(lowered, files=(ENGINE, *lowered.files))
+        return dataclasses.replace(lowered, files=(ENGINE, *lowered.files), options=options)
+
+    def made_with(self) -> str:
+        """What decides the bytes of an engine beside the graph, for the cache."""
+        trt = build.library()
+        return f"{trt.__name__} {trt.__version__} {'' if build.is_rtx() else cuda.gpu()}"
 
     def peak_rss_mb(self, lowered: Lowered, feeds: Mapping[str, Array], threads: int) -> None:
         """Memory of an engine on a GPU is not measured from outside."""
@@ -150,31 +199,15 @@ def _attention_types(graph: Graph) -> set[str]:
     return {str(n.meta["val"].dtype) for n in found}
 
 
-def profile_of(graph: Graph, asked: Mapping[str, Sequence[int]]) -> dict[str, build.Sizes]:
-    """Least, usual and largest size of every free dimension. Raises RecipeError where what is asked does not fit."""
-    words = dict.fromkeys(
-        size for port in ports(graph)[0] for size in port.shape if isinstance(size, str)
-    )
-    if strange := [word for word in asked if word not in words]:
-        raise RecipeError(
-            f"targets.tensorrt.profile names {', '.join(strange)}, which is no free dimension of graph {graph.role!r}",
-            hint=f"free dimensions: {', '.join(words) or 'none'}",
-        )
-    found = {}
-    for word in words:
-        top = graph.largest(word)
-        most = MOST_BATCH if word == "batch" else MOST_SIZE
-        most = min(most, top) if top is not None else most
-        usual = min(USUAL.get(word, USUAL_SIZE), most)
-        least, usual, most = asked.get(word, (1, usual, most))
-        if not 1 <= least <= usual <= most or (top is not None and most > top):
-            bound = f", at most {top}" if top is not None else ""
-            raise RecipeError(
-                f"targets.tensorrt.profile.{word}: {least}, {usual}, {most} are not sizes that ascend from 1{bound}",
-                hint=f"profile: {{{word}: [1, 8, 32]}} is the least, the usual and the largest",
-            )
-        found[word] = (least, usual, most)
-    return found
+def widen_softmax(model: ir.Model) -> int:
+    """Softmax in float32: its sum has as many terms as there are positions.
+
+    What attention that is whole does inside is the kernel's own choice: the parser takes no precision for it.
+    """
+    found = [n for n in model.graph if n.op_type == "Softmax" and n.outputs[0].dtype in NARROW]
+    for node in found:
+        between_casts(model, node)
+    return len(found)
 
 
 def store_int4(model: ir.Model) -> None:

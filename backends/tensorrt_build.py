@@ -7,6 +7,7 @@ what is built: the network is strongly typed, so precision is what casts and qua
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,30 +16,43 @@ from pathlib import Path
 from typing import Any
 
 from effc import scratch
+from effc.backends import cuda
+from effc.backends.tensorrt_profile import Sizes, shapes_of
 from effc.errors import BackendUnavailable, LoweringError
+from effc.progress import Step, silent
 
-Sizes = tuple[int, int, int]
-"""Of a free dimension: the least, the usual, for which kernels are chosen, and the largest."""
+log = logging.getLogger(__name__)
+
+RTX_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+"""Compute capabilities that TensorRT-RTX builds for."""
 
 
 @functools.cache
 def library() -> Any:
-    """TensorRT-RTX, or enterprise TensorRT where only that is there. Raises BackendUnavailable."""
+    """TensorRT-RTX; enterprise TensorRT where only that is there, or only that runs on the GPU that is here.
+
+    Raises BackendUnavailable.
+    """
     try:
         import tensorrt_rtx_bindings
         import tensorrt_rtx_libs  # noqa: F401  # loads the shared libraries that the bindings want
-
-        return tensorrt_rtx_bindings
     except ImportError as error:
-        try:
-            import tensorrt
+        if (found := _enterprise()) is not None:
+            return found
+        raise BackendUnavailable(
+            f"target tensorrt needs TensorRT-RTX, which cannot be loaded: {error}",
+            hint="pip install 'effc[tensorrt]'",
+        ) from error
+    is_foreign = cuda.obstacle() is None and cuda.gpu()[1] not in RTX_GPUS
+    return (_enterprise() if is_foreign else None) or tensorrt_rtx_bindings
 
-            return tensorrt
-        except ImportError:
-            raise BackendUnavailable(
-                f"target tensorrt needs TensorRT-RTX, which cannot be loaded: {error}",
-                hint="pip install 'effc[tensorrt]'",
-            ) from error
+
+def _enterprise() -> Any:
+    try:
+        import tensorrt
+    except ImportError:
+        return None
+    return tensorrt
 
 
 def is_rtx() -> bool:
@@ -58,9 +72,9 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """An engine, and how many layers its network has."""
+    """An engine's bytes, and how many layers its network has."""
 
-    engine: bytes
+    engine: memoryview
     layers: int
 
 
@@ -90,15 +104,25 @@ def build(
     names: Mapping[str, Sequence[int | str]],
     *,
     places: Mapping[str, str] | None = None,
+    step: Step = silent,
 ) -> Built:
     """An engine from an ONNX file. `names` are the shapes of its inputs, `places` where each of its nodes is from.
 
+    `step` is told how many steps of the builder's outermost phase are done.
+
     Raises LoweringError with every node that the parser refuses, or with the builder's own first reason.
     """
-    trt, log = library(), Log()
-    logger = log.logger()
+    trt, said_by = library(), Log()
+    logger = said_by.logger()
     with _hushed() as aside:
-        builder = trt.Builder(logger)
+        try:
+            builder = trt.Builder(logger)
+        except TypeError as error:  # enterprise TensorRT without a driver
+            why = " ".join(said_by.errors) or str(error)
+            raise BackendUnavailable(
+                f"TensorRT {trt.__version__} makes no builder here: {_first(why)}",
+                hint="pip install 'effc[tensorrt]' for TensorRT-RTX, which builds without a GPU",
+            ) from error
         flags = trt.NetworkDefinitionCreationFlag
         typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
         network = builder.create_network(typed)
@@ -106,11 +130,14 @@ def build(
         if not parser.parse_from_file(str(path)):
             raise _refused(parser, places or {})
         config = builder.create_builder_config()
+        config.progress_monitor = monitor = _monitor(step)
         _configure(config, plan)
         config.add_optimization_profile(_profile(builder, plan, names))
         made = builder.build_serialized_network(network, config)
+    if monitor.stopped is not None:
+        raise monitor.stopped
     if made is None:
-        said = [*log.errors, *aside] or ["it gave no reason"]
+        said = [*said_by.errors, *aside] or ["it gave no reason"]
         if (plan.refittable or plan.stripped) and "CUDA" in said[0].upper():
             raise BackendUnavailable(
                 "tensorrt makes engines with weights outside only where there is an NVIDIA driver",
@@ -120,11 +147,42 @@ def build(
             f"tensorrt cannot build {path.name}: {_first(said[0])}{_about(said, places or {})}",
             hint="leave the part out of 16 bit with `exclude`, or choose other compute capabilities",
         )
-    return Built(engine=bytes(made), layers=network.num_layers)
+    return Built(engine=memoryview(made), layers=network.num_layers)
+
+
+def _monitor(step: Step) -> Any:
+    """What tells `step` of the builder's outermost phase."""
+    trt = library()
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+            self.stopped: BaseException | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.totals[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, number: int) -> bool:
+            """Whether to go on. What `step` raises would be lost in the library: it is kept, and raised behind it."""
+            try:
+                if (total := self.totals.get(phase_name)) is not None:
+                    step(number + 1, total)
+            except BaseException as error:
+                self.stopped = error
+            return self.stopped is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            """Nothing is drawn of an end."""
+
+    return Monitor()
 
 
 def _configure(config: Any, plan: Plan) -> None:
     trt = library()
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: 16 bit is asked for by name
     if plan.compute:
         if not hasattr(config, "set_compute_capability"):
             raise BackendUnavailable(
@@ -150,14 +208,6 @@ def _profile(builder: Any, plan: Plan, names: Mapping[str, Sequence[int | str]])
     return profile
 
 
-def shapes_of(shape: Sequence[int | str], profile: Mapping[str, Sizes]) -> list[tuple[int, ...]]:
-    """The least, usual and largest shape of an input."""
-    return [
-        tuple(size if isinstance(size, int) else profile[size][k] for size in shape)
-        for k in range(3)
-    ]
-
-
 def _refused(parser: Any, places: Mapping[str, str]) -> LoweringError:
     found = []
     for number in range(parser.num_errors):
@@ -166,6 +216,8 @@ def _refused(parser: Any, places: Mapping[str, str]) -> LoweringError:
         operator = error.node_operator() or "node"
         found.append(f"{operator} {where or error.node_name()}: {_first(error.desc())}")
     lines = list(dict.fromkeys(found)) or ["it gave no reason"]
+    for line in lines[5:]:
+        log.warning("tensorrt refuses %s", line)
     more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
     return LoweringError(
         f"tensorrt refuses {len(lines)} nodes: " + "; ".join(lines[:5]) + more,

@@ -49,6 +49,12 @@ class TensorRtEngine(EngineBase):
         if weights is not None:
             self._refit(weights, log)
         self._context = _context(self._engine)
+        if self._context is None:
+            self.close()
+            raise BackendUnavailable(
+                f"{path.name} was read and cannot run: {' '.join(log.errors) or 'the library gives no reason'}",
+                hint="nvidia-smi shows what else holds the GPU and its memory",
+            )
 
     def _refit(self, weights: Path, log: Log) -> None:
         refitter = library().Refitter(self._engine, self._logger)

@@ -31,6 +31,7 @@ def ort_dynamic(plain: Path, data: Path, out: Path, *, attends: bool) -> None:
 
 
 def ort_static(plain: Path, data: Path, out: Path, *, attends: bool) -> None:
+    import onnx
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -46,8 +47,9 @@ def ort_static(plain: Path, data: Path, out: Path, *, attends: bool) -> None:
         def get_next(self) -> Any:
             return next(self.rows, None)
 
-    ready = out.with_suffix(".ready.onnx")
-    quant_pre_process(plain, ready, skip_symbolic_shape=True)
+    whole, ready = out.with_suffix(".whole.onnx"), out.with_suffix(".ready.onnx")
+    onnx.save(onnx.load(plain), whole)  # its weights inside: the next step loses those beside it
+    quant_pre_process(whole, ready, skip_symbolic_shape=True)
     quantize_static(
         ready, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,

@@ -142,22 +142,37 @@ def coverage() -> list[str]:
 def gpuless() -> list[str]:
     lines = ["## Engines for GPUs, built without one (benchmarks/gpuless.py)", ""]
     lines += [
-        "Size, seconds to write the ONNX and build, drift of the ONNX from the model; † attention decomposed.",
+        "Size, layers, seconds to write the ONNX and build, drift of the ONNX from the model, relative L2; † attention "
+        "decomposed. In brackets what onnxruntime is expected to be from kernels that sum integers and round once.",
         "",
     ]
     for found in results("gpuless"):
         lines += [circumstances(found), ""]
-        words = list(dict.fromkeys(r["precision"] for r in found["rows"]))
+        rows = [r for r in found["rows"] if not r["compute"]]
+        words = list(dict.fromkeys(r["precision"] for r in rows))
         by_name: dict[str, list[str]] = {}
-        for r in found["rows"]:
+        for r in rows:
             by_name.setdefault(r["name"], []).append(_built(r))
         lines += table(
             ["architecture", *words], [[name, *cells] for name, cells in by_name.items()]
         )
         twins = [r["same"] for r in found["rows"] if "same" in r]
-        refused = [r for r in found["rows"] if "refused" in r]
         lines += [f"Built twice, {sum(twins)} of {len(twins)} engines are the same bytes.", ""]
-        lines += [f"* {r['name']}, {r['precision']}: {r['refused']}" for r in refused]
+        lines += [
+            f"One engine for {', '.join(r['compute'])} ({r['name']}, {r['precision']}): {_built(r)}."
+            for r in found["rows"]
+            if r["compute"]
+        ]
+        free = {r["name"]: r["profile"] for r in rows if "profile" in r}
+        lines += ["", "Free sizes, least, usual and largest:", ""]
+        by_profile: dict[str, list[str]] = {}
+        for name, profile in free.items():
+            by_profile.setdefault(profile, []).append(name)
+        lines += [f"* {p or 'none'}: {', '.join(names)}" for p, names in by_profile.items()]
+        if refused := [r for r in found["rows"] if "refused" in r]:
+            lines += ["", "Refused:", ""]
+            lines += [f"* {r['name']}, {r['precision']}: {r['refused']}" for r in refused]
+        lines += [""]
     return lines
 
 
@@ -165,7 +180,55 @@ def _built(row: Json) -> str:
     if "refused" in row:
         return "refused"
     mark = "†" if row["why"] else ""
-    return f"{row['bytes'] / 1e3:.0f} kB, {row['seconds']:.1f} s, {row['rel_l2']:.2g}{mark}"
+    gap = f" [{row['gap']}]" if row["gap"] else ""
+    size = f"{row['bytes'] / 1e3:.0f} kB, {row['layers']} layers, {row['seconds']:.1f} s"
+    return f"{size}, {row['rel_l2']:.2g}{gap}{mark}"
+
+
+def sixteen() -> list[str]:
+    lines = ["## What 16 bit costs (benchmarks/sixteen.py)", ""]
+    lines += [
+        "The graph that a TensorRT engine is built from, on ONNX Runtime, against the model; n is of samples or of "
+        "positions. Then drift with one kind of operator more in 16 bit: what it gives is rounded, what it sums inside "
+        "is not, so that is the least that it would cost.",
+        "",
+    ]
+    for found in results("sixteen"):
+        lines += [circumstances(found), ""]
+        rows = found["rows"]
+        arms = list(dict.fromkeys(r["arm"] for r in rows))
+        own = [r for r in rows if r["arm"] == arms[0]]
+        lines += table(
+            ["model", "type", "held out: relative L2, largest difference", "metric", "verdict"],
+            [
+                [
+                    r["model"],
+                    r["dtype"],
+                    _outputs(r),
+                    metric_row(r["metric"]),
+                    r["metric"]["verdict"],
+                ]
+                for r in own
+            ],
+        )
+        cells = {(r["model"], r["dtype"], r["arm"]): _worst(r) for r in rows}
+        pairs = dict.fromkeys((r["model"], r["dtype"]) for r in rows)
+        lines += table(
+            ["model", "type", *arms],
+            [[*pair, *(cells.get((*pair, arm), "none there") for arm in arms)] for pair in pairs],
+        )
+    return lines
+
+
+def _outputs(row: Json) -> str:
+    return "; ".join(
+        f"{name} {d['rel_l2']:.2g}, {d['max_abs']:.2g} (n = {d['n']})"
+        for name, d in row["outputs"].items()
+    )
+
+
+def _worst(row: Json) -> str:
+    return row.get("failed") or f"{max(d['rel_l2'] for d in row['outputs'].values()):.2g}"
 
 
 def rules() -> list[str]:
@@ -589,6 +652,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     ranges: ("ranges",),
     peers: ("peers",),
     gpuless: ("gpuless",),
+    sixteen: ("sixteen",),
     kernels: ("kernels",),
     overflow: ("overflow",),
     verdicts: ("verdicts",),

@@ -161,6 +161,8 @@ class BenchResult:
     first_run_ms: Mapping[str, float]
     threads: int
     streams: int = 1
+    gpu: str | None = None
+    """Where the engine ran, if not on the processor."""
     peak_rss_mb: Mapping[str, float] = field(default_factory=dict)
     """Peak resident memory of a process that loads one engine and runs the largest shape, by engine."""
 
@@ -174,6 +176,7 @@ class BenchResult:
             "threads": self.threads,
             "streams": self.streams,
             "cpu": cpu_name(),
+            **({"gpu": self.gpu} if self.gpu else {}),
         }
 
 

@@ -313,15 +313,15 @@ class Builder:
                 "lower", graph=graph_digest([Program({graph.role: graph})]), target=built.target,
                 asked=asked and dataclasses.asdict(asked),
                 ports=[list(graph.inputs), list(graph.outputs)], cpu=cpu_features(), versions=versions(),
-                tool=installed(DISTRIBUTIONS[built.target][0]),
+                tool=installed(DISTRIBUTIONS[built.target][0]), made_with=backend.made_with(),
             )  # fmt: skip
             entry = self.cache.get(key)
             if entry is not None and entry.copy_to(directory):
                 self.progress.reuse("lower")
                 made.append(_lowered(entry.value, directory))
                 continue
-            with self.progress.stage("lower"):
-                lowered = backend.lower(graph, directory)
+            with self.progress.stage("lower") as step:
+                lowered = backend.lower(graph, directory, step)
             self.cache.put(key, _plain(lowered), {name: directory / name for name in lowered.files})
             made.append(lowered)
         return made

@@ -78,6 +78,9 @@ def terminal() -> Iterator[Terminal]:
     )
     from rich.progress import Progress as Bar
 
+    own = os.fdopen(
+        os.dup(2), "w", encoding="utf-8"
+    )  # libraries that write past Python are kept from stderr
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -85,7 +88,7 @@ def terminal() -> Iterator[Terminal]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+    with own, Bar(*columns, console=Console(file=own), transient=True) as bar:
         yield Terminal(bar)
 
 
@@ -257,7 +260,7 @@ Metric = Annotated[
         help=f"Task metric, such as sts:stsb.csv: {', '.join(METRIC_NAMES)} or file.py:function.",
     ),
 ]
-QUANTIZE_NAMES = ("none", "int8", "w8a8", "w8a16", "w4a16", "w4a8", "w6a6", "fp16", "bf16")
+QUANTIZE_NAMES = ("none", "int8", "w8a8", "w8a16", "w4a16", "w4a8", "w6a6", "fp8", "fp16", "bf16")
 Calib = Annotated[
     str | None,
     typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder."),
@@ -532,6 +535,13 @@ def report(
             help="Where to write the page; - is stdout [default: OUT/report.html].",
         ),
     ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(
+            "--bench", metavar="FILE",
+            help="Join what `effc bench OUT --json FILE` measured on another machine.",
+        ),
+    ] = None,
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -541,13 +551,21 @@ def report(
     Examples:
       effc report OUT
       effc report OUT -o report.html
+      effc report OUT --bench times-of-the-gpu.json
     """
     from effc import package
     from effc import report as reports
 
+    if bench is not None:
+        from effc import bounded, elsewhere
+
+        found = bounded.read_json(bench, UsageError, package.MOST_RECORD_BYTES)
+        machine = elsewhere.join(out, found, str(bench))
+        _say(f"timings of {machine} are in the report of {out}", place)
+
     own = out / reports.HTML
     if place is None or os.path.realpath(place) == os.path.realpath(own):
-        package.replace(out, reports.HTML, reports.rebuilt(out, beside=True))
+        package.replace(out, {reports.HTML: reports.rebuilt(out, beside=True)})
         print(f"{own} is ready")
         return
     _outside(place, out, option="-o")

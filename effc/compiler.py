@@ -16,7 +16,6 @@ from typing import Any
 from effc import cache, gate, measure, metrics, package, report, search
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered
-from effc.backends.dialect import DIALECTS
 from effc.build import Builder, Built, graph_digest, versions
 from effc.cache import Cache
 from effc.errors import GateRefused, LoweringError, SourceError, UsageError
@@ -25,7 +24,7 @@ from effc.ir.program import Program
 from effc.ir.trace import trace
 from effc.machine import default_threads
 from effc.progress import Progress
-from effc.recipe import QUANTIZE_WORDS, Recipe, build, read, without_bench
+from effc.recipe import QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
 from effc.room import within
 from effc.samples import Samples
 from effc.search import Found
@@ -120,26 +119,11 @@ def from_flags(
     }
     if calib is not None:
         data["calib"] = {"file": str(calib), "samples": samples}
-    if passes := _passes(quantize, data["targets"]):
+    if passes := passes_of(quantize, data["targets"], checks=calib is not None):
         data["passes"] = passes
     if metric is not None:
         data["metric"] = metric
     return data
-
-
-def _passes(word: str, targets: Sequence[str]) -> list[Any]:
-    """What a word for `--quantize` stands for. Where all targets want it, what stays in float is in 16 bit."""
-    rests = {DIALECTS[target].rest if target in DIALECTS else None for target in targets}
-    rest = rests.pop() if len(rests) == 1 else None
-    first = QUANTIZE_WORDS[word] or (QUANTIZE_WORDS[rest] if rest is not None else None)
-    if first is None:
-        return []
-    passes: list[Any] = [first]
-    if first["pass"] == "quantize" and first["activation_bits"] != 16:
-        passes.insert(0, "smooth")
-    if first["pass"] == "quantize" and rest is not None:
-        passes.append(QUANTIZE_WORDS[rest])
-    return passes
 
 
 def run(

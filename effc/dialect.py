@@ -26,6 +26,8 @@ class Dialect:
     overflow_fix: bool = True
     smooth_gain_db: float | None = None
     """What scaling the channels of an activation must be expected to gain; None where nothing is scaled."""
+    fp8: bool = False
+    """Whether products of 8-bit floating point numbers have kernels."""
     rest: str | None = None
     """The word for `--quantize` that says what type everything else is in; None for float32."""
     reasons: Mapping[str, str] = field(default_factory=dict)

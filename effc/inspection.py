@@ -236,6 +236,7 @@ def bench(
     return {
         **timed.to_json(),
         "target": entry.target,
+        "sha256": entry.sha256,
         "outputs": measure.worst_known(cases),
         "metric": measured,
         "model_bytes": manifest.model_bytes(out, entry),

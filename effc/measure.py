@@ -58,7 +58,8 @@ def verify_engine(
         ModuleEngine(source.module, graph) as reference,
         opened(lowered, threads) as engine,
     ):
-        found_cases = cases(source, samples, engine.inputs, longest(source, graph))
+        most = longest(source, graph)
+        found_cases = cases(source, samples, engine.inputs, most, lowered.profile)
         for number, (label, batches) in enumerate(found_cases, 1):
             drifts = parity(reference, engine, batches)
             if not lossy and lowered.is_float:
@@ -81,9 +82,11 @@ def check_lowering(graph: Graph, lowered: Lowered, samples: Samples, threads: in
     """
     with opened(lowered, threads) as engine:
         shapes = [(2, 32)] if samples.has_length() else [(2, 1)]
-        cases = shaped_cases(samples, shapes, engine.inputs, longest(samples.source, graph))
+        most, profile = longest(samples.source, graph), lowered.profile
+        cases = shaped_cases(samples, shapes, engine.inputs, most, profile)
         feeds = [case.feeds for case in cases]
-        feeds += [dict(b.inputs) for b in itertools.islice(samples(graph.role), 1)]
+        first = (dict(b.inputs) for b in itertools.islice(samples(graph.role), 1))
+        feeds += [f for f in first if fits(engine.inputs, f, profile)]
         drifts = parity(GraphEngine(graph), engine, feeds)
     name, worst = max(drifts.items(), key=lambda item: item[1].rel_l2)
     if not worst.rel_l2 <= MOST_LOWERED:
@@ -102,24 +105,32 @@ def longest(source: Source, graph: Graph) -> int:
     return min((n for n in limits if n is not None), default=sys.maxsize)
 
 
+Profile = Mapping[str, tuple[int, int, int]]
+
+
 def cases(
-    source: Source, samples: Samples, ports: Sequence[Port], most: int
+    source: Source,
+    samples: Samples,
+    ports: Sequence[Port],
+    most: int,
+    profile: Profile | None = None,
 ) -> list[tuple[str, list[Any]]]:
     """What an engine is compared on, by kind of data, in pieces where memory is bounded.
 
-    Calibration data, held-out data of the same file, shapes of 1 and 8 rows, and a padded batch.
+    Calibration data, held-out data of the same file, shapes of 1 and 8 rows, and a padded batch, but for what is
+    outside of a `profile`.
     """
     found: list[tuple[str, list[Any]]] = []
     (role,) = source.inputs
-    first = [dict(batch.inputs) for batch in itertools.islice(samples(role), 4)]
-    if first:
-        found.append(("calibration", first))
-    if fresh := samples.held_out():
-        found.append(("held out", [dict(b.inputs) for b in fresh]))
+    drawn = {"calibration": itertools.islice(samples(role), 4), "held out": samples.held_out()}
+    for label, batches in drawn.items():
+        feeds = [dict(batch.inputs) for batch in batches]
+        if kept := [f for f in feeds if fits(ports, f, profile)]:
+            found.append((label, kept))
     shapes = [(rows, length) for rows in (1, 8) for length in (4, 32, 128)]
-    found += [(c.word, [c.feeds]) for c in shaped_cases(samples, shapes, ports, most)]
+    found += [(c.word, [c.feeds]) for c in shaped_cases(samples, shapes, ports, most, profile)]
     padded = _padded(samples, min(32, most)) if samples.has_length() else None
-    if padded is not None and fits(ports, padded):
+    if padded is not None and fits(ports, padded, profile):
         found.append(("padded", [padded]))
     return [
         (label, [p for feeds in whole for p in samples.pieces(feeds)]) for label, whole in found
@@ -136,8 +147,9 @@ def _padded(samples: Samples, length: int) -> Json | None:
     return feeds
 
 
-def fits(ports: Sequence[Port], feeds: Mapping[str, Any]) -> bool:
-    """Whether feeds have the sizes that an engine's fixed dimensions want."""
+def fits(ports: Sequence[Port], feeds: Mapping[str, Any], profile: Profile | None = None) -> bool:
+    """Whether feeds have the sizes that an engine's fixed dimensions want, and its free ones allow."""
+    bounds = profile or {}
     for port in ports:
         if port.name not in feeds:
             raise VerifyError(
@@ -147,11 +159,10 @@ def fits(ports: Sequence[Port], feeds: Mapping[str, Any]) -> bool:
         shape = feeds[port.name].shape
         if len(shape) != len(port.shape):
             return False
-        if any(
-            isinstance(want, int) and want != have
-            for want, have in zip(port.shape, shape, strict=True)
-        ):
-            return False
+        for want, have in zip(port.shape, shape, strict=True):
+            low, _, high = (want,) * 3 if isinstance(want, int) else bounds.get(want, (have,) * 3)
+            if not low <= have <= high:
+                return False
     return True
 
 
@@ -221,18 +232,29 @@ def opener(lowered: Lowered, threads: int) -> Callable[[], Engine]:
     return lambda: BACKENDS[lowered.target]().open(lowered, threads=threads)
 
 
-def plain_export(graph: Graph, place: Path, target: str) -> Lowered:
+def plain_export(
+    graph: Graph, place: Path, target: str, options: Mapping[str, Any] | None = None
+) -> Lowered:
     """torch's own float export into a directory, for the runtime of a target: what everybody has without effc."""
     from effc.backends.onnx import save, to_onnx
 
     files = save(to_onnx(graph, PLAIN_OPSET, translate=False), place)
-    return plain(graph, place, files, target)
+    return plain(graph, place, files, target, options)
 
 
-def plain(graph: Graph, place: Path, files: tuple[str, ...], target: str) -> Lowered:
-    """A plain float export that lies in a directory already."""
-    backend = BACKENDS[target]()
-    found: Lowered = backend.plain(graph, described(graph, target, place, files, PLAIN_OPSET))
+def plain(
+    graph: Graph,
+    place: Path,
+    files: tuple[str, ...],
+    target: str,
+    options: Mapping[str, Any] | None = None,
+) -> Lowered:
+    """A plain float export that lies in a directory already, made to be opened as an engine with those options is."""
+    shared = {
+        k: v for k, v in (options or {}).items() if k != "precision"
+    }  # but for what is to gain
+    exported = described(graph, target, place, files, PLAIN_OPSET, options=shared)
+    found: Lowered = BACKENDS[target]().plain(graph, exported)
     return found
 
 
@@ -255,21 +277,21 @@ def time_engine(
     graph = original.only()
     with _torch_threads(threads), scratch.held() as place:
         runtime = lowered.target if lowered.files else "ort"
-        exported = exported or plain_export(graph, place, runtime)
-        if runtime == lowered.target:  # opened the same way, but for what the engine is to gain by
-            shared = {k: v for k, v in lowered.options.items() if k != "precision"}
-            exported = dataclasses.replace(exported, options=shared)
+        options = lowered.options if runtime == lowered.target else None
+        exported = exported or plain_export(graph, place, runtime, options)
         openers = {
             "engine": opener(lowered, threads),
             "float": opener(exported, threads),
             "torch": lambda: ModuleEngine(source.module, graph),
             **(against or {}),
         }
-        cases = shaped_cases(samples, spec.shapes, lowered.inputs, longest(source, graph))
+        most = longest(source, graph)
+        cases = shaped_cases(samples, spec.shapes, lowered.inputs, most, lowered.profile)
         timed = benchmark.compare(
             openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed,
             streams=streams, references=("float", "torch"), progress=step,
         )  # fmt: skip
+        timed = dataclasses.replace(timed, gpu=BACKENDS[runtime]().gpu())
         largest = max(cases, key=lambda c: c.batch * (c.length or 1), default=None)
         if largest is None or not lowered.files:
             return timed
@@ -299,6 +321,7 @@ def shaped_cases(
     shapes: Iterable[tuple[int, int]],
     ports: Sequence[Port],
     most: int = sys.maxsize,
+    profile: Profile | None = None,
 ) -> list[benchmark.Case]:
     """Inputs of those shapes that an engine can take, each once; the example's shape where it takes none of them.
 
@@ -309,7 +332,7 @@ def shaped_cases(
         feeds = samples.shaped(batch, min(wanted, most))
         rows, length = samples.shape_of(feeds)
         case = benchmark.Case(batch=rows, length=length, feeds=feeds)
-        if fits(ports, feeds):
+        if fits(ports, feeds, profile):
             cases.setdefault(case.word, case)
     if not cases:
         feeds = samples.example()

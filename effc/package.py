@@ -397,31 +397,34 @@ def _write_volatile(out: Path, files: Mapping[str, str]) -> None:
     (out / VOLATILE).write_text(sealed({"schema": SCHEMA, "files": files}), encoding="utf-8")
 
 
-def replace(out: Path, name: str, text: str) -> None:
-    """Another text in an unhashed file of a package, and its sha256 in volatile.json. Raises PackageError.
+def replace(out: Path, texts: Mapping[str, str]) -> None:
+    """Other texts in unhashed files of a package, and their sha256 in volatile.json. Raises PackageError.
 
-    Each is exchanged by one rename; between the two the file differs from its sha256, and whoever is killed there does
-    it again.
+    Each is exchanged by one rename; in between a file differs from its sha256, and whoever is killed there does it
+    again.
     """
     out = Path(os.path.realpath(out))
     manifest = read(out)
-    if name not in manifest.unhashed:
+    if (name := next((n for n in texts if n not in manifest.unhashed), None)) is not None:
         raise PackageError(
             f"{out} was made by an effc that wrote no {name}, and its manifest does not list it",
             hint=f"write it elsewhere: -o {name}",
         )
-    digests = {**_volatile(out, manifest), name: hashlib.sha256(text.encode()).hexdigest()}
+    digests = _volatile(out, manifest)
+    digests |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     try:
         with scratch.held(out.parent, f"{_STAGE}{out.name[:32]}-") as place:
-            (place / name).write_text(text, encoding="utf-8")
+            for name, text in texts.items():
+                (place / name).write_text(text, encoding="utf-8")
             _write_volatile(place, digests)
             _sync(place)
-            os.replace(place / name, out / name)
-            os.replace(place / VOLATILE, out / VOLATILE)
+            for name in (*texts, VOLATILE):
+                os.replace(place / name, out / name)
     except OSError as error:
+        last = list(texts)[-1]
         raise PackageError(
-            f"{out / name} cannot be written: {error.strerror}",
-            hint=f"write it elsewhere: -o {name}",
+            f"{out / last} cannot be written: {error.strerror}",
+            hint=f"write it elsewhere: -o {last}",
         ) from error
 
 

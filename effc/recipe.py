@@ -21,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from effc import bounded, metrics
 from effc.backends import TARGETS
+from effc.backends.dialect import DIALECTS
 from effc.backends.options import OPTIONS
 from effc.errors import RecipeError, UsageError
 from effc.passes import PASSES
@@ -41,10 +42,31 @@ QUANTIZE_WORDS: dict[str, dict[str, Any] | None] = {
     "w4a16": {
         "pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse",
     },
+    "fp8": {"pass": "quantize", "dtype": "fp8"},
     "fp16": {"pass": "mixed-precision", "dtype": "fp16"},
     "bf16": {"pass": "mixed-precision", "dtype": "bf16"},
 }  # fmt: skip
 """What `--quantize` may say, and the pass that it stands for."""
+
+
+def passes_of(word: str, targets: Sequence[str], *, checks: bool = False) -> list[Any]:
+    """What a word for `--quantize` stands for. Where all targets want it, what stays in float is in 16 bit.
+
+    `checks` says that there are data to see by what does not fit into fp16.
+    """
+    rests = {DIALECTS[target].rest if target in DIALECTS else None for target in targets}
+    rest = rests.pop() if len(rests) == 1 else None
+    chosen = QUANTIZE_WORDS[word]
+    wanted = [chosen]
+    if rest is not None and (chosen is None or chosen["pass"] == "quantize"):
+        wanted.append(QUANTIZE_WORDS[rest])
+    passes: list[Any] = [pass_ for pass_ in wanted if pass_ is not None]
+    if checks:
+        passes = [{**p, "check_range": True} if p.get("dtype") == "fp16" else p for p in passes]
+    if chosen is not None and chosen.get("activation_bits", 16) != 16:
+        passes.insert(0, "smooth")
+    return passes
+
 
 Count = Annotated[int, Field(ge=1)]
 

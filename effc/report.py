@@ -54,10 +54,17 @@ def rebuilt(out: Path, *, beside: bool) -> str:
     Raises PackageError where the package is not whole, but for report.html itself, and where report.json is missing,
     damaged, or of another package.
     """
+    return rendered(out, *known(out, but=(HTML,)), beside=beside)
+
+
+def known(out: Path, *, but: tuple[str, ...]) -> tuple[package.Manifest, Json]:
+    """Manifest and report of a package that is whole, `but` perhaps for those files. Raises PackageError."""
     manifest = package.read(out)
     if REPORT not in manifest.unhashed:
         raise PackageError(f"{out} has no {REPORT}", hint="compile it again with this effc")
-    replaced = (f"{HTML} is missing", f"{HTML} differs from its sha256")
+    replaced = {
+        f"{name} {word}" for name in but for word in ("is missing", "differs from its sha256")
+    }
     if broken := [word for word in package.check(out) if word not in replaced]:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise PackageError(
@@ -69,6 +76,11 @@ def rebuilt(out: Path, *, beside: bool) -> str:
     told = content["manifest"]
     if [e["sha256"] for e in told["engines"]] != [e.sha256 for e in manifest.engines]:
         raise PackageError(f"{out / REPORT} is that of another package", hint=package.UNHARMED)
+    return manifest, content
+
+
+def rendered(out: Path, manifest: package.Manifest, content: Json, *, beside: bool) -> str:
+    """report.html of a package."""
     recipe = _text(out, RECIPE) if RECIPE in manifest.files else ""
     files = dict(sorted(manifest.files.items()))
     return report_html.page(content, files=files, recipe=recipe, beside=beside)
@@ -91,6 +103,7 @@ def text(content: Mapping[str, Any]) -> str:
         *stand_ins(content),
         *_drift(content),
         *_lowering(content),
+        *_gaps(content),
         *_worth(content),
     ]
     for target, other in content.get("others", {}).items():
@@ -144,7 +157,7 @@ def _sites(content: Mapping[str, Any]) -> list[str]:
         within = f" ({kernels})" if kernels else ""
         told = f"{len(fused)}/{len(chosen)} {op} fused{within}"
         if all(s["kernel"] == "unknown" for s in chosen):
-            told = f"{len(chosen)} {op} written in integers: {chosen[0]['reason']}"
+            told = f"{len(chosen)} {op} written in 8 bit or less: {chosen[0]['reason']}"
         lines.append(f"sites     {_of(content, target)}{told}")
     slow = [s for s in sites if not s["int8"] and s["kernel"] != "unknown"]
     for site in slow[:20]:
@@ -159,9 +172,23 @@ def _of(content: Mapping[str, Any], target: str) -> str:
 
 def stand_ins(content: Mapping[str, Any]) -> list[str]:
     """Engines that this machine cannot run, and why."""
+    lines = []
+    for target, why in content.get("stand_ins", {}).items():
+        elsewhere = content.get("elsewhere", {}).get(target)
+        timed = f"timed on {elsewhere} alone" if elsewhere else "not timed"
+        lines.append(
+            f"stand-in  {target} was not run where it was compiled, and {timed}: {why}; its ONNX ran on onnxruntime"
+        )
+    return lines
+
+
+def _gaps(content: Mapping[str, Any]) -> list[str]:
+    """How far onnxruntime is from kernels that sum integers and round once, where a target has those."""
     return [
-        f"stand-in  {target} was not run on this machine, nor timed: {why}; its ONNX ran on onnxruntime instead"
-        for target, why in content.get("stand_ins", {}).items()
+        f"gap       {_of(content, e['target'])}kernels that sum integers and round once are expected to be "
+        f"{e['options']['gap']} (relative L2) from onnxruntime"
+        for e in content["manifest"]["engines"]
+        if "gap" in e.get("options", {})
     ]
 
 
@@ -214,7 +241,8 @@ def bench_lines(bench: Mapping[str, Any]) -> list[str]:
     memory = ", ".join(f"{n} {mb:.0f}" for n, mb in bench["peak_rss_mb"].items())
     lines.append(f"          load {load} ms; peak memory {memory} MB")
     streams = f", {bench['streams']} streams" if bench["streams"] > 1 else ""
-    lines.append(f"          {bench['threads']} threads{streams}, {bench['cpu']}")
+    machine = f"{bench['gpu']} beside {bench['cpu']}" if bench.get("gpu") else bench["cpu"]
+    lines.append(f"          {bench['threads']} threads{streams}, {machine}")
     return lines
 
 

@@ -40,6 +40,7 @@ class Engine:
     int8_sites: Count = 0
     total_sites: Count = 0
     requires: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -151,6 +152,7 @@ class Bench:
     threads: Count | None = None
     streams: Count | None = None
     cpu: str | None = None
+    gpu: str | None = None
     load_ms: dict[str, Number] = field(default_factory=dict)
     first_run_ms: dict[str, Number] = field(default_factory=dict)
     peak_rss_mb: dict[str, Number] = field(default_factory=dict)
@@ -241,6 +243,7 @@ class Report:
     layers: dict[str, list[Layer]] | None = None
     gate: Gate | None = None
     stand_ins: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
     others: dict[str, Other] = field(default_factory=dict)
     stages: list[Stage] | None = None
     machine: Machine | None = None

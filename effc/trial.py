@@ -158,7 +158,7 @@ class Lab:
             return ()
         sizes = None
         if self.spec.size:
-            sizes = model_bytes(trial.built.first), model_bytes(self.plain(trial.built.target))
+            sizes = model_bytes(trial.built.first), model_bytes(self.plain(trial.built.first))
         return gate.checks(
             self.spec, bench=trial.bench, metric=trial.metric, sizes=sizes,
             asked=self.recipe.gate_asks,
@@ -221,10 +221,11 @@ class Lab:
 
     # Time
 
-    def plain(self, target: str) -> Lowered:
-        """The plain float export, for the runtime of a target."""
+    def plain(self, lowered: Lowered) -> Lowered:
+        """The plain float export, for the runtime of an engine and opened as that is."""
         graph, place = self.original.only(), self.work / "plain"
-        return measure.plain(graph, place, self._plain_files, target)
+        files = self._plain_files
+        return measure.plain(graph, place, files, lowered.target, lowered.options)
 
     @cached_property
     def _plain_files(self) -> tuple[str, ...]:
@@ -256,7 +257,7 @@ class Lab:
             self.progress.reuse("bench")
             kept: Json = entry.value["bench"]
             return kept
-        exported = self.plain(lowered.target)
+        exported = self.plain(lowered)
         with self.progress.stage("bench") as step:
             timed = measure.time_engine(
                 self.source, self.original, lowered, self.samples, spec, self.threads, step,

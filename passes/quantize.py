@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from effc.calib.collectors import COLLECTORS, Channels
+from effc.calib.collectors import COLLECTORS, Channels, MinMax
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
 from effc.errors import PreconditionError
@@ -48,14 +48,17 @@ class Quantize(Pass):
     """Quantises linear layers, convolutions and embeddings with constant weights.
 
     `activation_bits` 16 leaves activations in float (weight-only). `group` splits each weight row into blocks with
-    a scale each, for weight-only kernels. `range` chooses activation ranges: `mse` (least squared error),
-    `percentile`, or `minmax`; `weight_range` does it for weights. `bias_correction` adds to every bias what rounding
-    the weights takes from the mean of the layer's output (Nagel et al. 2019, section 4.2): b + (W - Ŵ) E[x].
+    a scale each, for weight-only kernels. `dtype` fp8 has floating point codes of 8 bit, e4m3, in place of integers on
+    both sides of a product, and the largest magnitude for a range: a narrower one rounds no finer. `range` chooses
+    activation ranges: `mse` (least squared error), `percentile`, or `minmax`; `weight_range` does it for weights.
+    `bias_correction` adds to every bias what rounding the weights takes from the mean of the layer's output (Nagel et
+    al. 2019, section 4.2): b + (W - Ŵ) E[x].
     """
 
     name = "quantize"
     effect = "lossy"
 
+    dtype: Literal["int", "fp8"] = "int"
     bits: Literal[4, 6, 8] = 8
     activation_bits: Literal[4, 6, 8, 16] = 8
     range: Literal["mse", "minmax", "percentile"] = "mse"
@@ -79,6 +82,11 @@ class Quantize(Pass):
         def given(value: Any, otherwise: Any) -> Any:
             return otherwise if value is None else value
 
+        if self._is_fp8 and not dialect.fp8:
+            raise PreconditionError(
+                f"quantize: target {dialect.name} has no kernels for dtype fp8",
+                hint="`--target tensorrt` has, on GPUs of capability 8.9 and above; bits: 8 is fast everywhere",
+            )
         return dataclasses.replace(
             self,
             activation_signed=given(self.activation_signed, dialect.activation.signed),
@@ -91,7 +99,13 @@ class Quantize(Pass):
         )
 
     @property
+    def _is_fp8(self) -> bool:
+        return self.dtype == "fp8"
+
+    @property
     def _activation(self) -> Scheme:
+        if self._is_fp8:
+            return Scheme(fp8=True)
         return Scheme(
             bits=self.activation_bits,
             signed=bool(self.activation_signed),
@@ -110,12 +124,22 @@ class Quantize(Pass):
     @property
     def _pair_limit(self) -> int | None:
         """What two neighbouring weight codes may add up to beside activations of this type; None is no limit."""
-        if not self.overflow_fix or not self._static:
+        if not self.overflow_fix or not self._static or self._is_fp8:
             return None
         scheme = self._activation
         return INT16_MAX // (scheme.high - scheme.low)  # kernels shift signed codes to unsigned
 
     def requires(self, program: Program) -> None:
+        if self._is_fp8 and (self.bits, self.activation_bits, self.group) != (8, 8, None):
+            raise PreconditionError(
+                "quantize: dtype fp8 has 8 bits on both sides of a product, and no groups",
+                hint="leave bits, activation_bits and group out",
+            )
+        if self._is_fp8 and self.range == "percentile":
+            raise PreconditionError(
+                "quantize: a range of dtype fp8 is the largest magnitude, not a percentile",
+                hint="leave range out",
+            )
         if self.group and self._static:
             raise PreconditionError(
                 "quantize: group is for weights beside float activations; no integer kernel takes it otherwise",
@@ -172,6 +196,8 @@ class Quantize(Pass):
                 )
 
     def _collector(self) -> Any:
+        if self._is_fp8:
+            return MinMax()
         kind = COLLECTORS[self.range]
         return kind(self.percentile) if self.range == "percentile" else kind()
 
@@ -262,7 +288,7 @@ def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict
             else:
                 schemes[weight] = Scheme(bits=pass_.bits, axis=0, group=pass_.group)
         else:
-            schemes[weight] = Scheme(bits=pass_.bits, axis=0)
+            schemes[weight] = Scheme(bits=pass_.bits, axis=0, fp8=pass_._is_fp8)
     return schemes
 
 
@@ -303,10 +329,11 @@ class _Work:
         )
         codes = quantize(tensor, scale, zero, scheme)
         origin = self.graph.origins[name]
-        word = f"quantize bits={scheme.bits} axis={scheme.axis} group={scheme.group or 0}"
+        kind = "fp8" if scheme.fp8 else "int8"
+        word = f"quantize {'fp8' if scheme.fp8 else f'bits={scheme.bits}'} axis={scheme.axis} group={scheme.group or 0}"
         origin = Origin(origin.source, (*origin.transforms, word))
         done = _Quantized(
-            codes=lift(self.graph, f"{name}_int8", codes, origin),
+            codes=lift(self.graph, f"{name}_{kind}", codes, origin),
             scale=lift(self.graph, f"{name}_scale", scale, origin),
             zero_point=lift(self.graph, f"{name}_zero_point", zero, origin),
             scheme=scheme,
@@ -416,7 +443,7 @@ class _Work:
         while op_name(value) in SAME_GRID:
             value = value.args[0]  # type: ignore[assignment]
         positive = op_name(value) in NEVER_NEGATIVE
-        if positive and scheme.signed and scheme.symmetric:
+        if positive and scheme.signed and scheme.symmetric and not scheme.fp8:
             return dataclasses.replace(scheme, signed=False)
         return scheme
 

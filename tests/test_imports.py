@@ -41,7 +41,7 @@ LINES = [
     report_numbers
     report_html
     report
-    measure build blame layers
+    measure build blame layers elsewhere
     trial remedy
     search
     compiler

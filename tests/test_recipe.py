@@ -19,7 +19,7 @@ from effc.ir.select import Select
 from effc.passes import PASSES
 from effc.passes.base import Pass
 from effc.passes.quantize import Quantize
-from effc.recipe import QUANTIZE_WORDS, build, canonical, parse, read
+from effc.recipe import QUANTIZE_WORDS, build, canonical, parse, passes_of, read
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*/recipe.yaml"))
@@ -522,3 +522,13 @@ def test_a_spoilt_recipe_is_read_or_refused(data):
     with contextlib.suppress(RecipeError, UsageError, SourceError, CalibrationError):
         made = parse(canonical(data), base=ROOT)
         assert parse(made.text, base=ROOT) == made
+
+
+def test_words_of_the_command_line_stand_for_passes():
+    rest = {"pass": "mixed-precision", "dtype": "fp16", "check_range": True}
+    assert passes_of("fp8", ["tensorrt"], checks=True) == [
+        {"pass": "quantize", "dtype": "fp8"}, rest,
+    ]  # fmt: skip
+    assert passes_of("none", ["tensorrt"]) == [{"pass": "mixed-precision", "dtype": "fp16"}]
+    assert passes_of("none", ["ort"]) == []
+    assert passes_of("int8", ["tensorrt"])[0] == "smooth"

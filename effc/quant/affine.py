@@ -1,4 +1,4 @@
-"""Affine integer grids: from a range to a scale and a zero point, and from numbers to codes and back.
+"""Affine grids: from a range to a scale and a zero point, and from numbers to codes and back.
 
     q = clamp(round(x / scale) + zero_point, low, high)        x̂ = (q − zero_point) · scale
 
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from effc.quant.ops import spread
+from effc.quant.ops import nearest, spread
 from effc.quant.scheme import Scheme
 
 SMALLEST = 1e-12
@@ -136,20 +136,21 @@ def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) ->
     total = torch.zeros(len(rows), dtype=torch.float64)
     for piece in rows.split(_CHUNK, dim=-1):
         x = piece.to(torch.float32)
-        codes = torch.clamp(torch.round(x / scale) + zero, scheme.low, scheme.high)
+        zero = zero.to(torch.float32)
+        codes = nearest(x, scale, zero, scheme.low, scheme.high, scheme.dtype)
         total += ((codes - zero) * scale - x).double().square().sum(-1)
     return total
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
     """Codes in the scheme's dtype, clamped to its bits."""
-    zero = _spread(zero_point, x, scheme).to(torch.float32)
-    codes = torch.round(x.to(torch.float32) / _spread(scale, x, scheme)) + zero
-    return torch.clamp(codes, scheme.low, scheme.high).to(scheme.dtype)
+    zero = _spread(zero_point.to(torch.float32), x, scheme)
+    step = _spread(scale, x, scheme)
+    return nearest(x, step, zero, scheme.low, scheme.high, scheme.dtype).to(scheme.dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    zero = _spread(zero_point, codes, scheme).to(torch.float32)
+    zero = _spread(zero_point.to(torch.float32), codes, scheme)
     return (codes.to(torch.float32) - zero) * _spread(scale, codes, scheme)
 
 

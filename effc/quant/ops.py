@@ -1,4 +1,4 @@
-"""Two operators that say where a tensor is integers: `effc::quantize` and `effc::dequantize`.
+"""Two operators that say where a tensor is codes of 8 bit: `effc::quantize` and `effc::dequantize`.
 
 They are graph citizens: traced, interpreted, differentiated and exported whole, so that a backend reads the grid
 from the graph instead of guessing it from arithmetic.
@@ -7,7 +7,8 @@ from the graph instead of guessing it from arithmetic.
     dequantize  x̂ = (q − zero_point) · scale                                   in the type of `scale`
 
 `scale` and `zero_point` are tensors: one element, one per index of `axis`, or `[out, in / group]` where `group` > 0.
-Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does.
+Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does. Codes have the type of `zero_point`:
+integers, or float8_e4m3fn, which is its own rounding and whose zero point is 0.
 """
 
 from __future__ import annotations
@@ -27,14 +28,23 @@ def spread(parameter: Tensor, like: Tensor, axis: int, group: int) -> Tensor:
     return parameter.reshape(shape)
 
 
+def nearest(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    """The code of every number, in float32; the parameters broadcast against `x`."""
+    steps = x.to(torch.float32) / scale
+    if dtype.is_floating_point:
+        return torch.clamp(steps, low, high).to(dtype).to(torch.float32)
+    return torch.clamp(torch.round(steps) + zero_point, low, high)
+
+
 @torch.library.custom_op("effc::quantize", mutates_args=())
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int, group: int
 ) -> Tensor:
     scale = spread(scale, x, axis, group)
-    zero = spread(zero_point, x, axis, group).to(torch.float32)
-    codes = torch.clamp(torch.round(x.to(torch.float32) / scale) + zero, low, high)
-    return codes.to(zero_point.dtype)
+    zero = spread(zero_point.to(torch.float32), x, axis, group)
+    return nearest(x, scale, zero, low, high, zero_point.dtype).to(zero_point.dtype)
 
 
 @quantize.register_fake
@@ -47,8 +57,8 @@ def _(
 @torch.library.custom_op("effc::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, group: int) -> Tensor:
     scale = spread(scale, q, axis, group)
-    zero = spread(zero_point, q, axis, group)
-    made = (q.to(torch.float32) - zero.to(torch.float32)) * scale.to(torch.float32)
+    zero = spread(zero_point.to(torch.float32), q, axis, group)
+    made = (q.to(torch.float32) - zero) * scale.to(torch.float32)
     return made.to(scale.dtype)
 
 
