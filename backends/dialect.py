@@ -57,9 +57,12 @@ TENSORRT = Dialect(
     conv_bias_int32=False,
     conv_residual=False,
     overflow_fix=False,
+    smooth_gain_db=8.0,
     fp8=True,
     rest="fp16",
     reasons={
+        "smooth_gain_db": "what the norm or the layer in front takes up is free; else it is a multiplication of its own, "
+        "for the few activations that gain much",
         "fp8": "GPUs of capability 8.9 and above multiply it",
         "rest": "kernels of a GPU are fast in 16 bit",
         "opset": "23 keeps attention one operator, for which there are kernels in 16 bit; it is decomposed at 21 where "
