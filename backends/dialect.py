@@ -61,7 +61,7 @@ TENSORRT = Dialect(
     fp8=True,
     rest="fp16",
     reasons={
-        "smooth_gain_db": "what the norm or the layer in front takes up is free; else it is a multiplication of its own, "
+        "smooth_gain_db": "what the norm or the layer in front takes up is free; else it is a multiplication, "
         "for the few activations that gain much",
         "fp8": "GPUs of capability 8.9 and above multiply it",
         "rest": "kernels of a GPU are fast in 16 bit",
