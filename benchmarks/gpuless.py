@@ -35,6 +35,9 @@ PROFILES: dict[str, Any] = {
         "batch": [1, 2, 8], "length": [1, 16, 64], "past": [0, 32, 128],
     },
 }  # fmt: skip
+FREE = ("convnet", "unet", "llama_cache")
+LARGE = ("large", "fp32", ())
+"""Weights of more than 2 GB."""
 SEVERAL = ("bert", "fp16", ("sm86", "sm89", "sm120"))
 """A model, a precision, and the compute capabilities that one engine of it is for."""
 SMOKE = ("bert", "resnet")
@@ -95,12 +98,12 @@ def main() -> int:
     options = parser.parse_args()
     started = time.monotonic()
     os.environ["EFFC_CACHE"] = "off"  # so that twice is twice
-    names = SMOKE if options.smoke else (*coverage.MODELS, *coverage.FACTORIES, *gpunets.SAMPLES)
+    names = SMOKE if options.smoke else (*coverage.MODELS, *coverage.FACTORIES, *FREE)
     words = WORDS[1:3] if options.smoke else WORDS
     todo: list[tuple[str, str, tuple[str, ...]]] = [
         (name, word, ()) for name in names for word in words
     ]
-    todo.append(SEVERAL)
+    todo += [] if options.smoke else [SEVERAL, LARGE]
     kept = common.ROOT / "benchmarks" / "state" / "gpuless.json"
     rows: list[Json] = json.loads(kept.read_text()) if kept.exists() and not options.smoke else []
     known = [(row["name"], row["precision"], tuple(row["compute"])) for row in rows]

@@ -11,6 +11,10 @@ LAYERS, HEADS, SIZE = 2, 2, 16
 """Of the decoder: layers, heads of keys and values, and the size of a head."""
 
 
+WIDTH = 4096
+"""Of the layers of the large net."""
+
+
 class Cached(nn.Module):
     """A Llama that takes and gives keys and values: past ≥ 0 positions, and some more."""
 
@@ -131,5 +135,18 @@ def awake(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-SAMPLES = {"convnet": pictures, "unet": noisy, "llama_cache": cached_inputs}
+def large() -> effc.Source:
+    """Weights of 2.2 GB, more than one file of protobuf holds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(33))).eval()
+    return effc.Source(
+        modules={"main": model}, inputs={"main": wide(2)}, dims={"main": {"input": {0: "batch"}}}
+    )
+
+
+def wide(count: int) -> dict[str, Tensor]:
+    return {"input": torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(count))}
+
+
+SAMPLES = {"convnet": pictures, "unet": noisy, "llama_cache": cached_inputs, "large": wide}
 """Inputs by net: so many rows of them."""

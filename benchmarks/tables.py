@@ -150,11 +150,11 @@ def gpuless() -> list[str]:
         lines += [circumstances(found), ""]
         rows = [r for r in found["rows"] if not r["compute"]]
         words = list(dict.fromkeys(r["precision"] for r in rows))
-        by_name: dict[str, list[str]] = {}
-        for r in rows:
-            by_name.setdefault(r["name"], []).append(_built(r))
+        cells = {(r["name"], r["precision"]): _built(r) for r in rows}
+        names = dict.fromkeys(r["name"] for r in rows)
         lines += table(
-            ["architecture", *words], [[name, *cells] for name, cells in by_name.items()]
+            ["architecture", *words],
+            [[name, *(cells.get((name, word), "") for word in words)] for name in names],
         )
         twins = [r["same"] for r in found["rows"] if "same" in r]
         lines += [f"Built twice, {sum(twins)} of {len(twins)} engines are the same bytes.", ""]

@@ -14,6 +14,7 @@ from graphs import Attention, batches, distance, normal, quantize
 from torch import nn
 
 import effc
+from effc.backends.base import Port
 from effc.backends.dialect import ORT, TENSORRT
 from effc.backends.options import TensorRtOptions
 from effc.errors import BackendUnavailable, LoweringError, RecipeError, UsageError, VerifyError
@@ -102,6 +103,84 @@ def test_attention_is_whole_where_there_is_a_kernel_and_else_the_reason_is_kept(
     assert (whole.opset, apart.opset) == (23, 21)
     assert "kernel" in apart.options["attention_refused"]
     assert "attention_refused" not in wide.options
+
+
+def test_a_softmax_of_16_bit_is_computed_in_32(tmp_path):
+    built(in_16_bit(traced(Attention(32, 4), 2, 6, 32)), tmp_path)
+    model = ir.load(tmp_path / "model.onnx")
+    (softmax,) = (n for n in model.graph if n.op_type == "Softmax")
+    assert softmax.inputs[0].producer().op_type == "Cast"
+    assert softmax.inputs[0].producer().attributes["to"].value == ir.DataType.FLOAT
+    assert [n.op_type for n in softmax.outputs[0].consumers()] == ["Cast"]
+
+
+def test_a_build_tells_how_far_it_is_and_can_be_stopped(tmp_path):
+    seen = []
+    program = in_16_bit(traced()).only()
+    TensorRt().lower(program, tmp_path / "a", lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and len(seen) > 2 and len({total for _, total in seen}) == 1
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TensorRt().lower(program, tmp_path / "b", stop)
+    assert not (tmp_path / "b" / ENGINE).exists()
+
+
+def test_a_kit_alone_wants_no_library(tmp_path, monkeypatch):
+    def absent():
+        raise BackendUnavailable("there is no TensorRT", hint="")
+
+    monkeypatch.setattr("effc.backends.tensorrt_build.library", absent)
+    backend = TensorRt(TensorRtOptions(build="kit"))
+    program = in_16_bit(traced()).only()
+    assert backend.supports(program) == []
+    lowered = backend.lower(program, tmp_path)
+    assert lowered.files[0] == "model.onnx" and not (tmp_path / ENGINE).exists()
+    assert lowered.requires == ("tensorrt>=11",)
+    assert "kit that builds the engine" in backend.obstacle(lowered)
+    assert "--onnx=model.onnx" in (tmp_path / "kit.txt").read_text()
+    with backend.stand_in(lowered, threads=1) as engine:
+        assert engine({"x": normal(3, 7, SIZE).numpy()})["output"].shape == (3, 7, SIZE)
+
+
+def test_fp8_is_for_gpus_that_have_it(tmp_path):
+    program = traced()
+    quantize(program, batches("x", 2, 6, SIZE), dialect=TENSORRT, dtype="fp8")
+    with pytest.raises(RecipeError, match="sm86, which has no fp8"):
+        TensorRt(TensorRtOptions(compute=("sm86", "sm89"))).supports(program.only())
+    assert built(program, tmp_path).options["compute"] == "sm89,sm120,sm121"
+
+
+class Joined(nn.Module):
+    """What was there before and what is new, joined: a size that is a sum."""
+
+    def forward(self, past, x, mask):
+        return (torch.cat([past, x], 1) * mask[..., None]).relu()
+
+
+def test_a_size_that_is_a_sum_follows_from_its_parts(tmp_path):
+    feeds = {"past": normal(2, 5, SIZE), "x": normal(2, 3, SIZE), "mask": torch.ones(2, 8)}
+    dims = {
+        "past": {0: "batch", 1: "past"},
+        "x": {0: "batch", 1: "length"},
+        "mask": {0: "batch", 1: "whole"},
+    }
+    program = effc.trace(Joined(), feeds, dims=dims)
+    lowered = built(program, tmp_path, profile={"past": (0, 7, 20), "length": (1, 2, 4)})
+    assert sorted(lowered.profile) == ["batch", "length", "past"]
+    text = (tmp_path / "kit.txt").read_text()
+    assert "mask:1x1" in text and "mask:8x9" in text and "mask:32x24" in text
+
+
+def test_what_is_outside_of_a_profile_is_not_measured():
+    from effc.measure import fits
+
+    port = Port(name="x", dtype="float32", shape=("batch", 4))
+    bound = {"batch": (2, 4, 8)}
+    sizes = [n for n in range(12) if fits([port], {"x": np.zeros((n, 4))}, bound)]
+    assert sizes == list(range(2, 9)) and fits([port], {"x": np.zeros((99, 4))})
 
 
 def test_one_engine_for_several_gpus_and_for_windows(tmp_path):
