@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,9 +284,9 @@ def peers() -> list[str]:
         "openvino` are what one compile for both ships: where integers do not pay, its gate has taken them back. "
         "`made in` is a process of its own: seconds and peak memory.", "",
     ]  # fmt: skip
-    for found in results("peers"):
-        if "made" not in found:
-            continue
+    known = [found for found in results("peers") if "made" in found]
+    lines += [_over_all(known), ""]
+    for found in known:
         versions = ", ".join(f"{n} {v}" for n, v in found["peer_versions"].items())
         lines += [f"### {found['model']}", "", f"{versions}. {circumstances(found)}", ""]
         metric = found["metric"]
@@ -318,32 +318,51 @@ def _peer(found: Json, name: str, metric: str | None) -> list[str]:
     return [word, *times, *quality, took]
 
 
+RUNTIMES = {
+    "of all": (("effc ort", "effc openvino"), ""),
+    "on ONNX Runtime": (("effc ort",), "ort"),
+    "on OpenVINO": (("effc openvino",), ("openvino", "nncf")),
+}
+"""What effc ships, and what the names of those beside it begin with."""
+
+
+def _shares(found: Json, title: str) -> list[float]:
+    """By shape, time of the fastest of all others ÷ that of the fastest engine that effc ships; for some runtimes."""
+    ours, theirs = RUNTIMES[title]
+    shares = []
+    for shape in found["shapes"]:
+        times = {found["engine"]: shape["engine_ms"]}
+        times |= {n: o["ms"] for n, o in shape["against"].items()}
+        mine = [times[name] for name in ours if name in times]
+        others = [m for n, m in times.items() if not n.startswith("effc") and n.startswith(theirs)]
+        if mine:
+            shares.append(min(others) / min(mine))
+    return shares
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.prod(values) ** (1 / len(values))
+
+
 def _best(found: Json) -> str:
     """The fastest engine that effc ships beside the fastest of all others, and each runtime for itself."""
     told = []
-    for title, ours, theirs in (
-        ("of all", ("effc ort", "effc openvino"), ""),
-        ("on ONNX Runtime", ("effc ort",), "ort"),
-        ("on OpenVINO", ("effc openvino",), ("openvino", "nncf")),
-    ):
-        shares = []
-        for shape in found["shapes"]:
-            times = {found["engine"]: shape["engine_ms"]} | {
-                n: o["ms"] for n, o in shape["against"].items()
-            }
-            if not any(name in times for name in ours):
-                break
-            mine = min(times[name] for name in ours if name in times)
-            other = min(
-                ms for n, ms in times.items() if not n.startswith("effc") and n.startswith(theirs)
-            )
-            shares.append(other / mine)
-        if not shares:
-            continue
-        mean = math.prod(shares) ** (1 / len(shares))
-        each = ", ".join(f"{s:.2f}" for s in shares)
-        told.append(f"{title} {mean:.2f} ({each})")
+    for title in RUNTIMES:
+        if shares := _shares(found, title):
+            each = ", ".join(f"{s:.2f}" for s in shares)
+            told.append(f"{title} {_mean(shares):.2f} ({each})")
     return "Fastest peer ÷ effc's fastest, geometric mean (each shape): " + "; ".join(told) + "."
+
+
+def _over_all(found: Sequence[Json]) -> str:
+    """The same over models, each with its own mean."""
+    told = []
+    for title in RUNTIMES:
+        means = [_mean(shares) for f in found if (shares := _shares(f, title))]
+        told.append(f"{title} {_mean(means):.2f} ({', '.join(f'{m:.2f}' for m in means)})")
+    names = ", ".join(f["model"] for f in found)
+    return f"Fastest peer ÷ effc's fastest, geometric mean over {names}: {'; '.join(told)}."
 
 
 def exact() -> list[str]:
