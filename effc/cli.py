@@ -463,6 +463,75 @@ def bench(
 
 
 @app.command()
+def run(
+    out: Annotated[
+        Path, typer.Argument(help="A directory that effc compile wrote of a causal language model.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What to go on from; may be given again.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="A file with a prompt a line.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="How many tokens a reply may have.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest that hold this share."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="What is drawn.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="A text that ends a reply; may be given again."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Whose engine [default: the first of the package]."),
+    ] = None,
+    threads: Threads = None,
+    json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write text with a causal language model, as it comes.
+
+    \b
+    Examples:
+      effc run OUT --prompt "Once upon a time"
+      effc run OUT --prompts lines.txt --temperature 0.8 --top-p 0.9 --json replies.json
+    """
+    _outside(json_, out)
+    from effc import writing
+    from effc.generate import Sampling
+
+    asked = list(prompt or ()) + (writing.read_prompts(prompts) if prompts else [])
+    stream = sys.stderr if json_ == "-" else sys.stdout
+    if len(asked) == 1:
+        print(asked[0], end="", file=stream, flush=True)
+    sampling = Sampling(
+        temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
+    )  # fmt: skip
+    found = writing.write(
+        out, asked, sampling=sampling, chat=chat, target=target, threads=threads,
+        show=lambda _, text: print(text, end="", file=stream, flush=True) if len(asked) == 1 else None,
+    )  # fmt: skip
+    if len(asked) == 1:
+        print(file=stream)
+    else:
+        for text, reply in zip(asked, found["texts"], strict=True):
+            _say(f"{text}{reply}\n", json_)
+    print(writing.line(found), file=sys.stderr)
+    _write_json(json_, found)
+
+
+@app.command()
 def explain(
     out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
     model: Model = None,

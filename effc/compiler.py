@@ -399,6 +399,8 @@ def _absolute(source: Mapping[str, Any]) -> Json:
     found = dict(source)
     if os.path.isdir(place := found.get("transformers", "")):
         found["transformers"] = os.path.abspath(place)
+    if os.path.isfile(place := found.get("gguf", "")):
+        found["gguf"] = os.path.abspath(place)
     file, _, function = found.get("python", "").rpartition(":")
     if os.path.isfile(file):
         found["python"] = f"{os.path.abspath(file)}:{function}"

@@ -59,7 +59,7 @@ def verify(
     from effc import measure, metrics
 
     wanted = metrics.parse(metric) if metric else None
-    spec = _source_of(out, model, trust_code)
+    spec = _source_of(out, manifest, model, trust_code)
     source, samples, original = _open(out, manifest, spec, calib, progress)
     if wanted is not None:
         wanted.check(source)
@@ -104,11 +104,15 @@ def _lossy(manifest: package.Manifest, entry: package.EngineEntry) -> bool:
     return any(p.effect == "lossy" and p.target == entry.target for p in manifest.passes)
 
 
-def _source_of(out: Path, model: str | None, trust_code: bool) -> Json:
+def _source_of(out: Path, manifest: package.Manifest, model: str | None, trust_code: bool) -> Json:
     """The model that the user named, or else the one that the package remembers. Raises UsageError without any."""
+    from effc.causal import PAST
     from effc.source import guess
 
-    spec = guess(model) if model is not None else _remembered(out, trust_code)
+    spec: Any = guess(model) if model is not None else _remembered(out, trust_code)
+    if spec is not None and "python" not in spec and manifest.kind == "causal-lm":
+        names = [port.name for port in manifest.engines[0].inputs]
+        spec = {**spec, "cache": any(name.startswith(PAST) for name in names)}
     if spec is None:
         raise UsageError(
             f"this compares with the model, and {out} remembers none that may be loaded",
@@ -129,6 +133,9 @@ def _remembered(out: Path, trust_code: bool) -> Json | None:
     place = source.get("transformers")
     if isinstance(place, str) and os.path.isdir(place):
         return {"transformers": place}
+    file = source.get("gguf")
+    if isinstance(file, str) and os.path.isfile(file):
+        return {"gguf": file}
     return source if trust_code and isinstance(source.get("python"), str) else None
 
 
@@ -144,8 +151,9 @@ def _open(
     with progress.stage("load"):
         source = load(spec)
     if source.digest != manifest.source.get("digest"):
+        named = next(spec[word] for word in ("transformers", "gguf", "python") if word in spec)
         raise SourceError(
-            f"{spec.get('transformers') or spec['python']} is not the model that {out} was made from",
+            f"{named} is not the model that {out} was made from",
             hint="its digest differs from the manifest's; name the right one, or, where a factory was called with "
             "options, leave --model out and add --trust-code",
         )
@@ -160,11 +168,7 @@ def verify_lines(found: Mapping[str, Any]) -> list[str]:
     ]
     lines += report.stand_ins(found)
     for label, outputs in found["cases"].items():
-        for name, d in outputs.items():
-            lines.append(
-                f"parity     {label}: {name} max abs {d['max_abs']:.3g}, relative L2 {d['rel_l2']:.3g}, "
-                f"cosine {d['cosine']:.5f} (n = {d['n']})"
-            )
+        lines += [f"parity     {label}: {line}" for line in report.drift_lines(outputs)]
     if found["metric"]:
         lines.append(report.metric_line(found["metric"]))
     return lines
@@ -215,7 +219,7 @@ def bench(
     entry = entry_of(out, manifest, target)
     threads = threads or default_threads()
     others = {_name_of(word): _opener(word, threads) for word in against}
-    model_spec = _source_of(out, model, trust_code)
+    model_spec = _source_of(out, manifest, model, trust_code)
     source, samples, original = _open(out, manifest, model_spec, calib, progress)
     if wanted is not None:
         wanted.check(source)

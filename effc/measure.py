@@ -129,6 +129,14 @@ def cases(
             found.append((label, kept))
     shapes = [(rows, length) for rows in (1, 8) for length in (4, 32, 128)]
     found += [(c.word, [c.feeds]) for c in shaped_cases(samples, shapes, ports, most, profile)]
+    processor = source.processor
+    if processor is not None and processor.cache:
+        for batch, length, past in PASTS:
+            if length + past > most:
+                continue
+            shaped = samples.shaped(batch, length, past)
+            if fits(ports, shaped, profile):
+                found.append((f"{batch}x{length} behind {past}", [shaped]))
     padded = _padded(samples, min(32, most)) if samples.has_length() else None
     if padded is not None and fits(ports, padded, profile):
         found.append(("padded", [padded]))
@@ -145,6 +153,10 @@ def _padded(samples: Samples, length: int) -> Json | None:
     for name in {MASK, "input_ids"} & set(feeds):
         feeds[name][0, length // 4 + 1 :] = 0
     return feeds
+
+
+PASTS = ((1, 1, 31), (2, 3, 17))
+"""Batch, length and what is in the cache already, where a model has one."""
 
 
 def fits(ports: Sequence[Port], feeds: Mapping[str, Any], profile: Profile | None = None) -> bool:

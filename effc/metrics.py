@@ -713,6 +713,10 @@ class MetricResult:
     mcnemar: dict[str, float] | None = None
 
 
+ROUNDING = 1e-6
+"""Share of a metric below which a difference is that of the last bits of float32, which no interval is about."""
+
+
 def compare(
     metric: Metric, reference: Samples, engine: Samples, *, seed: int = 0, level: float = 0.95
 ) -> MetricResult:
@@ -748,7 +752,7 @@ def compare(
         gap, drop = (_widened(each, reference, engine) for each in (gap, drop))
     verdict = gap.verdict(higher_is_better=metric.higher_is_better)
     are_few = n < stats.fewest(level)
-    if are_few:
+    if are_few or abs(values[1] - values[0]) <= ROUNDING * max(map(abs, values)):
         verdict = stats.SAME
     wilson = mcnemar = None
     if right is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from effc import bounded
+from effc import bounded, causal
 from effc.calib.data import Batch, Record
 from effc.errors import CalibrationError, SourceError, first_line, is_failure
 
@@ -115,6 +115,8 @@ class Processor:
         self.directory, self.config = directory, config
         self.input_names = tuple(inputs)
         self.kind = kind_of(config)
+        self.cache: tuple[tuple[int, int], ...] = ()
+        """Heads and head size of every layer's keys and values, where the model takes them."""
         self._pooling, self._unpooled = _pooling(directory)
         if self._unpooled is not None:
             log.warning("%s", self._unpooled)
@@ -162,6 +164,7 @@ class Processor:
     def max_length(self) -> int | None:
         """The longest input that the model takes, in tokens."""
         places = whole(self.config, "max_position_embeddings", 0)
+        places = places or whole(self.config, "n_positions", 0)
         if self.config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
             places -= 2
         own = _read(self.directory / "sentence_bert_config.json", {})
@@ -234,7 +237,8 @@ class Processor:
             mask[i, : len(row)] = 1
         known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         wanted = self.input_names or ("input_ids", "attention_mask")
-        return {name: known[name] for name in wanted if name in known}
+        found = {name: known[name] for name in wanted if name in known}
+        return causal.complete(found, self.cache) if self.cache else found
 
     @property
     def pooling(self) -> Pooling:

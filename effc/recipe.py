@@ -73,15 +73,21 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:
-    """Where the model comes from: one of the words, with options for a factory."""
+    """Where the model comes from: one of the words, with options for a factory.
+
+    `cache` says whether a causal language model of a directory takes and gives its keys and values.
+    """
 
     transformers: str | None = None
+    gguf: str | None = None
     python: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    cache: bool = True
 
     def as_mapping(self) -> dict[str, Any]:
-        named = {"transformers": self.transformers, "python": self.python}
-        return {**{k: v for k, v in named.items() if v is not None}, **self.options}
+        named = {"transformers": self.transformers, "gguf": self.gguf, "python": self.python}
+        given = {k: v for k, v in named.items() if v is not None}
+        return {**given, **({} if self.cache else {"cache": False}), **self.options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +159,10 @@ class Recipe:
     def portable(self) -> str:
         """The recipe as it travels in a package: folders of this machine left out of its paths."""
         data = _without_folders(yaml.safe_load(self.text))
-        for section, *keys in (("source", "transformers", "python"), ("calib", "file", "callable")):
+        for section, *keys in (
+            ("source", "transformers", "gguf", "python"),
+            ("calib", "file", "callable"),
+        ):
             part = data.get(section) or {}
             part.update({key: Path(part[key]).name for key in keys if part.get(key)})
         if self.metric is not None:
@@ -363,15 +372,21 @@ class _Reader:
 
     def _source(self, value: Any) -> SourceSpec:
         made: SourceSpec = self._section(SourceSpec, value, ("source",))
-        if (made.transformers is None) == (made.python is None):
-            raise self._error(("source",), "a source is one of transformers, python")
+        if [made.transformers, made.gguf, made.python].count(None) != 2:
+            raise self._error(("source",), "a source is one of transformers, gguf, python")
         if made.options and made.python is None:
             raise self._error(
                 ("source", "options"),
                 "options are what a factory is called with; a model directory takes none",
                 hint="leave them out, or name a factory: source: {python: module:function}",
             )
-        for word in ("transformers", "python"):
+        if not made.cache and made.python is not None:
+            raise self._error(
+                ("source", "cache"),
+                "a factory says itself what its model takes and gives",
+                hint="leave it out",
+            )
+        for word in ("transformers", "gguf", "python"):
             if word in made.options:
                 raise self._error(
                     ("source", "options", word),
@@ -525,6 +540,7 @@ class _Reader:
         data = dict(data)
         for section, key, find in (
             ("source", "transformers", self._path),
+            ("source", "gguf", self._path),
             ("source", "python", self._code),
             ("calib", "file", self._path),
             ("calib", "callable", self._code),

@@ -8,6 +8,7 @@ for a browser is in `report_html`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -193,14 +194,26 @@ def _gaps(content: Mapping[str, Any]) -> list[str]:
 
 
 def _drift(content: Mapping[str, Any]) -> list[str]:
+    return [
+        f"verify    {_of(content, target)}{label}: {line}"
+        for target, cases in content["verify"].items()
+        for label, outputs in cases.items()
+        for line in drift_lines(outputs)
+    ]
+
+
+def drift_lines(outputs: Mapping[str, Any]) -> list[str]:
+    """A line an output; of those that differ in a number alone, such as `present.0.key`, the worst."""
+    groups: dict[str, list[Any]] = {}
+    for name, d in outputs.items():
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(d)
     lines = []
-    for target, cases in content["verify"].items():
-        for label, outputs in cases.items():
-            for name, d in outputs.items():
-                lines.append(
-                    f"verify    {_of(content, target)}{label}: {name} max abs {d['max_abs']:.3g}, "
-                    f"relative L2 {d['rel_l2']:.3g}, cosine {d['cosine']:.5f}"
-                )
+    for name, group in groups.items():
+        d = max(group, key=lambda each: each["rel_l2"])
+        many = f" ({len(group)}, the worst)" if len(group) > 1 else ""
+        lines.append(
+            f"{name}{many} max abs {d['max_abs']:.3g}, relative L2 {d['rel_l2']:.3g}, cosine {d['cosine']:.5f}"
+        )
     return lines
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from effc import causal
 from effc.calib import data
 from effc.calib.calibrator import fitted
 from effc.calib.data import Batch, Record
@@ -58,6 +59,12 @@ class Samples:
     def _fitting(self, role: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs that the model takes, cast where nothing is lost but width."""
         dims = self.source.dims.get(role, {})
+        processor = self.source.processor
+        if processor is not None and processor.cache and "input_ids" in inputs:
+            ids = inputs["input_ids"]
+            mask = inputs.get("attention_mask", np.ones_like(ids))
+            found = {"input_ids": ids, "attention_mask": mask}
+            inputs = {**causal.complete(found, processor.cache), **inputs}
         wanted = {}
         for name, example in self.source.inputs[role].items():
             free = dims.get(name, {0: "batch"})
@@ -93,8 +100,16 @@ class Samples:
         found = self._batched(fresh)
         return [dataclasses.replace(b, inputs=self._fitting(role, b.inputs)) for b in found]
 
-    def shaped(self, batch: int, length: int) -> dict[str, Array]:
-        """Inputs of [batch, length] without padding; `length` falls away where the model has none."""
+    def shaped(self, batch: int, length: int, past: int = 0) -> dict[str, Array]:
+        """Inputs of [batch, length] without padding; `length` falls away where the model has none.
+
+        `past` is how many positions are in the cache of a model that takes one.
+        """
+        processor = self.source.processor
+        if processor is not None and processor.cache:
+            ids = np.resize(self.tokens(), (batch, length)).astype(np.int64)
+            found = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+            return causal.complete(found, processor.cache, past)
         feeds: dict[str, Array] = {}
         (role,) = self.source.inputs
         dims = self.source.dims.get(role, {})

@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from effc import bounded, paths
+from effc import bounded, causal, gguf, paths
 from effc.calib.data import Batch
 from effc.errors import EffcError, SourceError, first_line
 from effc.ir.trace import named_inputs
@@ -100,24 +100,34 @@ def guess(model: str) -> dict[str, str]:
         return {"transformers": model}
     if re.fullmatch(r"[\w./-]+:[A-Za-z_]\w*", model) and not os.path.exists(model):
         return {"python": model}
+    if os.path.isfile(model) and model.endswith(".gguf"):
+        return {"gguf": model}
     if os.path.isfile(model):
         raise SourceError(
             f"{model} is a file, not a model directory",
-            hint="give the directory that holds config.json and model.safetensors",
+            hint="give the directory that holds config.json and model.safetensors, or a .gguf",
         )
     return {"transformers": model}
 
 
 def load(spec: Mapping[str, Any]) -> Source:
-    """The source that `{transformers: DIR}` or `{python: module:factory, …options}` stands for."""
+    """The source that `{transformers: DIR}`, `{gguf: FILE}` or `{python: module:factory, …options}` stands for."""
     if "transformers" in spec:
-        return from_directory(Path(spec["transformers"]))
+        return from_directory(Path(spec["transformers"]), cache=spec.get("cache", True))
+    if "gguf" in spec:
+        file = Path(spec["gguf"])
+        place, digest = gguf.directory(file)
+        found = from_directory(place, cache=spec.get("cache", True))
+        return dataclasses.replace(found, name=file.stem, digest=digest)
     options = {k: v for k, v in spec.items() if k != "python"}
     return from_factory(spec["python"], options)
 
 
-def from_directory(path: Path) -> Source:
-    """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong."""
+def from_directory(path: Path, *, cache: bool = True) -> Source:
+    """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong.
+
+    A causal language model takes and gives its cache of keys and values, unless `cache` is false.
+    """
     if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         path = _download(path)
     config = read_config(path)
@@ -126,6 +136,10 @@ def from_directory(path: Path) -> Source:
     inputs, dims = _example(config, model, processor)
     processor.input_names = tuple(inputs)
     keep = _outputs(path, config, model, inputs, missing)
+    if processor.kind == "causal-lm" and cache:
+        processor.cache = tuple(causal.shapes(model.config))
+        inputs, dims = causal.example(inputs, processor.cache)
+        model, keep = causal.cached(model), ()
     return Source(
         modules={"main": model},
         inputs={"main": inputs},

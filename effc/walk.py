@@ -113,7 +113,7 @@ def walk(
     """
     manifest = inspection._whole(out, progress)
     entry = entry_of(out, manifest, target)
-    spec = inspection._source_of(out, model, trust_code)
+    spec = inspection._source_of(out, manifest, model, trust_code)
     asked = _recipe(out, spec, trust_code)
     decisions = package.read_json(out, "decisions.json")
     source, samples, original = inspection._open(out, manifest, spec, calib, progress)
@@ -159,7 +159,7 @@ def _recipe(out: Path, spec: Json, trust_code: bool) -> Recipe:
             f"the passes of {out} are code of its own: {', '.join(map(str, parts['plugins']))}",
             hint="add --trust-code where you trust it, and run this where those files are",
         )
-    kept = {k: v for k, v in spec.items() if k in ("transformers", "python")}
+    kept = {k: v for k, v in spec.items() if k in ("transformers", "gguf", "python", "cache")}
     options = {k: v for k, v in spec.items() if k not in kept}
     source = {**kept, "options": options} if options else kept
     return recipe.build({**parts, "source": source, "bench": False}, replayed=True)

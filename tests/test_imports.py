@@ -28,7 +28,8 @@ LINES = [
     dialect
     ir nn
     calib
-    processor noise
+    causal
+    processor noise generate gguf
     source
     passes backends
     metrics
@@ -45,7 +46,7 @@ LINES = [
     trial remedy
     search
     compiler
-    inspection plan
+    inspection plan writing
     walk
     cli
     __init__ __main__

@@ -141,9 +141,12 @@ def _export(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> Exported
 
 
 def _exported(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> ExportedProgram:
-    shapes = {name: dict.fromkeys(dims.get(name, {}), Dim.AUTO) for name in feeds}
+    known = inspect.signature(module.forward).parameters
+    words = {name: name if name in known else name.replace(".", "_") for name in feeds}
+    shapes = {words[name]: dict.fromkeys(dims.get(name, {}), Dim.AUTO) for name in feeds}
+    given = {words[name]: value for name, value in feeds.items()}
     with torch.no_grad():
-        return torch.export.export(module, (), kwargs=feeds, dynamic_shapes=shapes)
+        return torch.export.export(module, (), kwargs=given, dynamic_shapes=shapes)
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:

@@ -1,0 +1,140 @@
+"""Causal language models whose cache of keys and values goes in and out, so that one engine reads and writes.
+
+    input_ids, position_ids                [batch, sequence]
+    attention_mask                         [batch, past + sequence]
+    past_key_values.N.key, .value          [batch, heads, past, size]            past is 0 or more
+    logits                                 [batch, sequence, vocabulary]
+    present.N.key, .value                  [batch, heads, past + sequence, size]
+
+The names are those that optimum and transformers.js use.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+PAST, PRESENT = "past_key_values", "present"
+TOKENS = ("input_ids", "attention_mask", "position_ids")
+SIDES = ("key", "value")
+EXAMPLE_PAST = 5
+
+
+class Cached(nn.Module):
+    """A causal language model of transformers, its cache as inputs and outputs by name; `cached` makes one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = model.config
+        self.layers = len(shapes(self.config))
+
+    def compute(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits and cache of inputs by name, with a dot or its stand-in."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        given = {parameter(name): value for name, value in named.items()}
+        cache: Any = (
+            DynamicCache()
+        )  # without the settings, which would cut the past of sliding windows
+        for number in range(self.layers):
+            layer: Any = DynamicLayer()
+            key, value = (given.pop(f"{PAST}_{number}_{side}") for side in SIDES)
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+            cache.layers.append(layer)
+        found = self.model(**given, past_key_values=cache, use_cache=True)
+        made = {"logits": found.logits}
+        for number, layer in enumerate(found.past_key_values.layers):
+            made[f"{PRESENT}.{number}.key"] = layer.keys
+            made[f"{PRESENT}.{number}.value"] = layer.values
+        return made
+
+
+def parameter(name: str) -> str:
+    """The name of an input as Python can spell it."""
+    return name.replace(".", "_")
+
+
+def cached(model: nn.Module) -> Cached:
+    """The module of a model, whose `forward` says by its signature what inputs there are."""
+
+    def forward(self: Cached, **named: Tensor) -> dict[str, Tensor]:
+        return self.compute(named)
+
+    layers = len(shapes(model.config))
+    words = ["self", *TOKENS, *map(parameter, names(layers))]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature([inspect.Parameter(word, kind) for word in words])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    made: Cached = type("Cached", (Cached,), {"forward": forward})(model)
+    return made
+
+
+def shapes(config: Any) -> list[tuple[int, int]]:
+    """Heads and head size of the keys and values of every layer."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [(heads, size)] * config.num_hidden_layers
+
+
+def names(layers: int, stem: str = PAST) -> list[str]:
+    return [f"{stem}.{number}.{side}" for number in range(layers) for side in SIDES]
+
+
+def empty(layers: Sequence[tuple[int, int]], batch: int) -> dict[str, Array]:
+    """A cache without any position."""
+    return {
+        f"{PAST}.{number}.{side}": np.zeros((batch, heads, 0, size), np.float32)
+        for number, (heads, size) in enumerate(layers)
+        for side in SIDES
+    }
+
+
+def filled(layers: Sequence[tuple[int, int]], batch: int, past: int) -> dict[str, Array]:
+    """A cache of `past` positions of normal numbers, the same every time."""
+    draw = np.random.default_rng(0)
+    return {
+        name: draw.standard_normal((batch, *value.shape[1:2], past, value.shape[3])).astype(
+            np.float32
+        )
+        for name, value in empty(layers, batch).items()
+    }
+
+
+def positions(mask: Array, length: int) -> Array:
+    """Of the last `length` places of a mask [batch, past + length]: how many are set before each."""
+    counted = np.cumsum(mask, axis=1) - 1
+    found: Array = np.maximum(counted, 0)[:, -length:].astype(np.int64)
+    return found
+
+
+def complete(
+    feeds: Mapping[str, Array], layers: Sequence[tuple[int, int]], past: int = 0
+) -> dict[str, Array]:
+    """Tokens and their mask with positions, and with a cache of `past` positions."""
+    ids, mask = feeds["input_ids"], feeds["attention_mask"]
+    mask = np.concatenate([np.ones((len(ids), past), mask.dtype), mask], axis=1)
+    return {
+        "input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1]),
+        **(filled(layers, len(ids), past) if past else empty(layers, len(ids))),
+    }  # fmt: skip
+
+
+def example(
+    feeds: Mapping[str, Tensor], layers: Sequence[tuple[int, int]]
+) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:
+    """Example inputs with some past, and the names of their free dimensions."""
+    arrays = complete({name: value.numpy() for name, value in feeds.items()}, layers, EXAMPLE_PAST)
+    dims = {name: {0: "batch", 2: "past"} for name in names(len(layers))}
+    dims |= {name: {0: "batch", 1: "sequence"} for name in TOKENS}
+    dims["attention_mask"] = {0: "batch", 1: "total"}
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}, dims

@@ -1,0 +1,234 @@
+"""Text that an engine writes is what transformers writes, token by token; and bad prompts are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import effc
+from effc.causal import PAST, complete, positions
+from effc.errors import UsageError
+from effc.generate import Sampling, Texts, choose, tokens
+from effc.source import load
+from kit import assert_letter, cli, save_tokenizer
+
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": (
+        "Gemma2ForCausalLM", "Gemma2Config",
+        {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel", "GPT2Config",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96},
+    ),
+}  # fmt: skip
+PROMPTS = ("the cat sat on the mat and", "a bird", "it was warm then we saw them go home when rain")
+
+
+def saved(place, family="llama"):
+    """A directory of a tiny random model of a family, with a tokenizer."""
+    import transformers
+
+    kind, config, more = FAMILIES[family]
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "max_position_embeddings": 96, "pad_token_id": 0,
+        "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**{**sizes, **more}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)  # so that tokens differ by more than rounding
+            assert name
+    model.eval().save_pretrained(place)
+    save_tokenizer(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """By family, its directory and its package; made when asked for."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            place = tmp_path_factory.mktemp(family)
+            effc.compile(saved(place / "model", family), place / "out", bench=False)
+            made[family] = place
+        return made[family]
+
+    return make
+
+
+def expected(place, prompts, count):
+    """What transformers' `generate` gives, padded at the left."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model", padding_side="left")
+    given = tokenizer(list(prompts), padding=True, return_tensors="pt")
+    given.pop("token_type_ids", None)
+    with torch.no_grad():
+        found = model.generate(**given, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    rows = []
+    for row in found[:, given["input_ids"].shape[1] :].tolist():
+        rows.append(row[: row.index(3) + 1] if 3 in row else row)
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_transformers(packages, family, tmp_path):
+    place = packages(family)
+    for prompts in (PROMPTS[:1], PROMPTS):
+        words = [w for p in prompts for w in ("--prompt", p)]
+        ran = cli("run", place / "out", *words, "--max-tokens", 24, "--json", tmp_path / "r.json")
+        assert ran.code == 0, ran.err
+        found = json.loads((tmp_path / "r.json").read_text())
+        assert found["tokens"] == expected(place, prompts, 24)
+
+
+@pytest.mark.slow
+def test_the_ports_are_named_as_others_read_them(packages):
+    manifest = json.loads((packages("llama") / "out" / "manifest.json").read_text())
+    (engine,) = manifest["engines"]
+    assert manifest["kind"] == "causal-lm"
+    assert [p["name"] for p in engine["inputs"]][:5] == [
+        "input_ids", "attention_mask", "position_ids", f"{PAST}.0.key", f"{PAST}.0.value",
+    ]  # fmt: skip
+    assert engine["inputs"][3]["shape"] == ["batch", 2, "past", 8]
+    assert engine["outputs"][1]["name"] == "present.0.key"
+
+
+@pytest.mark.slow
+def test_without_a_cache_no_text_is_written(tmp_path):
+    place = saved(tmp_path / "model")
+    recipe = {
+        "source": {"transformers": str(place), "cache": False}, "targets": ["ort"], "bench": False,
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    assert cli("compile", tmp_path / "r.yaml", "-o", tmp_path / "out").code == 0
+    (engine,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["engines"]
+    assert [p["name"] for p in engine["inputs"]] == ["input_ids", "attention_mask"]
+    ran = cli("run", tmp_path / "out", "--prompt", "the cat")
+    assert_letter(ran, "UsageError", 2, "without a cache of keys and values")
+    assert cli("verify", tmp_path / "out", "--model", place).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ((), ("there is no prompt",)),
+        (("--prompt", ""), ("prompt 1 is empty",)),
+        (("--prompt", "the", "--prompt", ""), ("prompt 2 is empty",)),
+        (("--prompt", "the " * 95), ("tokens long, and the model takes 96",)),
+        (("--prompt", "the", "--chat"), ("no chat template",)),
+    ],
+)
+def test_bad_prompts_are_letters(packages, words, parts):
+    ran = cli("run", packages("llama") / "out", *words)
+    assert_letter(ran, "UsageError", 2, *parts)
+
+
+@pytest.mark.slow
+def test_an_encoder_writes_no_text():
+    from kit import made
+
+    ran = cli("run", made().out, "--prompt", "the cat")
+    assert_letter(ran, "UsageError", 2, "holds a")
+
+
+def test_positions_do_not_count_padding():
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert positions(mask, 5).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert positions(mask, 1).tolist() == [[2], [4]]
+
+
+def test_a_filled_cache_is_in_front_of_the_mask():
+    feeds = {"input_ids": np.ones((2, 3), np.int64), "attention_mask": np.ones((2, 3), np.int64)}
+    found = complete(feeds, [(2, 4)], past=5)
+    assert found["attention_mask"].shape == (2, 8)
+    assert found["position_ids"].tolist() == [[5, 6, 7]] * 2
+    assert found[f"{PAST}.0.key"].shape == (2, 2, 5, 4)
+
+
+def test_sampling_draws_from_the_likeliest_only():
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
+    draw = np.random.default_rng(0)
+
+    def drawn(**options):
+        chosen = [int(choose(logits, Sampling(**options), draw)[0]) for _ in range(2000)]
+        return np.bincount(chosen, minlength=4) / 2000
+
+    assert drawn()[0] == 1
+    assert np.allclose(drawn(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.04)
+    assert np.allclose(drawn(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.04)
+    assert drawn(temperature=1.0, top_p=0.0)[0] == 1
+    cold = drawn(temperature=0.5)
+    assert np.allclose(cold, np.array([25, 9, 2.25, 0.25]) / 36.5, atol=0.04)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes of UTF-8."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_half_a_character_is_never_shown():
+    texts, text = Texts(Bytes(), 1), "naïve 世界 🙂!"
+    pieces = [texts.add(0, byte) for byte in text.encode()]
+    assert "".join(pieces) + texts.rest(0) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    broken = Texts(Bytes(), 1)
+    shown = [broken.add(0, byte) for byte in b"ab\xe4\xb8"]
+    assert "".join(shown) == "ab" and broken.rest(0) == "\ufffd"
+
+
+def test_nothing_of_a_stop_string_is_shown():
+    texts = Texts(Bytes(), 1, stop=["\nUser:"])
+    shown = [texts.add(0, byte) for byte in b"Yes.\nUse it.\nUser: no"]
+    assert "".join(shown) == "Yes.\nUse it." and texts.replies[0].done
+    assert texts.rest(0) == ""
+    held = Texts(Bytes(), 1, stop=["STOP"])
+    shown = [held.add(0, byte) for byte in b"a ST"]
+    assert "".join(shown) == "a " and held.rest(0) == "ST"
+
+
+def test_rows_end_by_themselves():
+    """An engine whose next token is the last one plus one; row 0 ends at 9, row 1 is ended from outside."""
+    calls = []
+
+    def engine(feeds):
+        calls.append(feeds["input_ids"].shape)
+        logits = np.zeros((*feeds["input_ids"].shape, 20), np.float32)
+        for row, ids in enumerate(feeds["input_ids"]):
+            logits[row, -1, (ids[-1] + 1) % 20] = 1
+        return {"logits": logits}
+
+    steps = tokens(
+        engine, [], [[5, 6], [7, 8, 11]], sampling=Sampling(max_tokens=50), ends=[9], pad=0, context=None
+    )  # fmt: skip
+    assert next(steps) == [7, 12] and steps.send(None) == [8, 13]
+    assert steps.send([]) == [9, 14]
+    assert steps.send(None) == [None, 15]
+    with pytest.raises(StopIteration):
+        steps.send([1])
+    assert calls == [(2, 3), (2, 1), (2, 1), (2, 1)]
+    with pytest.raises(UsageError, match="empty"):
+        next(tokens(engine, [], [[]], sampling=Sampling(), ends=[], pad=0, context=None))
+
+
+def test_a_source_with_a_cache_gives_it_back(tmp_path):
+    source = load({"transformers": str(saved(tmp_path))})
+    given = source.inputs["main"]
+    with torch.no_grad():
+        found = source.module(**given)
+    past = given[f"{PAST}.0.key"]
+    assert torch.equal(found["present.0.key"][:, :, : past.shape[2]], past)
