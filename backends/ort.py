@@ -16,7 +16,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,9 +94,18 @@ def session_options(
     return options
 
 
-def session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+RELU_RULES = ("ReluQuantRewrite", "ClipQuantRewrite")
+"""Optimisers that leave a rectifier to the quantise node behind it, and wrongly so where that is fp8 (onnxruntime
+1.32): its zero point 0 is not the end of its range."""
+
+
+def session(
+    path: Path, options: onnxruntime.SessionOptions, disabled: Sequence[str] = ()
+) -> onnxruntime.InferenceSession:
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:
         raise refuses("onnxruntime", onnxruntime.__version__, path, error) from error
 
@@ -109,7 +118,8 @@ class OrtEngine(EngineBase):
     ) -> None:
         self._path = path
         options = session_options(threads, fuse_integers=fuse_integers)
-        self._session: onnxruntime.InferenceSession | None = session(path, options)
+        disabled = () if fuse_integers else RELU_RULES
+        self._session: onnxruntime.InferenceSession | None = session(path, options, disabled)
         self.inputs = tuple(_port(v) for v in self._session.get_inputs())
         self.outputs = tuple(_port(v) for v in self._session.get_outputs())
         self._names = [p.name for p in self.outputs]

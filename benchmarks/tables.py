@@ -156,7 +156,7 @@ def gpuless() -> list[str]:
             ["architecture", *words],
             [[name, *(cells.get((name, word), "") for word in words)] for name in names],
         )
-        twins = [r["same"] for r in found["rows"] if "same" in r]
+        twins = [r["same"] for r in found["rows"] if r.get("same") is not None]
         lines += [f"Built twice, {sum(twins)} of {len(twins)} engines are the same bytes.", ""]
         lines += [
             f"One engine for {', '.join(r['compute'])} ({r['name']}, {r['precision']}): {_built(r)}."

@@ -110,3 +110,20 @@ def test_replaying_decisions_gives_the_same_codes():
     assert record.decisions
     x = normal(2, 6, 32, seed=7)
     assert np.array_equal(program.run(x=x)["output"], again.run(x=x)["output"])
+
+
+def test_a_rectifier_in_front_of_a_quantise_node_stays(tmp_path):
+    """onnxruntime takes it for superfluous there, as it would be in front of uint8."""
+    from effc.backends.onnx import save, to_onnx
+    from effc.backends.onnx_widen import open_widened
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = normal(8, 32)
+    program = effc.trace(module, x)
+    data = [effc.Batch(inputs={"input": x.numpy()})]
+    quantize(program, data, dialect=TENSORRT, dtype="fp8")
+    (file, *_) = save(to_onnx(program.only(), 21), tmp_path)
+    with open_widened(tmp_path / file, 1) as engine:
+        found = engine({"input": x.numpy()})["output"]
+    assert distance(program.run(input=x)["output"], found) < 1e-3
