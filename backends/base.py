@@ -7,7 +7,7 @@ compare like with like.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -95,6 +95,8 @@ class Engine(Protocol):
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
+    def carry(self, feeds: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]: ...
+
     def close(self) -> None: ...
 
     def __enter__(self) -> Self: ...
@@ -112,6 +114,10 @@ class EngineBase:
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+
+    def carry(self, feeds: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+        """As a call, with arrays for what is `wanted`. The rest may be values of the runtime, to be fed again."""
+        return self(feeds)  # type: ignore[operator,no-any-return]
 
     def close(self) -> None:
         """Give back what the engine holds."""

@@ -16,7 +16,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -131,6 +131,21 @@ class OrtEngine(EngineBase):
         except Exception as error:
             raise cannot_run("onnxruntime", self._path, feeds, self.inputs, error) from error
         return dict(zip(self._names, values, strict=True))
+
+    def carry(self, feeds: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+        assert self._session is not None
+        value = onnxruntime.OrtValue
+        given = {
+            p.name: f if isinstance(f := feeds[p.name], value) else value.ortvalue_from_numpy(f)
+            for p in self.inputs
+        }
+        try:
+            made = self._session.run_with_ort_values(self._names, given)
+        except Exception as error:
+            shown = {name: f.numpy() for name, f in given.items()}
+            raise cannot_run("onnxruntime", self._path, shown, self.inputs, error) from error
+        found = zip(self._names, made, strict=True)
+        return {name: each.numpy() if name in wanted else each for name, each in found}
 
     def close(self) -> None:
         self._session = None

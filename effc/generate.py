@@ -17,7 +17,8 @@ from effc.causal import PAST, PRESENT, empty, positions
 from effc.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Engine = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+Engine = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Takes and gives arrays, or values of its own runtime for the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def tokens(
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     counts.prompt_tokens += int(mask.sum())
-    past: Mapping[str, Array] = empty(cache, len(prompts))
+    past: Mapping[str, Any] = empty(cache, len(prompts))
     draw = np.random.default_rng(sampling.seed)
     running = np.ones(len(prompts), bool)
     room = sampling.max_tokens if context is None else min(sampling.max_tokens, context - longest)

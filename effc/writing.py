@@ -44,7 +44,8 @@ def write(
     counts, texts = Counts(), Texts(processor.tokenizer, len(ids), sampling.stop)
     with Engine.open(out, entry.target, threads=threads) as engine:
         steps = tokens(
-            engine, cache, ids, sampling=sampling, ends=_ends(out, processor, config),
+            lambda feeds: engine.carry(feeds, ("logits",)), cache, ids, sampling=sampling,
+            ends=_ends(out, processor, config),
             pad=processor.tokenizer.pad_token_id or 0, context=processor.max_length, counts=counts,
         )  # fmt: skip
         done: Iterable[int] | None = None

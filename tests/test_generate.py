@@ -1,6 +1,10 @@
 """Text that an engine writes is what transformers writes, token by token; and bad prompts are refused."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from effc.causal import PAST, complete, positions
 from effc.errors import UsageError
 from effc.generate import Sampling, Texts, choose, tokens
 from effc.source import load
-from kit import assert_letter, cli, save_tokenizer
+from kit import assert_letter, cli, forge, plant, save_tokenizer
 
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 2}),
@@ -28,7 +32,7 @@ FAMILIES = {
 PROMPTS = ("the cat sat on the mat and", "a bird", "it was warm then we saw them go home when rain")
 
 
-def saved(place, family="llama"):
+def saved(place, family="llama", **changes):
     """A directory of a tiny random model of a family, with a tokenizer."""
     import transformers
 
@@ -39,12 +43,13 @@ def saved(place, family="llama"):
         "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": True,
     }  # fmt: skip
     torch.manual_seed(1)
-    model = getattr(transformers, kind)(getattr(transformers, config)(**{**sizes, **more}))
+    model = getattr(transformers, kind)(
+        getattr(transformers, config)(**{**sizes, **more, **changes})
+    )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)  # so that tokens differ by more than rounding
-            assert name
     model.eval().save_pretrained(place)
     save_tokenizer(place)
     return place
@@ -134,6 +139,90 @@ def test_without_a_cache_no_text_is_written(tmp_path):
 def test_bad_prompts_are_letters(packages, words, parts):
     ran = cli("run", packages("llama") / "out", *words)
     assert_letter(ran, "UsageError", 2, *parts)
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_and_what_a_run_took(packages, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the cat\n\na bird\\nsang\n", encoding="utf-8")
+    words = ("--max-tokens", 5, "--json", "-")
+    ran = cli("run", packages("llama") / "out", "--prompts", file, *words)
+    found = json.loads(ran.out)
+    assert len(found["texts"]) == 2 and found["prompt_tokens"] == 4 + 5
+    assert 2 <= found["new_tokens"] <= 10 and found["prefill_per_s"] > 0
+    assert "a bird\nsang" in ran.err and "tokens read at" in ran.err
+
+
+@pytest.mark.slow
+def test_what_is_drawn_hangs_on_the_seed(packages):
+    out = packages("llama") / "out"
+
+    def text(*words):
+        ran = cli("run", out, "--prompt", "the cat", "--temperature", 2, "--max-tokens", 20, *words)
+        assert ran.code == 0
+        return ran.out
+
+    assert text("--seed", 1) == text("--seed", 1) != text("--seed", 2)
+
+
+@pytest.mark.slow
+def test_a_chat_template_is_put_around_a_prompt(packages, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(packages("llama") / "out", out)
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}{{ 'then ' + m.content + ' and' }}{% endfor %}"
+    )
+    plant(out, "tokenizer_config.json", json.dumps(settings))
+    chat = cli("run", out, "--prompt", "the cat", "--chat", "--json", "-", "--max-tokens", 8)
+    plain = cli("run", out, "--prompt", "then the cat and", "--json", "-", "--max-tokens", 8)
+    chat, plain = json.loads(chat.out), json.loads(plain.out)
+    assert chat["prompt_tokens"] == 4  # the marks at both ends are the template's own
+    assert plain["prompt_tokens"] == 6
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_another_model_is_refused(packages, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(packages("llama") / "out", out)
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["cat"] = 500
+    plant(out, "tokenizer.json", json.dumps(tokenizer))
+    ran = cli("run", out, "--prompt", "the cat")
+    assert_letter(ran, "SourceError", 4, "token 500", "the model knows 64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda e: e["outputs"][1].update(shape=["batch", 4, "past + sequence", 8]), "layer 0"),
+        (lambda e: e["inputs"].pop(), "lacks layers"),
+        (lambda e: e["inputs"][3].update(name="past_key_values.7.key"), "layer 0"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(packages, tmp_path, change, part):
+    out = tmp_path / "out"
+    shutil.copytree(packages("llama") / "out", out)
+    forge(out, "manifest.json", lambda m: change(m["engines"][0]))
+    assert_letter(cli("run", out, "--prompt", "the cat"), "PackageError", 12, part)
+
+
+@pytest.mark.slow
+def test_an_interrupted_reply_ends_like_any_interrupted_command(packages, tmp_path):
+    place = tmp_path
+    effc.compile(
+        saved(place / "model", "llama", max_position_embeddings=30000, eos_token_id=None),
+        place / "out", bench=False,
+    )  # fmt: skip
+    words = ("run", place / "out", "--prompt", "the cat", "--max-tokens", 29000)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "effc", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    assert running.stdout.read(20).startswith(b"the cat")  # it writes as it comes
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and b"Traceback" not in err
 
 
 @pytest.mark.slow
