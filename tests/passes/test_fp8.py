@@ -17,6 +17,8 @@ from effc.passes.quantize import Quantize
 from effc.quant import affine
 from effc.quant.scheme import FP8_MAX, Scheme
 
+pytestmark = pytest.mark.slow
+
 FP8 = Scheme(fp8=True, axis=0)
 
 
