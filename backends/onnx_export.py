@@ -124,7 +124,11 @@ def registry(opset: int, *, ours: bool) -> Any:
 
 
 def settle(graph: fx.Graph) -> None:
-    """Take out what computes nothing, and call operators by their usual names."""
+    """Take out what computes nothing, and call operators by their usual names.
+
+    Where a copy in order is taken out, a view behind it may find its values in no order: it becomes a reshape.
+    """
+    was_contiguous = False
     for node in list(graph.nodes):
         packet = getattr(node.target, "overloadpacket", None)
         if node.op != "call_function" or packet is None:
@@ -135,7 +139,10 @@ def settle(graph: fx.Graph) -> None:
             node.target, node.kwargs = aten._to_copy.default, {"dtype": _dtype(node)}
             node.args = node.args[:1]
         elif packet in (aten.to, aten.contiguous) or (packet is aten.dropout and not node.args[2]):
+            was_contiguous |= packet is aten.contiguous
             _pass_by(node)
+        elif node.target is aten.view.default and was_contiguous:
+            node.target = aten.reshape.default
         elif node.meta.get("val") is None and not node.users:  # an assertion
             graph.erase_node(node)
 

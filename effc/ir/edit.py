@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
@@ -127,7 +128,7 @@ def fake_run(graph: Graph, node: fx.Node) -> Any:
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
     assert callable(node.target)
     mode = fake_mode(graph)
-    with mode, _no_new_guards(mode), torch.no_grad():
+    with mode, enable_python_dispatcher(), _no_new_guards(mode), torch.no_grad():
         return node.target(*args, **kwargs)
 
 

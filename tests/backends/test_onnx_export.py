@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from graphs import Call, normal
+from graphs import Call, distance, engine, normal
 from torch import nn
 from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.fx import passes
@@ -165,3 +165,21 @@ def test_settling_leaves_a_graph_that_computes_the_same():
     assert len(program.only().exported.graph.nodes) > len(exported.graph.nodes)
     for mine, theirs in zip(exported.module()(x=X), forward(None, X), strict=True):
         assert torch.equal(mine, theirs)
+
+
+class Windows(nn.Module):
+    """A picture in windows, as Swin cuts it: a copy in order between a permutation and a view."""
+
+    def forward(self, x):
+        batch, height, width, size = x.shape
+        x = x.view(batch, height // 2, 2, width // 2, 2, size).transpose(2, 3).contiguous()
+        x = x.view(-1, 4, size).transpose(1, 2)
+        return nn.functional.adaptive_avg_pool1d(x, 1)  # which torch has to take apart
+
+
+def test_a_view_behind_a_copy_in_order_needs_no_copy(tmp_path):
+    program = effc.trace(Windows(), {"x": normal(2, 4, 6, 3)})
+    x = normal(5, 4, 6, 3, seed=1)
+    with engine(program, tmp_path) as opened:
+        found = opened({"x": x.numpy()})["output"]
+    assert distance(program.run(x=x)["output"], found) < 1e-6

@@ -228,3 +228,21 @@ def test_nothing_to_narrow_is_said():
     made, record = narrowed(program)
     assert record.sites == 0
     assert effc.show(made) == effc.show(program)
+
+
+def test_a_free_batch_stays_free_behind_a_pad():
+    """Shapes are worked out anew behind the casts; a pad that torch resolves outside of Python knows numbers only."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+
+        def forward(self, x):
+            return self.second(F.pad(F.hardtanh(self.first(x), 0, 6), [1, 1, 1, 1]))
+
+    program = effc.trace(Padded().eval(), {"x": normal(2, 3, 9, 9)})
+    effc.apply(MixedPrecision(), program)
+    sizes = [n.meta["val"].shape[0] for n in program.only().nodes]
+    assert not any(isinstance(size, int) for size in sizes)
+    assert program.run(x=normal(5, 3, 9, 9))["output"].shape == (5, 4, 7, 7)
