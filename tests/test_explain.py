@@ -30,6 +30,8 @@ from effc.quant.scheme import Scheme
 from effc.walk import Judgement, lines
 from kit import assert_letter, cli, made, plant
 
+pytestmark = pytest.mark.slow
+
 aten = torch.ops.aten
 
 

@@ -17,6 +17,8 @@ from effc.recipe import GateSpec, MetricGate
 from effc.trial import Lab, OutOfTime
 from kit import assert_letter, cli, leftovers
 
+pytestmark = pytest.mark.slow
+
 
 def bench(*ratios, length=16):
     """Shapes whose reference ÷ engine has these (value, low, high)."""

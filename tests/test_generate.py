@@ -314,6 +314,7 @@ def test_rows_end_by_themselves():
         next(tokens(engine, [], [[]], sampling=Sampling(), ends=[], pad=0, context=None))
 
 
+@pytest.mark.slow
 def test_a_source_with_a_cache_gives_it_back(tmp_path):
     source = load({"transformers": str(saved(tmp_path))})
     given = source.inputs["main"]

@@ -1,5 +1,6 @@
 """What is said to help a layer does: two layers of which one has an ill that is known."""
 
+import pytest
 import torch
 from graphs import normal, quantize
 from torch import nn
@@ -13,6 +14,8 @@ from effc.quant.affine import quantize as quantized
 from effc.quant.affine import weight_qparams
 from effc.quant.scheme import Scheme
 from effc.remedy import remedies
+
+pytestmark = pytest.mark.slow
 
 
 class Two(nn.Module):

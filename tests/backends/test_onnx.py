@@ -16,6 +16,8 @@ from effc.backends.dialect import ONNX
 from effc.backends.onnx import Onnx, to_onnx, unsupported
 from effc.errors import LoweringError
 
+pytestmark = pytest.mark.slow
+
 
 def encoder():
     torch.manual_seed(0)

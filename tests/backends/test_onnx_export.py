@@ -16,6 +16,8 @@ import effc
 from effc.backends.onnx import to_onnx
 from effc.backends.onnx_export import settle
 
+pytestmark = pytest.mark.slow
+
 X = normal(3, 4)
 WHOLE = torch.arange(12).reshape(3, 4)
 

@@ -21,6 +21,8 @@ from effc.machine import cpu_features
 from effc.passes import PASSES
 from kit import assert_letter, cli, int8, made, process
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _plain_processor(monkeypatch):

@@ -10,6 +10,8 @@ from effc.ir import repeat
 from effc.ir.edit import refresh
 from effc.ir.select import module_path
 
+pytestmark = pytest.mark.slow
+
 WIDTH, DEPTH = 8, 5
 
 

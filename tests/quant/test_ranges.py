@@ -10,6 +10,8 @@ from effc.quant.affine import fake_quantize, qparams
 from effc.quant.ranges import expected_error, mse_range, percentile_range
 from effc.quant.scheme import Scheme
 
+pytestmark = pytest.mark.slow
+
 UINT8 = Scheme(signed=False, symmetric=False)
 SYMMETRIC = [Scheme(bits=b) for b in (4, 6, 8)]
 SCHEMES = [*SYMMETRIC, *(Scheme(bits=b, signed=False, symmetric=False) for b in (4, 6, 8))]
