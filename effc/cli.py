@@ -514,7 +514,7 @@ def run(
     asked = list(prompt or ()) + (writing.read_prompts(prompts) if prompts else [])
     stream = sys.stderr if json_ == "-" else sys.stdout
     if len(asked) == 1:
-        print(asked[0], end="", file=stream, flush=True)
+        print(asked[0], end="\n" if chat else "", file=stream, flush=True)
     sampling = Sampling(
         temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
     )  # fmt: skip
