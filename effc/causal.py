@@ -41,9 +41,8 @@ class Cached(nn.Module):
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         given = {parameter(name): value for name, value in named.items()}
-        cache: Any = (
-            DynamicCache()
-        )  # without the settings, which would cut the past of sliding windows
+        # without the settings, which would cut the past of sliding windows
+        cache: Any = DynamicCache()
         for number in range(self.layers):
             layer: Any = DynamicLayer()
             key, value = (given.pop(f"{PAST}_{number}_{side}") for side in SIDES)

@@ -78,9 +78,8 @@ def terminal() -> Iterator[Terminal]:
     )
     from rich.progress import Progress as Bar
 
-    own = os.fdopen(
-        os.dup(2), "w", encoding="utf-8"
-    )  # libraries that write past Python are kept from stderr
+    # libraries that write past Python are kept from stderr, and the bar is not
+    own = os.fdopen(os.dup(2), "w", encoding="utf-8")
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -634,7 +633,8 @@ def report(
 
     own = out / reports.HTML
     if place is None or os.path.realpath(place) == os.path.realpath(own):
-        package.replace(out, {reports.HTML: reports.rebuilt(out, beside=True)})
+        if bench is None:  # a join has written the page with the rest
+            package.replace(out, {reports.HTML: reports.rebuilt(out, beside=True)})
         print(f"{own} is ready")
         return
     _outside(place, out, option="-o")
