@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from effc import scratch
 from effc.backends.ort import OrtEngine
-from effc.backends.ort_rewrites import mask_every_query
+from effc.backends.ort_attention import mask_every_query
 
 NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 FLOAT = ir.DataType.FLOAT

@@ -30,7 +30,7 @@ from effc.source import load
 
 REWRITES: dict[str, Callable[[ir.Graph], None]] = {
     "integer matmul": ort_rewrites._integer_matmul,
-    "attention": ort_rewrites._attention_without_transposes,
+    "attention": ort_rewrites.heads_side_by_side,
     "sum": ort_rewrites._residual_as_sum,
 }
 
