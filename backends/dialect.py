@@ -12,8 +12,10 @@ ORT = Dialect(
     opset=23,
     activation=_UINT8,
     smooth_gain_db=8.0,
+    token_scales=True,
     reasons={
         "opset": "23 keeps attention one operator; benchmarks/opset.py measures it against 21",
+        "token_scales": "the integer product takes a scale of 1, and its rows are scaled behind it",
         "smooth_gain_db": "the scaling is a multiplication of its own, and a scale per channel in the quantise node is "
         "slower still: it is for the few activations that gain much (benchmarks/ranges.py)",
         "activation": "uint8 with a zero point: the x86 kernels multiply unsigned by signed, int8 activations fall "
@@ -81,8 +83,10 @@ ONNX = Dialect(
     name="onnx",
     opset=21,
     activation=_UINT8,
+    token_scales=True,
     fp8=True,
     reasons={
+        "token_scales": "written as arithmetic, which every runtime computes",
         "fp8": "where it will run is not known, and GPUs have kernels",
         "opset": "21 is the first with 4-bit and block-wise DequantizeLinear, and what most runtimes read today",
         "activation": "as onnxruntime likes it; other runtimes re-read the grid from the graph",
@@ -98,8 +102,10 @@ EAGER = Dialect(
     name="eager",
     opset=0,
     activation=_UINT8,
+    token_scales=True,
     fp8=True,
     reasons={
+        "token_scales": "as the ONNX has it",
         "fp8": "as the ONNX has it",
         "activation": "the same grid as onnxruntime's, to compare with it number by number",
     },

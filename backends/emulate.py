@@ -80,7 +80,7 @@ class _Emulator(fx.Interpreter):
         total: Tensor = node.target(x, weight, None, *rest)  # type: ignore[operator]
         shape = [1] * total.dim()
         shape[1 if op_name(node).startswith("conv") else -1] = -1
-        scale = (x_scale * w_scale).reshape(shape) if w_scale.dim() else x_scale * w_scale
+        scale = x_scale * (w_scale.reshape(shape) if w_scale.dim() else w_scale)
         bias = node.args[2] if len(node.args) > 2 else None
         shift: Tensor | None = None
         if isinstance(bias, fx.Node) and bias.target is DEQUANTIZE:  # on the grid of the sums

@@ -36,6 +36,10 @@ aten: Any = torch.ops.aten
 def _quantize(
     x: Any, scale: Any, zero_point: Any, low: int, high: int, axis: int, group: int
 ) -> Any:
+    if len(scale.shape) > 1 and not group:
+        codes = op.Round(op.Div(x, scale))
+        bounds = [op.Constant(value_float=float(v)) for v in (low, high)]
+        return op.Cast(op.Clip(codes, *bounds), to=int(ir.DataType.INT8))
     codes = op.QuantizeLinear(x, scale, zero_point, axis=axis)
     if (low, high) in ((0, 255), (-128, 127), (-FP8_MAX, FP8_MAX)):
         return codes
@@ -45,6 +49,8 @@ def _quantize(
 
 
 def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> Any:
+    if not group and len(scale.shape) > 1:
+        return op.Mul(op.Cast(q, to=int(ir.DataType.FLOAT)), scale)
     if group:
         return op.DequantizeLinear(q, scale, zero_point, axis=1, block_size=group)
     if q.dtype == ir.DataType.INT32:

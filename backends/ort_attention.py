@@ -24,7 +24,8 @@ def heads_side_by_side(graph: ir.Graph) -> None:
         if merge is None or (key.past is None) != (value.past is None):
             continue
         if key.past is not None and (
-            len(node.inputs) > 4 or node.attributes.get_int("is_causal", 0)
+            len(node.inputs) > 4
+            or ("is_causal" in node.attributes and node.attributes["is_causal"].as_int())
         ):
             continue
         flat = [_flat(graph, node, side) for side in (node.inputs[0], key.new, value.new)]

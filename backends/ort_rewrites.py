@@ -22,6 +22,7 @@ def rewrite(model: ir.Model) -> None:
     """All rewrites, in order, and then dead nodes out and every node under a name of its own."""
     graph = model.graph
     _integer_matmul(graph)
+    _product_of_rows(graph)
     _weight_only_matmul(graph)
     rotary_for_every_row(graph)
     heads_side_by_side(graph)
@@ -83,6 +84,78 @@ def _integer_matmul(graph: ir.Graph) -> None:
         )
         last = bias[0] if bias else node
         swap(last, new, graph, [bias[0], node] if bias else [node])
+
+
+def _product_of_rows(graph: ir.Graph) -> None:
+    """dequantize(codes) · dequantize(weight)ᵀ with a scale per row of codes → MatMulIntegerToFloat · scales."""
+    made: dict[ir.Value, ir.Value] = {}
+    for node in list(graph):
+        if node.op_type != "MatMul":
+            continue
+        rows, right = _rows(node.inputs[0]), _weight_of(node)
+        if rows is None or right is None or _block(right[0]):
+            continue
+        x, scale = rows
+        weight_node, transposed = right
+        weight, weight_scale, weight_zero = weight_node.inputs[:3]
+        assert weight is not None and weight_scale is not None
+        weight = _transposed(graph, node, weight) if transposed else weight
+        if scale not in made:
+            made[scale] = _unsigned(graph, node, x, scale)
+        one = initializer(graph, "one.of.rows", np.array(1, np.float32))
+        middle = initializer(graph, "middle.of.rows", np.array(128, np.uint8))
+        product = ir.node(
+            "MatMulIntegerToFloat",
+            [made[scale], weight, one, weight_scale, middle, weight_zero],
+            domain=MICROSOFT,
+            name=_layer(weight),
+        )
+        product.outputs[0].name = f"{node.outputs[0].name}.rows"
+        product.outputs[0].type, product.outputs[0].shape = (
+            node.outputs[0].type,
+            node.outputs[0].shape,
+        )
+        graph.insert_before(node, product)
+        scaled = ir.node("Mul", [product.outputs[0], scale], name=f"{_layer(weight)}.scale")
+        swap(node, scaled, graph, [node])
+
+
+def _rows(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """What is rounded with a scale per row, and the scales: [batch, length, size] and [batch, length, 1]."""
+    scaled = producer(value, "Mul")
+    wide = producer(scaled.inputs[0], "Cast") if scaled else None
+    codes = producer(wide.inputs[0], "Cast") if wide else None
+    clip = producer(codes.inputs[0], "Clip") if codes else None
+    rounded = producer(clip.inputs[0], "Round") if clip else None
+    divided = producer(rounded.inputs[0], "Div") if rounded else None
+    if scaled is None or codes is None or divided is None:
+        return None
+    x, scale = divided.inputs
+    if x is None or scale is None or scaled.inputs[1] is not scale:
+        return None
+    return (x, scale) if codes.attributes["to"].as_int() == ir.DataType.INT8 else None
+
+
+def _unsigned(graph: ir.Graph, before: ir.Node, x: ir.Value, scale: ir.Value) -> ir.Value:
+    """Codes around 128 of every row: the kernel for a scale per row takes [rows, size]."""
+    flat = initializer(graph, "all.rows", np.array([-1], np.int64))
+    middle = initializer(graph, "middle.of.rows", np.array(128, np.uint8))
+    size = x.shape[-1] if x.shape is not None else None
+    assert isinstance(size, int)
+    table = initializer(graph, f"rows.of.{size}", np.array([-1, size], np.int64))
+
+    def put(op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        node = ir.node(op, inputs, attributes=attributes)
+        node.outputs[0].name = node.name = f"{x.name}.rows.{op}.{len(made)}"
+        graph.insert_before(before, node)
+        made.append(node.outputs[0])
+        return made[-1]
+
+    made: list[ir.Value] = []
+    scales = put("Reshape", [scale, flat])
+    zeros = put("Expand", [middle, put("Shape", [scales])])
+    codes = put("QuantizeLinear", [put("Reshape", [x, table]), scales, zeros], axis=0)
+    return put("Reshape", [codes, put("Shape", [x])])
 
 
 def _layer(weight: ir.Value) -> str:

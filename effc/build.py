@@ -116,6 +116,20 @@ class Built:
     """Records of the recipe's own passes by their place in it; one that was rolled back is missing."""
     before: Mapping[int, Program] = field(default_factory=dict)
     """The program as each of them found it."""
+    roles: tuple[str, ...] = ("main",)
+    """Roles of the whole program, of which this is one."""
+
+    @property
+    def role(self) -> str:
+        return self.program.only().role
+
+    @property
+    def label(self) -> str:
+        return package.label(self.role, self.target, self.roles)
+
+    def prefix(self, targets: Sequence[str]) -> str:
+        """What stands before the key of a step in decisions.json, where there are several engines."""
+        return prefix(self.role, self.target, self.roles, targets)
 
     @property
     def lossy(self) -> bool:
@@ -126,9 +140,15 @@ class Built:
         return self.lowered[0]
 
 
+def prefix(role: str, target: str, roles: Sequence[str], targets: Sequence[str]) -> str:
+    """What stands before the key of a step in decisions.json, where there are several engines."""
+    words = [target] * (len(targets) > 1) + [role] * (len(set(roles)) > 1)
+    return "".join(f"{word}/" for word in words)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Builder:
-    """One source under one recipe, ready to be built for any target and any rollback."""
+    """One graph of a source under one recipe, ready to be built for any target and any rollback."""
 
     recipe: Recipe
     source: Source
@@ -138,6 +158,8 @@ class Builder:
     cache: Cache
     decisions: Mapping[str, Any] | None = None
     """Those of an earlier compile that are replayed; None where this one makes its own."""
+    roles: tuple[str, ...] = ("main",)
+    """Roles of the whole program."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
 
     @cached_property
@@ -196,15 +218,19 @@ class Builder:
         steps, before = {}, {}
         for index, given in enumerate(self.recipe.passes):
             pass_ = rollback.apply(index, given)
-            if pass_ is None:
+            if pass_ is None or not self.takes(pass_):
                 continue
             before[index] = program.clone()
             steps[index] = self._step(pass_, index, program, target, (known or {}).get(index))
             records.append(steps[index])
         return Built(
             target=target, program=program, records=tuple(records), lowered=(), rollback=rollback,
-            steps=steps, before=before,
+            steps=steps, before=before, roles=self.roles,
         )  # fmt: skip
+
+    def takes(self, pass_: Pass) -> bool:
+        """Whether a pass of the recipe works on this graph."""
+        return not pass_.graphs or self.original.only().role in pass_.graphs
 
     def cleaned(self, target: str) -> tuple[Program, list[PassRecord]]:
         """The program after the exact clean-up passes; it is made once."""
@@ -284,7 +310,7 @@ class Builder:
         """What an earlier compile decided in a step; None where nothing is replayed. Raises CalibrationError."""
         if self.decisions is None:
             return None
-        for name in (f"{target}/{key}", key):
+        for name in self._names(target, key):
             if name in self.decisions:
                 return self.decisions[name]
         raise CalibrationError(
@@ -294,20 +320,26 @@ class Builder:
 
     def recorded_rollback(self, target: str) -> Rollback:
         """What an earlier compile took back; nothing where nothing is replayed. Raises CalibrationError."""
-        for name in (f"{target}/gate", "gate"):
+        for name in self._names(target, "gate"):
             if self.decisions is not None and name in self.decisions:
                 return Rollback.from_json(self.decisions[name], self.recipe.passes)
         return NOTHING
+
+    def _names(self, target: str, key: str) -> tuple[str, str]:
+        """What a key may be called in decisions.json, whether there were several targets or not."""
+        role = self.original.only().role
+        return tuple(  # type: ignore[return-value]
+            prefix(role, target, self.roles, targets) + key for targets in (("", ""), ("",))
+        )
 
     def _lower(self, built: Built, place: Path) -> list[Lowered]:
         asked = self.recipe.target_options.get(built.target)
         kind = BACKENDS[built.target]
         backend = kind() if asked is None else kind(asked)
-        roles = list(built.program.graphs)
         made = []
         for graph in built.program:
             directory = package.engine_dir(
-                place, graph.role, built.target, roles, self.recipe.targets
+                place, graph.role, built.target, self.roles, self.recipe.targets
             )
             key = key_of(
                 "lower", graph=graph_digest([Program({graph.role: graph})]), target=built.target,

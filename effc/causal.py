@@ -2,11 +2,13 @@
 
     input_ids, position_ids                [batch, sequence]
     attention_mask                         [batch, past + sequence]
+    logits_to_keep                         [kept]                                positions of the sequence
     past_key_values.N.key, .value          [batch, heads, past, size]            past is 0 or more
-    logits                                 [batch, sequence, vocabulary]
+    logits                                 [batch, kept, vocabulary]
     present.N.key, .value                  [batch, heads, past + sequence, size]
 
-The names are those that optimum and transformers.js use.
+The names are those that optimum and transformers.js use; `logits_to_keep` is that of transformers. Who reads a prompt
+needs the logits of its last position alone, and they are a fifth of the work in a small model.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from torch import Tensor, nn
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+ROLES = PREFILL, DECODE = "prefill", "decode"
+"""Two graphs of one model: what reads prompts and what writes, where the best engine of each is another."""
+LAYOUT = "batch, heads, positions, size"
 PAST, PRESENT = "past_key_values", "present"
 TOKENS = ("input_ids", "attention_mask", "position_ids")
+KEEP = "logits_to_keep"
 SIDES = ("key", "value")
 EXAMPLE_PAST = 5
 
@@ -35,6 +41,7 @@ class Cached(nn.Module):
         self.model = model
         self.config: Any = model.config
         self.layers = len(shapes(self.config))
+        self.chooses = KEEP in inspect.signature(model.forward).parameters
 
     def compute(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits and cache of inputs by name, with a dot or its stand-in."""
@@ -68,12 +75,12 @@ def cached(model: nn.Module) -> Cached:
     def forward(self: Cached, **named: Tensor) -> dict[str, Tensor]:
         return self.compute(named)
 
-    layers = len(shapes(model.config))
-    words = ["self", *TOKENS, *map(parameter, names(layers))]
+    made: Cached = type("Cached", (Cached,), {"forward": forward})(model)
+    chosen = [KEEP] if made.chooses else []
+    words = ["self", *TOKENS, *chosen, *map(parameter, names(made.layers))]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(word, kind) for word in words])
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    made: Cached = type("Cached", (Cached,), {"forward": forward})(model)
     return made
 
 
@@ -87,6 +94,16 @@ def shapes(config: Any) -> list[tuple[int, int]]:
 
 def names(layers: int, stem: str = PAST) -> list[str]:
     return [f"{stem}.{number}.{side}" for number in range(layers) for side in SIDES]
+
+
+def links(layers: int) -> list[dict[str, str]]:
+    """How the cache goes from who reads to who writes, and on from there."""
+    pairs = zip(names(layers, PRESENT), names(layers), strict=True)
+    return [
+        {"producer": role, "output": given, "consumer": DECODE, "input": taken, "layout": LAYOUT}
+        for given, taken in pairs
+        for role in ROLES
+    ]
 
 
 def empty(layers: Sequence[tuple[int, int]], batch: int) -> dict[str, Array]:
@@ -119,11 +136,12 @@ def positions(mask: Array, length: int) -> Array:
 def complete(
     feeds: Mapping[str, Array], layers: Sequence[tuple[int, int]], past: int = 0
 ) -> dict[str, Array]:
-    """Tokens and their mask with positions, and with a cache of `past` positions."""
+    """Tokens and their mask with positions, all of them wanted, and with a cache of `past` positions."""
     ids, mask = feeds["input_ids"], feeds["attention_mask"]
     mask = np.concatenate([np.ones((len(ids), past), mask.dtype), mask], axis=1)
     return {
         "input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1]),
+        KEEP: np.arange(ids.shape[1]),
         **(filled(layers, len(ids), past) if past else empty(layers, len(ids))),
     }  # fmt: skip
 
@@ -136,4 +154,6 @@ def example(
     dims = {name: {0: "batch", 2: "past"} for name in names(len(layers))}
     dims |= {name: {0: "batch", 1: "sequence"} for name in TOKENS}
     dims["attention_mask"] = {0: "batch", 1: "total"}
+    dims[KEEP] = {0: "kept"}
+    arrays[KEEP] = arrays[KEEP][1:]
     return {name: torch.from_numpy(value) for name, value in arrays.items()}, dims

@@ -18,9 +18,10 @@ from effc.backends import BACKENDS
 from effc.backends.base import Lowered
 from effc.build import Builder, Built, graph_digest, versions
 from effc.cache import Cache
-from effc.errors import GateRefused, LoweringError, SourceError, UsageError
+from effc.causal import ROLES
+from effc.errors import GateRefused, LoweringError, RecipeError, UsageError
 from effc.ir.edit import keep_outputs
-from effc.ir.program import Program
+from effc.ir.program import Graph, Program
 from effc.ir.trace import trace
 from effc.machine import default_threads
 from effc.progress import Progress
@@ -111,19 +112,47 @@ def from_flags(
     samples: int = 128,
 ) -> Json:
     """The plain values of the recipe that command line flags stand for."""
-    if quantize not in QUANTIZE_WORDS:
-        raise UsageError(unknown("--quantize word", quantize, QUANTIZE_WORDS))
+    words = _words(quantize)
     data: Json = {
         "source": guess(model),
         "targets": [target] if isinstance(target, str) else list(target),
     }
+    if len(words) > 1:
+        data["source"]["roles"] = list(words)
     if calib is not None:
         data["calib"] = {"file": str(calib), "samples": samples}
-    if passes := passes_of(quantize, data["targets"], checks=calib is not None):
+    passes: list[Any] = []
+    for role, word in words.items():
+        of = passes_of(word, data["targets"], checks=calib is not None)
+        passes += [_on(pass_, role) for pass_ in of] if len(words) > 1 else of
+    if passes:
         data["passes"] = passes
     if metric is not None:
         data["metric"] = metric
     return data
+
+
+def _words(quantize: str) -> dict[str, str]:
+    """The word of every role: of `main` where it is one word, of both of a language model in `prefill=…,decode=…`.
+
+    Raises UsageError for anything else.
+    """
+    pairs = [part.partition("=") for part in quantize.split(",")]
+    found = {role: word for role, _, word in pairs} if "=" in quantize else {"main": quantize}
+    for word in found.values():
+        if word not in QUANTIZE_WORDS:
+            raise UsageError(unknown("--quantize word", word, QUANTIZE_WORDS))
+    if found.keys() != {"main"} and (tuple(found) != ROLES or len(pairs) != len(ROLES)):
+        raise UsageError(
+            f"--quantize {quantize} names other graphs than prefill and decode",
+            hint="--quantize prefill=w8a8,decode=w4a16",
+        )
+    return found
+
+
+def _on(pass_: str | Json, role: str) -> Json:
+    named = {"pass": pass_} if isinstance(pass_, str) else pass_
+    return {**named, "graphs": [role]}
 
 
 def run(
@@ -153,42 +182,52 @@ def run(
     metric = metric or source.metric
     if metric is not None:
         metric.check(source)
-    graph = original.only()
-    dims = source.dims.get(graph.role, {})
-    room = within(max_ram_bytes, graph, dims) if max_ram_bytes is not None else None
-    samples = Samples(source, recipe.calib, room)
     kept = kept or cache.default()
     kept.sweep()
+    labs: dict[str, Lab] = {}
     with package.staged(out) as stage:
-        builder = Builder(
-            recipe=recipe, source=source, samples=samples, original=original, progress=progress,
-            cache=kept, decisions=decisions,
-        )  # fmt: skip
-        lab = Lab(
-            builder=builder, work=stage.work, threads=threads, metric=metric, spec=recipe.gate
-        )
+        for graph in original:
+            part = source.only(graph.role)
+            dims = source.dims.get(graph.role, {})
+            room = within(max_ram_bytes, graph, dims) if max_ram_bytes is not None else None
+            builder = Builder(
+                recipe=recipe, source=part, samples=Samples(part, recipe.calib, room),
+                original=Program({graph.role: graph}), progress=progress, cache=kept,
+                decisions=decisions, roles=tuple(original.graphs),
+            )  # fmt: skip
+            work = package.engine_dir(stage.work, graph.role, "", builder.roles, ())
+            work.mkdir(exist_ok=True)
+            labs[graph.role] = Lab(
+                builder=builder, work=work, threads=threads, metric=metric, spec=recipe.gate
+            )
         made: list[_Made] = []
         for target in recipe.targets:
-            spent = sum(of.found.seconds for of in made)
-            left = time_budget_s - spent if time_budget_s is not None else None
-            made.append(_made(lab, target, left, replays=decisions is not None))
-            if made[-1].gate["verdict"] == "refused" and not allow_worse:
-                lab.finish()
-                raise _refusal(recipe, made[-1])
+            for lab in labs.values():
+                spent = sum(of.found.seconds for of in made)
+                left = time_budget_s - spent if time_budget_s is not None else None
+                made.append(_made(lab, target, left, replays=decisions is not None))
+                if made[-1].gate["verdict"] == "refused" and not allow_worse:
+                    for of in labs.values():
+                        of.finish()
+                    raise _refusal(recipe, made[-1])
         told = _first_and_others(made)
-        built = [_moved(of.built, stage) for of in made]
+        built = [_moved(of.built, of.work, stage) for of in made]
+        samples = next(iter(labs.values())).samples
         content = {**_write(stage.package, recipe, source, samples, built), **told}
         content |= {
-            "verify": {of.built.target: of.drifts for of in made},
-            "lowering": {of.built.target: of.lowering for of in made if of.lowering is not None},
-            "layers": {of.built.target: of.layers for of in made if of.layers},
-            "stand_ins": {b.target: why for b in built if (why := lab.obstacle(b)) is not None},
+            "verify": {of.label: of.drifts for of in made},
+            "lowering": {of.label: of.lowering for of in made if of.lowering is not None},
+            "layers": {of.label: of.layers for of in made if of.layers},
+            "stand_ins": {
+                b.label: why for b in built if (why := labs[b.role].obstacle(b)) is not None
+            },
             "stages": [dataclasses.asdict(stage) for stage in progress.stages.values()],
             "timings": {name: round(s.seconds, 3) for name, s in progress.stages.items()},
         }
         report.write(stage.package, content)
         package.write_manifest(stage.package, content["manifest"])
-    lab.finish()
+    for lab in labs.values():
+        lab.finish()
     content["manifest"] = json.loads((out / package.MANIFEST).read_text(encoding="utf-8"))
     return Result(out=out, report={**content, "out": str(out)})
 
@@ -197,11 +236,12 @@ def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
     """The source of a recipe and its traced program, which every target can take."""
     with progress.stage("load"):
         source = load(recipe.source.as_mapping())
-    if len(source.modules) != 1:
-        raise SourceError(
-            f"the source has {len(source.modules)} graphs ({', '.join(source.modules)}), and compile takes one",
-            hint="compile each from a factory of its own",
-        )
+    for pass_ in recipe.passes:
+        if strange := sorted(set(pass_.graphs) - set(source.modules)):
+            raise RecipeError(
+                f"pass {pass_.name!r} works on the unknown graph {strange[0]!r}",
+                hint=f"graphs: {', '.join(source.modules)}",
+            )
     with progress.stage("trace"):
         original = trace_source(source)
         _refuse_unsupported(original, recipe)
@@ -217,10 +257,15 @@ class _Made:
     lowering: Json | None
     layers: list[Json]
     gate: Json
+    work: Path
 
     @property
     def built(self) -> Built:
         return self.found.trial.built
+
+    @property
+    def label(self) -> str:
+        return self.built.label
 
     def told(self) -> Json:
         """What stands in the report: metric, bench, gate and bytes of an engine."""
@@ -248,37 +293,38 @@ def _made(lab: Lab, target: str, time_budget_s: float | None, *, replays: bool) 
         lab.beside[target] = chosen.first
     gated = gate.to_json(
         lab.spec, found.trial.checks, rolled_back=search.rolled_back(lab, base, found.trial),
-        tried=found.tried, seconds=found.seconds, ran_out=found.ran_out, target=target,
+        tried=found.tried, seconds=found.seconds, ran_out=found.ran_out, target=built.label,
     )  # fmt: skip
     return _Made(
-        found=found, drifts=drifts, lowering=lowering, layers=lab.layers(chosen), gate=gated
-    )
+        found=found, drifts=drifts, lowering=lowering, layers=lab.layers(chosen), gate=gated,
+        work=lab.work,
+    )  # fmt: skip
 
 
 def _refusal(recipe: Recipe, made: _Made) -> GateRefused:
     assert recipe.gate is not None
-    found, many = made.found, len(recipe.targets) > 1
+    found, many = made.found, len(recipe.targets) > 1 or made.label != made.built.target
     return gate.refusal(
         recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out,
-        target=made.built.target if many else None,
+        target=made.label if many else None,
     )  # fmt: skip
 
 
 def _first_and_others(made: Sequence[_Made]) -> Json:
-    """What the report says of the first engine, and by target of the others; bench.json has all that were timed."""
+    """What the report says of the first engine, and by label of the others; bench.json has all that were timed."""
     told, *rest = [of.told() for of in made]
-    others = {of.built.target: each for of, each in zip(made[1:], rest, strict=True)}
-    beside = {target: of["bench"] for target, of in others.items() if of["bench"]}
+    others = {of.label: each for of, each in zip(made[1:], rest, strict=True)}
+    beside = {label: of["bench"] for label, of in others.items() if of["bench"]}
     if told["bench"] and beside:
         told["bench"]["others"] = beside
     return {**told, "others": others}
 
 
-def _moved(built: Built, stage: package.Stage) -> Built:
+def _moved(built: Built, work: Path, stage: package.Stage) -> Built:
     """A candidate whose files lie in the package."""
     lowered = []
     for low in built.lowered:
-        trial = stage.work / low.directory.relative_to(stage.work).parts[0]
+        trial = work / low.directory.relative_to(work).parts[0]
         place = stage.package / low.directory.relative_to(trial)
         place.mkdir(parents=True, exist_ok=True)
         for name in low.files:
@@ -289,8 +335,12 @@ def _moved(built: Built, stage: package.Stage) -> Built:
 
 def trace_source(source: Source) -> Program:
     """Every module of a source as a graph under its role, with only the outputs that it wants kept."""
-    graphs = {}
+    graphs: dict[str, Graph] = {}
     for role, module in source.modules.items():
+        same = next((r for r in graphs if source.modules[r] is module), None)
+        if same is not None and source.inputs[same] is source.inputs[role]:
+            graphs[role] = dataclasses.replace(graphs[same].clone(), role=role)
+            continue
         program = trace(module, source.inputs[role], dims=source.dims.get(role), role=role)
         graph = program.only()
         if wanted := source.outputs.get(role):
@@ -341,12 +391,14 @@ def _write(
     decisions: Json = {}
     origins: Json = {}
     for made in built:
-        prefix = f"{made.target}/" if len(built) > 1 else ""
+        prefix = made.prefix(recipe.targets)
         decisions |= {f"{prefix}{i}:{r.name}": r.decisions for i, r in made.steps.items()}
         if taken := made.rollback.to_json(recipe.passes):
             decisions[f"{prefix}gate"] = taken
         origins |= {
-            prefix + graph.role: {n: dataclasses.asdict(o) for n, o in graph.origins.items()}
+            f"{made.target}/{graph.role}" if len(recipe.targets) > 1 else graph.role: {
+                n: dataclasses.asdict(o) for n, o in graph.origins.items()
+            }
             for graph in made.program
         }
     (stage / "decisions.json").write_text(package.dump(decisions), encoding="utf-8")
@@ -358,7 +410,7 @@ def _write(
     engines = [_entry(low, stage) for made in built for low in made.lowered]
     passes = [
         {
-            "name": r.name, "target": made.target, "options": r.options, "effect": r.effect,
+            "name": r.name, "role": made.role, "target": made.target, "options": r.options, "effect": r.effect,
             "sites": r.sites, "nodes": list(r.nodes), "bytes": list(r.bytes),
         }
         for made in built for r in made.records if r.sites
@@ -367,7 +419,7 @@ def _write(
         "schema": package.SCHEMA,
         "kind": source.kind,
         "engines": engines,
-        "links": [],
+        "links": _links(source, engines),
         "source": {"name": source.name, "digest": source.digest},
         "data": samples.description(),
         "graph_digest": graph_digest([made.program for made in built]),
@@ -379,12 +431,12 @@ def _write(
     return {
         "manifest": manifest,
         "passes": [
-            {**dataclasses.asdict(r), "target": made.target, "decisions": len(r.decisions)}
+            {**dataclasses.asdict(r), "target": made.label, "decisions": len(r.decisions)}
             for made in built
             for r in made.records
         ],
         "sites": [
-            {**dataclasses.asdict(s), "target": low.target}
+            {**dataclasses.asdict(s), "target": made.label}
             for made in built
             for low in made.lowered
             for s in low.sites
@@ -392,6 +444,21 @@ def _write(
         "source_bytes": sum(_weight_bytes(m) for m in source.modules.values()),
         "data": samples.description(),
     }
+
+
+def _links(source: Source, engines: Sequence[Json]) -> list[Json]:
+    """Every link of the source between two engines of one target, as the ports of the producer say."""
+    found = []
+    by = {(engine["target"], engine["role"]): engine for engine in engines}
+    for target in dict.fromkeys(engine["target"] for engine in engines):
+        for link in source.links:
+            producer = by[target, link.producer]
+            port = next(p for p in producer["outputs"] if p["name"] == link.output)
+            found.append({
+                **dataclasses.asdict(link), "target": target, "dtype": port["dtype"],
+                "shape": port["shape"], "sha256": producer["sha256"],
+            })  # fmt: skip
+    return found
 
 
 def _absolute(source: Mapping[str, Any]) -> Json:

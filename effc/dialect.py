@@ -26,6 +26,8 @@ class Dialect:
     overflow_fix: bool = True
     smooth_gain_db: float | None = None
     """What scaling the channels of an activation must be expected to gain; None where nothing is scaled."""
+    token_scales: bool = False
+    """Whether products are of integers where activations have a scale per token, computed as the engine runs."""
     fp8: bool = False
     """Whether products of 8-bit floating point numbers have kernels."""
     rest: str | None = None

@@ -30,7 +30,7 @@ def join(out: Path, found: Any, where: str) -> str:
             f"{where} times no engine of {out}",
             hint=f"on the other machine, with a copy of this package: effc bench {out} --json FILE",
         )
-    target = entry["target"]
+    target = package.label(entry["role"], entry["target"], [e["role"] for e in engines])
     told = content if entry is engines[0] else content["others"][target]
     before = told["bench"] or {}
     _refuse_changed(out, before.get("sha256") == timed)

@@ -45,11 +45,11 @@ def refuse(what: Path, broken: Sequence[str]) -> None:
 
 
 def entry_of(out: Path, manifest: package.Manifest, target: str | None) -> package.EngineEntry:
-    """The engine of a target, the first where None. Raises UsageError where there is none."""
+    """The engine of a target, a role or both, as `decode/ort`; the first where None. Raises UsageError for none."""
     for entry in manifest.engines:
-        if target in (None, entry.target):
+        if target in (None, entry.target, entry.role, manifest.label(entry)):
             return entry
-    known = ", ".join(entry.target for entry in manifest.engines)
+    known = ", ".join(map(manifest.label, manifest.engines))
     raise UsageError(f"{out} has no engine for {target!r}", hint=f"it has {known}")
 
 

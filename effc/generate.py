@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from effc.causal import PAST, PRESENT, empty, positions
+from effc.causal import KEEP, PAST, PRESENT, empty, positions
 from effc.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -100,8 +100,10 @@ def tokens(
     room = sampling.max_tokens if context is None else min(sampling.max_tokens, context - longest)
     for number in range(room):
         started = time.perf_counter()
+        length = ids.shape[1]
         found = engine({
-            "input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1]), **past,
+            "input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, length),
+            KEEP: np.array([length - 1]), **past,
         })  # fmt: skip
         chosen = choose(found["logits"][:, -1], sampling, draw)
         past = {

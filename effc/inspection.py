@@ -60,12 +60,14 @@ def verify(
 
     wanted = metrics.parse(metric) if metric else None
     spec = _source_of(out, manifest, model, trust_code)
-    source, samples, original = _open(out, manifest, spec, calib, progress)
+    parts = _open(out, manifest, spec, calib, progress)
+    source, samples, original = parts[manifest.engines[0].role]
     if wanted is not None:
         wanted.check(source)
     threads = threads or default_threads()
     with progress.stage("verify") as step:
         for number, entry in enumerate(manifest.engines):
+            source, samples, original = parts[entry.role]
             cases = measure.verify_engine(
                 source,
                 original.only(),
@@ -77,11 +79,12 @@ def verify(
             )
             found["outputs"] = found["outputs"] or measure.worst_known(cases)
             if (why := _obstacle_of(lowered_of(out, entry))) is not None:
-                found["stand_ins"][entry.target] = why
-            prefix = f"{entry.target}: " if number else ""
+                found["stand_ins"][manifest.label(entry)] = why
+            prefix = f"{manifest.label(entry)}: " if number else ""
             found["cases"] |= {f"{prefix}{label}": drifts for label, drifts in cases.items()}
     if wanted is not None:
         lowered = lowered_of(out, manifest.engines[0])
+        source, samples, original = parts[manifest.engines[0].role]
         with progress.stage("metric") as step:
             found["metric"] = measure.task_metric(
                 source, original.only(), lowered, wanted, threads, step
@@ -101,7 +104,8 @@ def _whole(out: Path, progress: Progress) -> package.Manifest:
 
 
 def _lossy(manifest: package.Manifest, entry: package.EngineEntry) -> bool:
-    return any(p.effect == "lossy" and p.target == entry.target for p in manifest.passes)
+    mine = entry.target, entry.role
+    return any(p.effect == "lossy" and (p.target, p.role) == mine for p in manifest.passes)
 
 
 def _source_of(out: Path, manifest: package.Manifest, model: str | None, trust_code: bool) -> Json:
@@ -113,6 +117,9 @@ def _source_of(out: Path, manifest: package.Manifest, model: str | None, trust_c
     if spec is not None and "python" not in spec and manifest.kind == "causal-lm":
         names = [port.name for port in manifest.engines[0].inputs]
         spec = {**spec, "cache": any(name.startswith(PAST) for name in names)}
+        roles = list(dict.fromkeys(engine.role for engine in manifest.engines))
+        if len(roles) > 1:
+            spec["roles"] = roles
     if spec is None:
         raise UsageError(
             f"this compares with the model, and {out} remembers none that may be loaded",
@@ -142,8 +149,9 @@ def _remembered(out: Path, trust_code: bool) -> Json | None:
 def _open(
     out: Path, manifest: package.Manifest, spec: Json, calib: str | None, progress: Progress
 ) -> Any:
-    """Source, samples and traced graph of the model that a package was made from. Raises SourceError for another."""
+    """By role: source, samples and graph of the model that a package was made from. Raises SourceError for another."""
     from effc import compiler
+    from effc.ir.program import Program
     from effc.recipe import CalibSpec
     from effc.samples import Samples
     from effc.source import load
@@ -159,7 +167,12 @@ def _open(
         )
     with progress.stage("trace"):
         original = compiler.trace_source(source)
-    return source, Samples(source, CalibSpec(file=calib) if calib else None), original
+    drawn = CalibSpec(file=calib) if calib else None
+    parts = {role: source.only(role) for role in source.modules}
+    return {
+        role: (part, Samples(part, drawn), Program({role: original[role]}))
+        for role, part in parts.items()
+    }
 
 
 def verify_lines(found: Mapping[str, Any]) -> list[str]:
@@ -220,7 +233,7 @@ def bench(
     threads = threads or default_threads()
     others = {_name_of(word): _opener(word, threads) for word in against}
     model_spec = _source_of(out, manifest, model, trust_code)
-    source, samples, original = _open(out, manifest, model_spec, calib, progress)
+    source, samples, original = _open(out, manifest, model_spec, calib, progress)[entry.role]
     if wanted is not None:
         wanted.check(source)
     lowered = lowered_of(out, entry)

@@ -67,6 +67,7 @@ class PassEntry:
     sites: int
     nodes: tuple[int, int]
     bytes: tuple[int, int]
+    role: str = "main"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,21 @@ class EngineEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkEntry:
+    """What an engine takes as another gave it: the roles and ports, and the sha256 of the engine that gives."""
+
+    target: str
+    producer: str
+    output: str
+    consumer: str
+    input: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    layout: str
+    sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a package holds. `unhashed` files may differ between two equal compiles; all others may not."""
 
@@ -95,7 +111,7 @@ class Manifest:
     digest: Sha256
     kind: str
     engines: Annotated[tuple[EngineEntry, ...], Field(min_length=1)]
-    links: tuple[dict[str, Any], ...] = ()
+    links: tuple[LinkEntry, ...] = ()
     files: dict[str, Sha256] = field(default_factory=dict)
     unhashed: tuple[str, ...] = ()
     source: dict[str, str] = field(default_factory=dict)
@@ -110,6 +126,13 @@ class Manifest:
     def names(self) -> set[str]:
         """Everything that may lie in the package."""
         return {*self.files, *self.unhashed, MANIFEST}
+
+    def engine(self, target: str, role: str) -> EngineEntry | None:
+        return next((e for e in self.engines if (e.target, e.role) == (target, role)), None)
+
+    def label(self, engine: EngineEntry) -> str:
+        """What an engine is called: its target, and its role where there are several."""
+        return label(engine.role, engine.target, [e.role for e in self.engines])
 
     def model_bytes(self, root: Path, engine: EngineEntry | None = None) -> int:
         """Bytes of an engine, the first where none is given, and the data beside it."""
@@ -482,7 +505,7 @@ def check(out: Path) -> list[str]:
             f"{error.filename} cannot be read: {error.strerror}", hint=UNHARMED
         ) from error
     found += [f"{paths.word(name)} is not in the manifest" for name in strange]
-    return found or _false_words(out, manifest)
+    return found or [*_false_words(out, manifest), *broken_links(manifest)]
 
 
 def _volatile(out: Path, manifest: Manifest) -> dict[str, str]:
@@ -538,6 +561,45 @@ def _false_words(out: Path, manifest: Manifest) -> list[str]:
                 opset=engine.opset, listed=manifest.files,
             )  # fmt: skip
     return found
+
+
+def label(role: str, target: str, roles: Sequence[str]) -> str:
+    """`ort`, or `decode/ort` where a program has several graphs."""
+    return f"{role}/{target}" if len(set(roles)) > 1 else target
+
+
+def broken_links(manifest: Manifest) -> list[str]:
+    """Links that do not fit the engines on their two sides."""
+    found = []
+    for link in manifest.links:
+        word = f"{link.producer} {link.output} → {link.consumer} {link.input}"
+        sides = []
+        for role, name, side in (
+            (link.producer, link.output, "outputs"), (link.consumer, link.input, "inputs"),
+        ):  # fmt: skip
+            engine = manifest.engine(link.target, role)
+            ports = {p.name: p for p in getattr(engine, side)} if engine is not None else {}
+            sides.append((engine, ports.get(name)))
+        (producer, given), (_, taken) = sides
+        if producer is None or given is None or taken is None:
+            found.append(f"link {word}: an engine or a port is missing")
+        elif producer.sha256 != link.sha256:
+            found.append(f"link {word}: it is from another engine")
+        elif given.dtype != taken.dtype or not _fit(given.shape, taken.shape):
+            found.append(
+                f"link {word}: {given.dtype} {list(given.shape)} is given, "
+                f"{taken.dtype} {list(taken.shape)} is taken"
+            )
+    return found
+
+
+def _fit(given: Sequence[int | str], taken: Sequence[int | str]) -> bool:
+    """Whether the sizes that are fixed on both sides are the same."""
+    return len(given) == len(taken) and all(
+        a == b
+        for a, b in zip(given, taken, strict=True)
+        if isinstance(a, int) and isinstance(b, int)
+    )
 
 
 def engine_dir(

@@ -25,7 +25,7 @@ from effc.backends.eager import GraphEngine, ports
 from effc.build import Builder
 from effc.cache import Cache
 from effc.ir.memory import peak_bytes
-from effc.ir.program import Graph
+from effc.ir.program import Graph, Program
 from effc.machine import default_threads
 from effc.passes.pipeline import apply
 from effc.progress import Progress, resident_mb
@@ -76,17 +76,30 @@ def plan(
     metric = metric or source.metric
     if metric is not None:
         metric.check(source)
-    samples = Samples(source, recipe.calib)
-    builder = Builder(
-        recipe=recipe, source=source, samples=samples, original=original, progress=Progress(),
-        cache=Cache(None), decisions=decisions,
-    )  # fmt: skip
-    graph = original.only()
-    left_mb = math.inf
-    if max_ram_bytes is not None:
-        left_mb = max(0.0, within(max_ram_bytes, graph, {}).left_bytes / 1e6)
-    with progress.stage("probe"):
-        return _Probe(builder, metric, progress, threads, left_mb).result()
+    found: list[Json] = []
+    for graph in original:
+        part = source.only(graph.role)
+        builder = Builder(
+            recipe=recipe, source=part, samples=Samples(part, recipe.calib),
+            original=Program({graph.role: graph}), progress=Progress(), cache=Cache(None),
+            decisions=decisions, roles=tuple(original.graphs),
+        )  # fmt: skip
+        left_mb = math.inf
+        if max_ram_bytes is not None:
+            left_mb = max(0.0, within(max_ram_bytes, graph, {}).left_bytes / 1e6)
+        with progress.stage("probe"):
+            made = _Probe(builder, metric, progress, threads, left_mb).result()
+        if found:  # the model is loaded and traced once
+            made["stages"] = [s for s in made["stages"] if s["name"] not in ("load", "trace")]
+        found.append(made)
+    stages = [stage for made in found for stage in made["stages"]]
+    return {
+        **found[0],
+        "stages": stages,
+        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "memory_mb": max(stage["memory_mb"] for stage in stages),
+        "disk_mb": round(sum(stage["disk_mb"] for stage in stages), 1),
+    }
 
 
 class _Probe:
@@ -109,12 +122,8 @@ class _Probe:
         self._verify()
         self._metric()
         self._bench()
-        total = sum(stage.seconds for stage in self.stages)
         return {
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
-            "seconds": round(total, 1),
-            "memory_mb": max(stage.memory_mb for stage in self.stages),
-            "disk_mb": round(sum(stage.disk_mb for stage in self.stages), 1),
             "model_bytes": sizes[0],
             "threads": self.threads,
             "may_search": self.recipe.gate is not None and bool(self.recipe.passes),
@@ -149,7 +158,7 @@ class _Probe:
         spec, rollback = self.recipe.calib, self.builder.recorded_rollback(target)
         for index, given in enumerate(self.recipe.passes):
             pass_ = rollback.apply(index, given)
-            if pass_ is None:
+            if pass_ is None or not self.builder.takes(pass_):
                 continue
             recorded = self.builder.recorded(target, f"{index}:{given.name}")
             data = list(itertools.islice(self.samples(self.graph.role), 2))

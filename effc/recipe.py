@@ -75,7 +75,8 @@ Count = Annotated[int, Field(ge=1)]
 class SourceSpec:
     """Where the model comes from: one of the words, with options for a factory.
 
-    `cache` says whether a causal language model of a directory takes and gives its keys and values.
+    `cache` says whether a causal language model of a directory takes and gives its keys and values; `roles`, prefill
+    and decode, makes two graphs of it.
     """
 
     transformers: str | None = None
@@ -83,11 +84,16 @@ class SourceSpec:
     python: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     cache: bool = True
+    roles: tuple[Literal["prefill"], Literal["decode"]] | None = None
 
     def as_mapping(self) -> dict[str, Any]:
         named = {"transformers": self.transformers, "gguf": self.gguf, "python": self.python}
-        given = {k: v for k, v in named.items() if v is not None}
-        return {**given, **({} if self.cache else {"cache": False}), **self.options}
+        given: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
+        if not self.cache:
+            given["cache"] = False
+        if self.roles is not None:
+            given["roles"] = list(self.roles)
+        return {**given, **self.options}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,6 +160,8 @@ class _Trial:
         codes = self.value.args[0] if self.value.target is DEQUANTIZE else None
         if not isinstance(codes, fx.Node) or codes.target is not QUANTIZE:
             return None
+        if not is_constant(self.graph, codes.args[1]):
+            return None
         scale, zero = (tensor_of(self.graph, codes.args[i]) for i in (1, 2))  # type: ignore[arg-type]
         low, high = (int(codes.args[i]) for i in (3, 4))  # type: ignore[arg-type]
         if scale.numel() != 1:

@@ -68,6 +68,17 @@ EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """What one graph gives and another takes as it is; `layout` names the axes."""
+
+    producer: str
+    output: str
+    consumer: str
+    input: str
+    layout: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A model to compile, by role; a plain model has the one role `main`.
 
@@ -87,11 +98,23 @@ class Source:
     processor: Processor | None = None
     directory: Path | None = None
     files: tuple[str, ...] = ()
+    links: tuple[Link, ...] = ()
 
     @property
     def module(self) -> nn.Module:
         (module,) = self.modules.values()
         return module
+
+    def only(self, role: str) -> Source:
+        """The same with one of its graphs."""
+
+        def of(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {role: values[role]} if role in values else {}
+
+        return dataclasses.replace(
+            self, modules=of(self.modules), inputs=of(self.inputs), dims=of(self.dims),
+            outputs=of(self.outputs),
+        )  # fmt: skip
 
 
 def guess(model: str) -> dict[str, str]:
@@ -112,21 +135,23 @@ def guess(model: str) -> dict[str, str]:
 
 def load(spec: Mapping[str, Any]) -> Source:
     """The source that `{transformers: DIR}`, `{gguf: FILE}` or `{python: module:factory, …options}` stands for."""
+    how = {"cache": spec.get("cache", True), "roles": tuple(spec.get("roles", ()))}
     if "transformers" in spec:
-        return from_directory(Path(spec["transformers"]), cache=spec.get("cache", True))
+        return from_directory(Path(spec["transformers"]), **how)
     if "gguf" in spec:
         file = Path(spec["gguf"])
         place, digest = gguf.directory(file)
-        found = from_directory(place, cache=spec.get("cache", True))
+        found = from_directory(place, **how)
         return dataclasses.replace(found, name=file.stem, digest=digest)
     options = {k: v for k, v in spec.items() if k != "python"}
     return from_factory(spec["python"], options)
 
 
-def from_directory(path: Path, *, cache: bool = True) -> Source:
+def from_directory(path: Path, *, cache: bool = True, roles: Sequence[str] = ()) -> Source:
     """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong.
 
-    A causal language model takes and gives its cache of keys and values, unless `cache` is false.
+    A causal language model takes and gives its cache of keys and values, unless `cache` is false; `roles` prefill and
+    decode make two graphs of it, for an engine that reads prompts and one that writes.
     """
     if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         path = _download(path)
@@ -140,11 +165,20 @@ def from_directory(path: Path, *, cache: bool = True) -> Source:
         processor.cache = tuple(causal.shapes(model.config))
         inputs, dims = causal.example(inputs, processor.cache)
         model, keep = causal.cached(model), ()
+        if not model.chooses:
+            del inputs[causal.KEEP]
+    elif roles:
+        raise SourceError(
+            f"{path} is no causal language model with a cache, and has one graph",
+            hint="leave source.roles out",
+        )
+    named = tuple(roles) or ("main",)
     return Source(
-        modules={"main": model},
-        inputs={"main": inputs},
-        dims={"main": dims},
-        outputs={"main": keep} if keep else {},
+        modules=dict.fromkeys(named, model),
+        inputs=dict.fromkeys(named, inputs),
+        dims=dict.fromkeys(named, dims),
+        outputs=dict.fromkeys(named, keep) if keep else {},
+        links=tuple(Link(**link) for link in causal.links(len(processor.cache))) if roles else (),
         kind="encoder" if pools(path) else kind_of(config),
         name=_name(path),
         digest=directory_digest(path),

@@ -25,7 +25,7 @@ from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import ModuleEngine
 from effc.blame import Blame, Faults, first_fault
-from effc.build import Rollback, graph_digest
+from effc.build import Rollback, graph_digest, prefix
 from effc.calib.calibrator import MASK, tensors_for
 from effc.case import few
 from effc.engine import entry_of
@@ -116,25 +116,27 @@ def walk(
     spec = inspection._source_of(out, manifest, model, trust_code)
     asked = _recipe(out, spec, trust_code)
     decisions = package.read_json(out, "decisions.json")
-    source, samples, original = inspection._open(out, manifest, spec, calib, progress)
+    parts = inspection._open(out, manifest, spec, calib, progress)
+    source, samples, original = parts[entry.role]
     threads = threads or default_threads()
     feeds, is_made_up = _feeds(samples, original.only())
     with measure._torch_threads(threads):
         with ModuleEngine(source.module, original.only()) as engine:
             module = engine(feeds)
         way = _Way(feeds=feeds, module=module, is_made_up=is_made_up, progress=progress)
-        program, before = way.graphs(original, asked, entry.target, decisions)
+        roles = [engine.role for engine in manifest.engines]
+        program, before = way.graphs(original, asked, entry.target, decisions, roles)
         way.plain_export(original.only(), entry.target, threads)
         lowered = lowered_of(out, entry)
         way.files(lowered, program.only(), inspection._lossy(manifest, entry), threads)
         sites, loudest = way.layers(before, program, top)
+    is_alone = len(manifest.engines) == 1
     wrong = next((s for s in way.steps if s.judgement.is_fault), None)
-    one_target = len({e.target for e in manifest.engines}) == 1
     return {
-        "target": entry.target,
+        "target": manifest.label(entry),
         "rows": len(next(iter(feeds.values()))),
         "made_up": is_made_up,
-        "replayed": graph_digest([program]) == manifest.graph_digest if one_target else None,
+        "replayed": graph_digest([program]) == manifest.graph_digest if is_alone else None,
         "steps": [s.to_json() for s in way.steps],
         "first": None if wrong is None else {
             "step": wrong.name, "node": wrong.judgement.node, "reason": wrong.judgement.reason,
@@ -144,6 +146,9 @@ def walk(
         "loudest": [dataclasses.asdict(r) for r in loudest],
         "advice": _advice(sites, loudest),
     }  # fmt: skip
+
+
+SOURCE = ("transformers", "gguf", "python", "cache", "roles")
 
 
 def _recipe(out: Path, spec: Json, trust_code: bool) -> Recipe:
@@ -159,7 +164,7 @@ def _recipe(out: Path, spec: Json, trust_code: bool) -> Recipe:
             f"the passes of {out} are code of its own: {', '.join(map(str, parts['plugins']))}",
             hint="add --trust-code where you trust it, and run this where those files are",
         )
-    kept = {k: v for k, v in spec.items() if k in ("transformers", "gguf", "python", "cache")}
+    kept = {k: v for k, v in spec.items() if k in SOURCE}
     options = {k: v for k, v in spec.items() if k not in kept}
     source = {**kept, "options": options} if options else kept
     return recipe.build({**parts, "source": source, "bench": False}, replayed=True)
@@ -196,28 +201,34 @@ class _Way:
         self.blames: list[Blame] = []
 
     def graphs(
-        self, original: Program, asked: Recipe, target: str, decisions: Mapping[str, Any]
-    ) -> tuple[Program, Program]:
+        self, original: Program, asked: Recipe, target: str, decisions: Mapping[str, Any],
+        roles: Sequence[str],
+    ) -> tuple[Program, Program]:  # fmt: skip
         """Trace and passes; gives the program as the package has it, and as the first lossy pass found it."""
         self.step("trace", "exact", lambda: self.outputs(original), Tolerance().rel_l2)
         program, found = original.clone(), None
         for word in CANONICAL if asked.canonicalize else ():
             self.passed(PASSES[word](), program, target, None)
-        gate: Json = next((decisions[k] for k in (f"{target}/gate", "gate") if k in decisions), {})
+        role = original.only().role
+
+        def names(key: str) -> list[str]:
+            found = (prefix(role, target, roles, targets) + key for targets in (("", ""), ("",)))
+            return [name for name in found if name in decisions]
+
+        gate: Json = next((decisions[name] for name in names("gate")), {})
         rollback = Rollback.from_json(gate, asked.passes)
         for index, given in enumerate(asked.passes):
             pass_ = rollback.apply(index, given)
-            if pass_ is None:
+            if pass_ is None or (pass_.graphs and role not in pass_.graphs):
                 continue
             key = f"{index}:{given.name}"
-            names = [k for k in (f"{target}/{key}", key) if k in decisions]
-            if not names:
+            if not names(key):
                 raise CalibrationError(
                     f"the recorded decisions know no step {key!r}", hint="compile the model again"
                 )
             if found is None and pass_.effect == "lossy":
                 found = program.clone()
-            self.passed(pass_, program, target, decisions[names[0]])
+            self.passed(pass_, program, target, decisions[names(key)[0]])
         return program, found or program
 
     def passed(self, pass_: Pass, program: Program, target: str, recorded: Any) -> None:

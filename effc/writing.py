@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,28 @@ def write(
     manifest = package.read(out)
     entry = entry_of(out, manifest, target)
     cache = _cache(out, manifest.kind, entry.inputs, entry.outputs)
+    roles = [e.role for e in manifest.engines if e.target == entry.target]
+    if len(roles) > 1 and set(roles) != set(causal.ROLES):
+        raise PackageError(f"{out} has engines for {', '.join(roles)}", hint=package.UNHARMED)
     config = bounded.read_json(out / "config.json", PackageError)
     processor = Processor(out, config)
     ids = [_ids(processor, prompt, chat) for prompt in prompts]
     _check_vocabulary(out, processor, ids, entry.outputs)
     counts, texts = Counts(), Texts(processor.tokenizer, len(ids), sampling.stop)
-    with Engine.open(out, entry.target, threads=threads) as engine:
+    with ExitStack() as stack:
+        words = (
+            [f"{role}/{entry.target}" for role in causal.ROLES]
+            if len(roles) > 1
+            else [entry.target]
+        )
+        engines = [stack.enter_context(Engine.open(out, word, threads=threads)) for word in words]
+
+        def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+            engine = engines[-1] if feeds["input_ids"].shape[1] == 1 else engines[0]
+            return engine.carry(feeds, ("logits",))
+
         steps = tokens(
-            lambda feeds: engine.carry(feeds, ("logits",)), cache, ids, sampling=sampling,
+            run, cache, ids, sampling=sampling,
             ends=_ends(out, processor, config),
             pad=processor.tokenizer.pad_token_id or 0, context=processor.max_length, counts=counts,
         )  # fmt: skip

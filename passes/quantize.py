@@ -27,7 +27,7 @@ from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import Select, op_name, site_names, value_key
 from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
-from effc.quant.affine import dequantize, qparams, quantize, steady, weight_qparams
+from effc.quant.affine import SMALLEST, dequantize, qparams, quantize, steady, weight_qparams
 from effc.quant.channels import channels, columns
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.quant.scheme import Scheme
@@ -51,6 +51,8 @@ class Quantize(Pass):
     a scale each, for weight-only kernels. `dtype` fp8 has floating point codes of 8 bit, e4m3, in place of integers on
     both sides of a product, and the largest magnitude for a range: a narrower one rounds no finer. `range` chooses
     activation ranges: `mse` (least squared error), `percentile`, or `minmax`; `weight_range` does it for weights.
+    `activation_scale` token gives every row of the last axis a scale of its own, its largest magnitude, found as the
+    engine runs, so that a token with huge values costs the others nothing (Yao et al. 2022, section 4.1).
     `bias_correction` adds to every bias what rounding the weights takes from the mean of the layer's output (Nagel et
     al. 2019, section 4.2): b + (W - Ŵ) E[x].
     """
@@ -65,6 +67,7 @@ class Quantize(Pass):
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
     weight_range: Literal["minmax", "mse"] = "minmax"
     group: Annotated[int, Field(ge=1)] | None = None
+    activation_scale: Literal["tensor", "token"] = "tensor"
     bias_correction: bool = False
     select: Select = field(default_factory=Select)
     activation_signed: bool | None = None
@@ -86,6 +89,11 @@ class Quantize(Pass):
             raise PreconditionError(
                 f"quantize: target {dialect.name} has no kernels for dtype fp8",
                 hint="`--target tensorrt` has, on GPUs of capability 8.9 and above; bits: 8 is fast everywhere",
+            )
+        if self._of_tokens and not dialect.token_scales:
+            raise PreconditionError(
+                f"quantize: target {dialect.name} has no kernels for activation_scale token",
+                hint="leave it out; `--target ort` has",
             )
         return dataclasses.replace(
             self,
@@ -115,7 +123,11 @@ class Quantize(Pass):
 
     @property
     def measures(self) -> bool:
-        return self._static or self.bias_correction
+        return (self._static and not self._of_tokens) or self.bias_correction
+
+    @property
+    def _of_tokens(self) -> bool:
+        return self.activation_scale == "token"
 
     @property
     def _static(self) -> bool:
@@ -127,6 +139,8 @@ class Quantize(Pass):
         if not self.overflow_fix or not self._static or self._is_fp8:
             return None
         scheme = self._activation
+        if self._of_tokens:
+            return INT16_MAX // 255
         return INT16_MAX // (scheme.high - scheme.low)  # kernels shift signed codes to unsigned
 
     def requires(self, program: Program) -> None:
@@ -139,6 +153,11 @@ class Quantize(Pass):
             raise PreconditionError(
                 "quantize: a range of dtype fp8 is the largest magnitude, not a percentile",
                 hint="leave range out",
+            )
+        if self._of_tokens and (self._is_fp8 or not self._static):
+            raise PreconditionError(
+                "quantize: activation_scale token is for integer activations",
+                hint="leave dtype out and set activation_bits to 8, or leave activation_scale out",
             )
         if self.group and self._static:
             raise PreconditionError(
@@ -180,7 +199,7 @@ class Quantize(Pass):
             if self.bias_correction and _constant_bias(graph, node) is not None:
                 key = _mean_key(graph, names, node)
                 yield Probe(key=key, node=value, collector=Channels(_channel_axis(node)))
-            if not self._static:
+            if not self._static or self._of_tokens:
                 continue
             yield Probe(
                 key=value_key(graph, names, value),
@@ -381,11 +400,31 @@ class _Work:
         assert isinstance(value, fx.Node)
         if value in self.grids:
             return  # it comes off a convolution's grid already
+        if self.options._of_tokens and op_name(site) == "linear":
+            if value not in self.values:
+                self.values[value] = self._row_pair(value, site)
+            site.update_arg(0, self.values[value])
+            return
         if value not in self.values:
             self.values[value] = self._pair(value, before=site)
             if op_name(site).startswith("conv") and self.options.conv_residual:
                 self._share(value, self.values[value])
         site.update_arg(0, self.values[value])
+
+    def _row_pair(self, value: fx.Node, before: fx.Node) -> fx.Node:
+        """`dequantize(quantize(value))` with a scale for every row, found as the graph runs."""
+        scheme = Scheme(bits=self.options.activation_bits)
+
+        def put(target: Any, *args: Any) -> fx.Node:
+            return insert(self.graph, before, target, args)
+
+        most = put(aten.amax.default, put(aten.abs.default, value), [-1], True)
+        scale = put(aten.clamp_min.default, put(aten.mul.Tensor, most, 1 / scheme.high), SMALLEST)
+        stem = self.names.get(value, value.name).replace(":", ".")
+        zero = torch.zeros((), dtype=torch.int8)
+        name = lift(self.graph, f"{stem}_zero_point", zero, Origin(stem, ("token",)))
+        codes = put(QUANTIZE, value, scale, name, scheme.low, scheme.high, 0, 0)
+        return put(DEQUANTIZE, codes, scale, name, 0, 0)
 
     def _share(self, value: fx.Node, pair: fx.Node) -> None:
         """Let the residual sums beside a convolution read its integers too: the value itself is then never stored."""

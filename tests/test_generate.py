@@ -104,9 +104,9 @@ def test_the_ports_are_named_as_others_read_them(packages):
     (engine,) = manifest["engines"]
     assert manifest["kind"] == "causal-lm"
     assert [p["name"] for p in engine["inputs"]][:5] == [
-        "input_ids", "attention_mask", "position_ids", f"{PAST}.0.key", f"{PAST}.0.value",
+        "input_ids", "attention_mask", "position_ids", "logits_to_keep", f"{PAST}.0.key",
     ]  # fmt: skip
-    assert engine["inputs"][3]["shape"] == ["batch", 2, "past", 8]
+    assert engine["inputs"][4]["shape"] == ["batch", 2, "past", 8]
     assert engine["outputs"][1]["name"] == "present.0.key"
 
 
@@ -198,7 +198,7 @@ def test_the_tokenizer_of_another_model_is_refused(packages, tmp_path):
     [
         (lambda e: e["outputs"][1].update(shape=["batch", 4, "past + sequence", 8]), "layer 0"),
         (lambda e: e["inputs"].pop(), "lacks layers"),
-        (lambda e: e["inputs"][3].update(name="past_key_values.7.key"), "layer 0"),
+        (lambda e: e["inputs"][4].update(name="past_key_values.7.key"), "layer 0"),
     ],
 )
 def test_a_cache_of_another_model_is_refused(packages, tmp_path, change, part):

@@ -6,7 +6,8 @@ from the graph instead of guessing it from arithmetic.
     quantize    q = clamp(round(x / scale) + zero_point, low, high)
     dequantize  x̂ = (q − zero_point) · scale                                   in the type of `scale`
 
-`scale` and `zero_point` are tensors: one element, one per index of `axis`, or `[out, in / group]` where `group` > 0.
+`scale` and `zero_point` are tensors: one element, one per index of `axis`, one per row of the last axis as `[…, 1]`
+(which is computed as the graph runs), or `[out, in / group]` where `group` > 0.
 Rounding is half to even and divides by the scale, as ONNX's QuantizeLinear does. Codes have the type of `zero_point`:
 integers, or float8_e4m3fn, which is its own rounding and whose zero point is 0.
 """
@@ -23,9 +24,16 @@ def spread(parameter: Tensor, like: Tensor, axis: int, group: int) -> Tensor:
         return parameter
     if group > 0:
         return parameter.repeat_interleave(group, dim=-1)
+    if is_of_rows(parameter, like):
+        return parameter
     shape = [1] * like.dim()
     shape[axis] = -1
     return parameter.reshape(shape)
+
+
+def is_of_rows(parameter: Tensor, like: Tensor) -> bool:
+    """Whether a parameter has a value for every row of the last axis."""
+    return 1 < parameter.dim() == like.dim()
 
 
 def nearest(
