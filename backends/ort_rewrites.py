@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from effc.backends.onnx_match import constant, initializer, only_consumer, producer, swap
+from effc.backends.onnx_match import constant, initializer, only_consumer, producer, swap, take_over
 from effc.backends.ort_attention import heads_side_by_side, mask_every_query, rotary_for_every_row
 from effc.quant.pack import pack
 
@@ -28,6 +28,7 @@ def rewrite(model: ir.Model) -> None:
     heads_side_by_side(graph)
     mask_every_query(graph)
     _residual_as_sum(graph)
+    _residual_in_norm(graph)
     _drop_dead(graph)
     _unique_names(graph)
     if any(node.domain == MICROSOFT for node in graph):
@@ -286,6 +287,33 @@ def _residual_as_sum(graph: ir.Graph) -> None:
         readers = [use.node.op_type for use in node.outputs[0].uses()]
         if "LayerNormalization" in readers:
             node.op_type = "Sum"
+
+
+def _residual_in_norm(graph: ir.Graph) -> None:
+    """RMSNormalization(x + y) → SkipSimplifiedLayerNormalization, which gives the sum too."""
+    for node in list(graph):
+        add = producer(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None
+        if add is None or node.domain or node.attributes.get_int("axis", -1) != -1:
+            continue
+        x, y, weight = *add.inputs, node.inputs[1]
+        if x is None or y is None or weight is None or not _alike(x, y) or len(x.shape or ()) != 3:
+            continue
+        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        new = ir.Node(
+            MICROSOFT, "SkipSimplifiedLayerNormalization", [x, y, weight],
+            [ir.AttrFloat32("epsilon", epsilon)], name=node.name, num_outputs=4,
+        )  # fmt: skip
+        graph.insert_after(add, new)
+        for place, output in enumerate(new.outputs):
+            output.name = f"{node.name}.{place}"
+        take_over(add.outputs[0], new.outputs[3])
+        take_over(node.outputs[0], new.outputs[0])
+        for unused in new.outputs[1:3]:
+            unused.name = ""
+
+
+def _alike(x: ir.Value, y: ir.Value) -> bool:
+    return x.shape is not None and y.shape is not None and list(x.shape) == list(y.shape)
 
 
 def _unique_names(graph: ir.Graph) -> None:
