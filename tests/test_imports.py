@@ -46,7 +46,7 @@ LINES = [
     trial remedy
     search
     compiler
-    inspection plan writing
+    inspection plan writing layout
     walk
     cli
     __init__ __main__
