@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from effc import scratch
-from effc.backends.ort import OrtEngine
+from effc.backends.ort_engine import OrtEngine
 from effc.backends.ort_rewrites import mask_every_query
 
 NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)

@@ -507,9 +507,10 @@ def run(
       effc run OUT --prompts lines.txt --temperature 0.8 --top-p 0.9 --json replies.json
     """
     _outside(json_, out)
-    from effc import writing
+    from effc import lean, writing
     from effc.generate import Sampling
 
+    lean.without_torch()
     asked = list(prompt or ()) + (writing.read_prompts(prompts) if prompts else [])
     stream = sys.stderr if json_ == "-" else sys.stdout
     if len(asked) == 1:

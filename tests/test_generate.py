@@ -1,6 +1,7 @@
 """Text that an engine writes is what transformers writes, token by token; and bad prompts are refused."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -224,6 +225,45 @@ def test_an_interrupted_reply_ends_like_any_interrupted_command(packages, tmp_pa
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130 and b"Traceback" not in err
+
+
+LEAN = """
+import json, sys
+from effc import cli
+sys.argv = ["effc", "run", *sys.argv[1:]]
+try:
+    cli.main()
+finally:
+    print(json.dumps(sorted({"torch", "onnxscript", "scipy"} & sys.modules.keys())), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("--chat",)])
+def test_writing_loads_no_torch_and_writes_the_same(packages, tmp_path, words):
+    out = tmp_path / "out"
+    shutil.copytree(packages("llama") / "out", out)
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content + ' then' }}{% endfor %}"
+    plant(out, "tokenizer_config.json", json.dumps(settings))
+    words = ("--prompt", "the cat", "--max-tokens", "24", *words)
+    command = [sys.executable, "-c", LEAN, str(out), *words, "--json", str(tmp_path / "lean.json")]
+    lean = subprocess.run(command, capture_output=True, text=True)
+    assert lean.returncode == 0, lean.stderr
+    assert lean.stderr.splitlines()[-1] == "[]"
+    assert "PyTorch" not in lean.stderr
+    cli("run", out, *words, "--json", tmp_path / "full.json")  # torch is loaded in this process
+    found, full = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("lean", "full"))
+    assert (found["tokens"], found["texts"]) == (full["tokens"], full["texts"])
+
+
+def test_transformers_is_left_alone_where_it_is_loaded():
+    from effc import lean
+
+    before = sys.modules["torch"]
+    lean.without_torch()
+    assert sys.modules["torch"] is before
+    assert lean.QUIET not in os.environ
 
 
 @pytest.mark.slow
