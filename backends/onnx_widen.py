@@ -12,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 
 from effc import scratch
-from effc.backends.ort import OrtEngine
 from effc.backends.ort_attention import mask_every_query
+from effc.backends.ort_engine import OrtEngine
 
 NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 FLOAT = ir.DataType.FLOAT

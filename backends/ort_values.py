@@ -22,7 +22,7 @@ from effc import scratch
 from effc.backends import onnx
 from effc.backends.base import Array
 from effc.backends.onnx_export import prepared
-from effc.backends.ort import session, session_options
+from effc.backends.ort_engine import session, session_options
 from effc.errors import LoweringError, first_line
 from effc.ir.align import computed
 from effc.ir.program import Graph

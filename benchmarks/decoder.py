@@ -7,7 +7,8 @@ MODEL is a GGUF file or a directory of a causal language model, TEXT what it is 
 engines of the one model: `prefill`, 8 bit on both sides of a product, reads, and `decode`, 4-bit weights, writes.
 Beside them: the plain float export on ONNX Runtime, which gives the logits of every position, as it does for everybody;
 NNCF's int4 on OpenVINO, which gives those of the last as effc's does; the int4 that the model builder of
-onnxruntime-genai writes; and each of effc's engines at what the other is for. All take turns in shuffled blocks on two threads; a ratio is peer ÷ effc's engine with its 99 % interval.
+onnxruntime-genai writes; and each of effc's engines at what the other is for. All take turns in shuffled blocks on two
+threads; a ratio is peer ÷ effc's engine with its 99 % interval.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import onnxruntime
 from effc import bench, causal, measure, package
 from effc.backends.base import EngineBase
 from effc.backends.openvino import OpenVinoEngine
-from effc.backends.ort import OrtEngine, session_options
+from effc.backends.ort_engine import OrtEngine, session_options
 from effc.compiler import trace_source
 from effc.engine import lowered as lowered_of
 from effc.recipe import CalibSpec

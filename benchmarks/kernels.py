@@ -18,7 +18,7 @@ import common
 import numpy as np
 import onnx_ir as ir
 
-from effc.backends.ort import OrtEngine
+from effc.backends.ort_engine import OrtEngine
 from effc.backends.ort_rewrites import MICROSOFT, _pack
 from effc.bench import Case, compare, geometric_mean
 

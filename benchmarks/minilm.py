@@ -14,7 +14,7 @@ from typing import Any
 import common
 import numpy as np
 
-from effc.backends.ort import OrtEngine
+from effc.backends.ort_engine import OrtEngine
 from effc.bench import geometric_mean
 from effc.calib.data import digest
 from effc.package import MANIFEST, UNHASHED

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from effc.backends import ort_rewrites
 from effc.backends.eager import ports
 from effc.backends.onnx import save, to_onnx
-from effc.backends.ort import OrtEngine
+from effc.backends.ort_engine import OrtEngine
 from effc.bench import compare
 from effc.build import Builder
 from effc.cache import Cache

@@ -33,7 +33,8 @@ from effc import bench, measure, metrics, package
 from effc.backends.base import Engine, EngineBase, Lowered
 from effc.backends.eager import ModuleEngine
 from effc.backends.openvino import OpenVinoEngine, has_bf16
-from effc.backends.ort import Ort, OrtEngine
+from effc.backends.ort import Ort
+from effc.backends.ort_engine import OrtEngine
 from effc.compiler import trace_source
 from effc.engine import lowered as lowered_of
 from effc.ir.program import Graph

@@ -34,7 +34,8 @@ import torch
 from torch import nn
 
 from effc import bench, stats
-from effc.backends.ort import Ort, OrtEngine
+from effc.backends.ort import Ort
+from effc.backends.ort_engine import OrtEngine
 from effc.ir.trace import trace
 from effc.recipe import BenchSpec
 

@@ -507,9 +507,10 @@ def run(
       effc run OUT --prompts lines.txt --temperature 0.8 --top-p 0.9 --json replies.json
     """
     _outside(json_, out)
-    from effc import writing
+    from effc import lean, writing
     from effc.generate import Sampling
 
+    lean.without_torch()
     asked = list(prompt or ()) + (writing.read_prompts(prompts) if prompts else [])
     stream = sys.stderr if json_ == "-" else sys.stdout
     if len(asked) == 1:
@@ -528,6 +529,39 @@ def run(
             _say(f"{text}{reply}\n", json_)
     print(writing.line(found), file=sys.stderr)
     _write_json(json_, found)
+
+
+LAYOUT_NAMES = ("onnxruntime-genai", "transformers.js")
+
+
+@app.command()
+def package(
+    out: Annotated[
+        Path, typer.Argument(help="A directory that effc compile wrote of a causal language model.")
+    ],
+    layout: Annotated[str, typer.Option("--layout", help=f"One of {', '.join(LAYOUT_NAMES)}.")],
+    place: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Directory to write, new or empty.")
+    ],
+    json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a copy of a package as another tool opens it.
+
+    \b
+    Examples:
+      effc package OUT --layout onnxruntime-genai -o DIR
+      effc package OUT --layout transformers.js -o DIR
+    """
+    _outside(json_, out, place)
+    from effc import layout as layouts
+
+    files = layouts.write(out, layout, place)
+    for name in files:
+        _say(f"    {name}", json_)
+    _say(f"{place} is ready for {layout}", json_)
+    _write_json(json_, {"layout": layout, "files": files})
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effc import package, paths
-from effc.backends import BACKENDS
+from effc.backends import BACKENDS, OPENERS
 from effc.backends.base import Engine as OpenEngine
 from effc.backends.base import Lowered
 from effc.errors import UsageError, VerifyError
@@ -30,7 +30,9 @@ class Engine:
         manifest = package.read(place)
         refuse(place, package.check(place))
         low = lowered(place, entry_of(place, manifest, target))
-        found: OpenEngine = BACKENDS[low.target]().open(low, threads=threads or default_threads())
+        target = low.target
+        opened = OPENERS[target] if target in OPENERS else BACKENDS[target]().open
+        found: OpenEngine = opened(low, threads=threads or default_threads())
         return found
 
 

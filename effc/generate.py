@@ -6,6 +6,7 @@ time, with the cache of keys and values that the engine gave.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,11 +63,24 @@ class Counts:
 
 @dataclass
 class Reply:
-    """The tokens of one prompt's continuation so far, and how much of their text is out."""
+    """The tokens of one prompt's continuation so far, and how much of their text is out.
+
+    What stands in `ids` before `told` is text already; it was decoded as `told_text` from `start` on. `held` is text
+    that is not out, since a stop string could begin in it.
+    """
 
     ids: list[int] = field(default_factory=list)
-    shown: str = ""
+    start: int = 0
+    told: int = 0
+    told_text: str = ""
+    held: str = ""
+    pieces: list[str] = field(default_factory=list)
+    is_in_bytes: bool = False
     done: bool = False
+
+    @property
+    def shown(self) -> str:
+        return "".join(self.pieces)
 
 
 def tokens(
@@ -140,45 +154,71 @@ def _refuse(prompts: Sequence[Sequence[int]], context: int | None) -> None:
             )
 
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token that is one byte, of a vocabulary that spells out in bytes what it has no token for."""
+
+
 class Texts:
-    """The text of every reply as its tokens come, never half of a character and nothing of a stop string."""
+    """The text of every reply as its tokens come, never half of a character and nothing of a stop string.
+
+    A token says nothing alone: whether a blank is in front of it, or which character its bytes are of, hangs on what
+    comes before. So a few tokens are decoded with and without what is new, beginning where text was whole. Bytes in a
+    row are text together or not at all, and wait for the end of their row.
+    """
 
     def __init__(self, tokenizer: Any, count: int, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.special = frozenset(tokenizer.all_special_ids)
         self.replies = [Reply() for _ in range(count)]
 
     def add(self, row: int, token: int) -> str:
         """What is new of a reply's text; a stop string ends it."""
         reply = self.replies[row]
         reply.ids.append(token)
-        text = self.tokenizer.decode(reply.ids, skip_special_tokens=True)
-        for word in self.stop:
-            if (place := text.find(word)) >= 0:
-                reply.done = True
-                return self._show(reply, text[:place])
-        return self._show(reply, text[: len(text) - self._held(text)])
+        if token not in self.special:
+            piece = self.tokenizer.convert_ids_to_tokens(token)
+            reply.is_in_bytes = BYTE.fullmatch(piece or "") is not None
+        if reply.is_in_bytes:
+            return ""
+        text = self._decoded(reply, reply.start)
+        if text == reply.told_text or text.endswith("\ufffd"):
+            return ""
+        new = text[len(reply.told_text) :]
+        reply.start, reply.told = reply.told, len(reply.ids)
+        reply.told_text = self._decoded(reply, reply.start)
+        return self._show(reply, new)
 
     def rest(self, row: int) -> str:
         """What was held back, once no more comes."""
         reply = self.replies[row]
         if reply.done:
             return ""
+        new = self._show(reply, self._decoded(reply, reply.start)[len(reply.told_text) :])
+        if not reply.done:
+            new += reply.held
+            reply.pieces.append(reply.held)
         reply.done = True
-        return self._show(reply, self.tokenizer.decode(reply.ids, skip_special_tokens=True))
+        return new
 
-    def _held(self, text: str) -> int:
-        """How many characters at the end may change yet: a broken one, and what a stop string could begin with."""
-        broken = len(text) - len(text.rstrip("\ufffd"))
-        whole = text[: len(text) - broken]
+    def _decoded(self, reply: Reply, start: int) -> str:
+        return str(self.tokenizer.decode(reply.ids[start:], skip_special_tokens=True))
+
+    def _show(self, reply: Reply, new: str) -> str:
+        """Put out what is new, but for what a stop string could begin with; a whole one ends the reply before it."""
+        text = reply.held + new
+        places = [place for word in self.stop if (place := text.find(word)) >= 0]
+        if places:
+            reply.done = True
+        end = min(places, default=len(text) - self._open(text))
+        reply.held = text[end:]
+        reply.pieces.append(text[:end])
+        return text[:end]
+
+    def _open(self, text: str) -> int:
+        """How many characters at the end a stop string could begin with."""
         longest = 0
         for word in self.stop:
             for size in range(1, len(word)):
-                if whole.endswith(word[:size]):
+                if text.endswith(word[:size]):
                     longest = max(longest, size)
-        return broken + longest
-
-    @staticmethod
-    def _show(reply: Reply, text: str) -> str:
-        new = text[len(reply.shown) :]
-        reply.shown += new
-        return new
+        return longest

@@ -268,7 +268,7 @@ def _name_of(word: str) -> str:
 
 def _opener(word: str, threads: int) -> Callable[[], Any]:
     from effc.backends import onnx_file
-    from effc.backends.ort import OrtEngine
+    from effc.backends.ort_engine import OrtEngine
     from effc.measure import opener
 
     path = Path(word)

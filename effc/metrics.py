@@ -6,6 +6,7 @@ sample is right or wrong, an exact test of the samples that only one of the two 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ class Samples:
     """Per-sample results of one engine; every column has the samples along its first axis."""
 
     columns: dict[str, Array]
+    unit: str = "sample"
+    """What a sample is: what the interval draws again."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -505,18 +508,42 @@ def _logits(outputs: Mapping[str, Array]) -> Array:
     return logits
 
 
+MARK = "<|endoftext|>"
+HEADING = re.compile(r"^ ?= (?!=)[^\n]*(?<!=) = *$", re.MULTILINE)
+"""The title of an article of WikiText; a section has two marks or more on either side."""
+
+
+def documents(text: str) -> list[str]:
+    """The texts that a file holds: those between marks `<|endoftext|>`, which are taken out.
+
+    Where there is no mark, each from one heading ` = Title = ` to the next; else one. Blank ones are the end of the
+    text before.
+    """
+    pieces = text.split(MARK)
+    if len(pieces) == 1:
+        starts = [found.start() for found in HEADING.finditer(text)]
+        pieces = [text[a:b] for a, b in itertools.pairwise([0, *starts, len(text)])]
+    found: list[str] = []
+    for piece in pieces:
+        if found and not (piece.strip() and found[-1].strip()):
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """exp of the mean negative log-likelihood per token, over windows that begin with the start token, no overlap.
 
-    File: UTF-8 text, one stream; marks `<|endoftext|>` are taken out. Its interval resamples blocks of 32 tokens,
-    because neighbouring tokens are not independent.
+    File: UTF-8 text, read as one stream. Its interval resamples the documents in it, because the tokens of one are not
+    independent: what lies between marks `<|endoftext|>`, which are taken out, or begins with a heading ` = Title = `.
+    Where there is but one, the interval is over windows.
     """
 
     name: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
     relative: ClassVar[bool] = True
-    block: ClassVar[int] = 32
     file: Path
 
     def check(self, source: Source) -> None:
@@ -528,39 +555,59 @@ class Perplexity:
                 f"and config.json names a {source.processor.kind}",
                 hint="choose a metric for what the model gives",
             )
-        self.text()
+        self.documents()
 
-    def text(self) -> str:
-        return "".join(data.lines(self.file)).replace("<|endoftext|>", "")
+    def documents(self) -> list[str]:
+        return documents("".join(data.lines(self.file)))
 
     def measure(self, run: Engine, processor: Any) -> Samples:
         losses: list[Array] = []
-        for ids in self.windows(processor):
+        owners: list[Array] = []
+        for ids, documents in self.windows(processor):
             scores = _logits(run(processor.pad([ids])))[0, :-1].astype(np.float64)
             top = scores.max(axis=-1)
             total = np.log(np.exp(scores - top[:, None]).sum(axis=-1)) + top
             losses.append(total - scores[np.arange(len(ids) - 1), ids[1:]])
+            owners.append(documents[1:])
         if not losses:
             raise CalibrationError(
                 f"{self.file} holds no text to predict", hint="give texts of two tokens or more"
             )
-        flat = np.concatenate(losses)
-        starts = np.arange(0, len(flat), self.block)
-        counts = np.diff(np.append(starts, len(flat))).astype(np.float64)
-        return Samples({"loss": np.add.reduceat(flat, starts), "tokens": counts})
+        places, unit = np.concatenate(owners), "document"
+        if places[0] == places[-1]:
+            places, unit = (
+                np.repeat(np.arange(len(losses)), [len(each) for each in losses]),
+                "window",
+            )
+        tokens = np.bincount(places).astype(np.float64)
+        loss = np.bincount(places, weights=np.concatenate(losses))
+        return Samples({"loss": loss[tokens > 0], "tokens": tokens[tokens > 0]}, unit)
 
-    def windows(self, processor: Any) -> Iterator[list[int]]:
-        """Token windows of the length that the model takes."""
+    def windows(self, processor: Any) -> Iterator[tuple[list[int], Array]]:
+        """Token windows of the length that the model takes, and the number of the document that each token is of."""
         begin = processor.bos_id
         room = (processor.max_length or 512) - (begin is not None)
-        encoded = processor.tokenizer(self.text(), add_special_tokens=False, verbose=False)
-        ids = encoded["input_ids"]
+        ids, owners = self._tokens(processor.tokenizer)
         for start in range(0, len(ids), room):
-            window = ids[start : start + room]
+            window, owner = ids[start : start + room], owners[start : start + room]
             if begin is not None:
-                window = [begin, *window]
+                window, owner = [begin, *window], np.insert(owner, 0, owner[0])
             if len(window) > 1:
-                yield list(window)
+                yield window, owner
+
+    def _tokens(self, tokenizer: Any) -> tuple[list[int], Array]:
+        """The tokens of the stream, and the document that each begins in; one where the tokenizer does not tell."""
+        texts = self.documents()
+        knows = bool(getattr(tokenizer, "is_fast", False))
+        encoded = tokenizer(
+            "".join(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=knows
+        )
+        ids = list(encoded["input_ids"])
+        if not knows:
+            return ids, np.zeros(len(ids), np.int64)
+        begins = np.array([begin for begin, _ in encoded["offset_mapping"]], np.int64)
+        ends = np.cumsum([len(text) for text in texts])[:-1]
+        return ids, np.searchsorted(ends, begins, side="right")
 
     def value(self, samples: Samples, index: Array | None = None) -> float:
         chosen = slice(None) if index is None else index
@@ -689,7 +736,8 @@ def describe(file: Path) -> dict[str, Any]:
 class MetricResult:
     """Model and engine on the same `n` samples.
 
-    `low` and `high` bound engine − reference, `drop_low` and `drop_high` the `drop` (paired bootstrap at `level`).
+    `low` and `high` bound engine − reference, `drop_low` and `drop_high` the `drop` (paired bootstrap at `level`, which
+    draws `drawn` of `unit` again; `n` is of tokens where those are what is counted).
     Where samples are right or wrong, `wilson` bounds either share, and `mcnemar` has the samples that only one of the
     two gets right with the chance `p` of so uneven a split.
     """
@@ -707,6 +755,8 @@ class MetricResult:
     drop_high: float
     relative: bool
     higher_is_better: bool
+    drawn: int = 0
+    unit: str = "sample"
     are_few: bool = False
     """Whether there are too few samples for any interval to be believed."""
     wilson: dict[str, list[float]] | None = None
@@ -779,6 +829,8 @@ def compare(
         drop_high=drop.high,
         relative=metric.relative,
         higher_is_better=metric.higher_is_better,
+        drawn=n,
+        unit=reference.unit,
         are_few=are_few,
         wilson=wilson,
         mcnemar=mcnemar,

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,9 +197,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_output(out: Path) -> None:
-    """Refuse, before any work, a place that cannot become a package. Raises PackageError."""
+def check_output(out: Path, check: Callable[[Path], None] | None = None) -> None:
+    """Refuse, before any work, a place that cannot become a package. Raises PackageError.
+
+    `check` refuses what may not be replaced; without one that is all but a package.
+    """
     try:
+        (check or _check_replaceable)(out)
         _check_output(out)
     except OSError as error:
         raise PackageError(
@@ -208,7 +212,6 @@ def check_output(out: Path) -> None:
 
 
 def _check_output(out: Path) -> None:
-    _check_replaceable(out)
     here = Path.cwd().resolve()
     if out.resolve() in (
         here,
@@ -251,6 +254,14 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
+def check_empty(out: Path) -> None:
+    """Refuse a place with anything in it, a package too. Raises PackageError."""
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
+        raise PackageError(f"{out} is not a directory", hint="choose another -o")
+    if out.is_dir() and any(out.iterdir()):
+        raise PackageError(f"{out} is not empty", hint="choose another -o, or remove it yourself")
+
+
 def _is_read_only(place: Path) -> bool:
     try:
         with scratch.held(place, f"{_STAGE}check-"):
@@ -260,10 +271,13 @@ def _is_read_only(place: Path) -> bool:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Stage]:
+def staged(
+    out: Path, *, check: Callable[[Path], None] = _check_replaceable, last: str = MANIFEST
+) -> Iterator[Stage]:
     """A directory to fill that becomes `out` when the block ends well, and vanishes when it does not.
 
-    What a killed run left beside `out` goes first.
+    What a killed run left beside `out` goes first. `check` refuses what may not be replaced, and nothing is exchanged
+    without the file `last`.
     """
     out = Path(os.path.abspath(out))
     with ExitStack() as stack:
@@ -281,12 +295,10 @@ def staged(out: Path) -> Iterator[Stage]:
             ) from error
         try:
             yield stage
-            if not (stage.package / MANIFEST).is_file():
+            if not (stage.package / last).is_file():
                 raise PackageError("internal: a package was staged without its manifest")
             _sync(stage.package)
-            _check_replaceable(
-                out
-            )  # again: a compile is long, and what was put there meanwhile is not ours
+            check(out)  # again: a compile is long, and what was put there meanwhile is not ours
             _exchange(stage.package, out)
             _sync_one(out.parent)
         except OSError as error:

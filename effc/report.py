@@ -233,11 +233,23 @@ def _worth(of: Mapping[str, Any]) -> list[str]:
 
 def metric_line(m: Mapping[str, Any]) -> str:
     test = f", McNemar p = {m['mcnemar']['p']:.2g}" if m.get("mcnemar") else ""
+    ends = (
+        f" [{m['low']:+.4f}, {m['high']:+.4f}]" if m.get("drawn") != 1 else ", without an interval"
+    )
     return (
         f"metric    {m['name']} {m['reference']:.4f} → {m['engine']:.4f}, difference "
-        f"{m['engine'] - m['reference']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}] "
-        f"({100 * m['level']:g} %, n = {m['n']}{test}) {m['verdict']}"
+        f"{m['engine'] - m['reference']:+.4f}{ends} "
+        f"({100 * m['level']:g} %, n = {m['n']}{tokens_word(m)}{test}) {m['verdict']}"
     )
+
+
+def tokens_word(m: Mapping[str, Any]) -> str:
+    """What is behind a number of tokens: how many texts they are of, which are what the interval draws again."""
+    count, unit = m.get("drawn"), m.get("unit")
+    if unit not in ("document", "window"):
+        return ""
+    of = " of one document" if unit == "window" else ""
+    return f" tokens in {count} {unit}{'s' if count != 1 else ''}{of}"
 
 
 def bench_lines(bench: Mapping[str, Any]) -> list[str]:

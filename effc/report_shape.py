@@ -117,6 +117,8 @@ class Metric:
     verdict: str | None = None
     wilson: dict[str, Interval] | None = None
     mcnemar: McNemar | None = None
+    drawn: Count | None = None
+    unit: str | None = None
     data: Data | None = None
 
 

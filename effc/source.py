@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from effc import bounded, causal, gguf, paths
+from effc import bounded, cached, causal, gguf, paths
 from effc.calib.data import Batch
 from effc.errors import EffcError, SourceError, first_line
 from effc.ir.trace import named_inputs
@@ -163,8 +163,8 @@ def from_directory(path: Path, *, cache: bool = True, roles: Sequence[str] = ())
     keep = _outputs(path, config, model, inputs, missing)
     if processor.kind == "causal-lm" and cache:
         processor.cache = tuple(causal.shapes(model.config))
-        inputs, dims = causal.example(inputs, processor.cache)
-        model, keep = causal.cached(model), ()
+        inputs, dims = cached.example(inputs, processor.cache)
+        model, keep = cached.cached(model), ()
         if not model.chooses:
             del inputs[causal.KEEP]
     elif roles:

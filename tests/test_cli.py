@@ -517,7 +517,7 @@ def test_a_hub_name_without_a_network_is_a_source_error(tmp_path):
 @pytest.mark.slow
 def test_onnxruntime_is_imported_without_telemetry(tmp_path):
     home = tmp_path / "home"
-    script = "import effc.backends.ort, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    script = "import effc.backends.ort_engine, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | fresh(home)
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.stdout == "1\n", done.stderr

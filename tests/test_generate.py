@@ -1,6 +1,7 @@
 """Text that an engine writes is what transformers writes, token by token; and bad prompts are refused."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 
 import effc
 from effc.causal import PAST, complete, positions
@@ -225,6 +227,45 @@ def test_an_interrupted_reply_ends_like_any_interrupted_command(packages, tmp_pa
     assert running.returncode == 130 and b"Traceback" not in err
 
 
+LEAN = """
+import json, sys
+from effc import cli
+sys.argv = ["effc", "run", *sys.argv[1:]]
+try:
+    cli.main()
+finally:
+    print(json.dumps(sorted({"torch", "onnxscript", "scipy"} & sys.modules.keys())), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("--chat",)])
+def test_writing_loads_no_torch_and_writes_the_same(packages, tmp_path, words):
+    out = tmp_path / "out"
+    shutil.copytree(packages("llama") / "out", out)
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content + ' then' }}{% endfor %}"
+    plant(out, "tokenizer_config.json", json.dumps(settings))
+    words = ("--prompt", "the cat", "--max-tokens", "24", *words)
+    command = [sys.executable, "-c", LEAN, str(out), *words, "--json", str(tmp_path / "lean.json")]
+    lean = subprocess.run(command, capture_output=True, text=True)
+    assert lean.returncode == 0, lean.stderr
+    assert lean.stderr.splitlines()[-1] == "[]"
+    assert "PyTorch" not in lean.stderr
+    cli("run", out, *words, "--json", tmp_path / "full.json")  # torch is loaded in this process
+    found, full = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("lean", "full"))
+    assert (found["tokens"], found["texts"]) == (full["tokens"], full["texts"])
+
+
+def test_transformers_is_left_alone_where_it_is_loaded():
+    from effc import lean
+
+    before = sys.modules["torch"]
+    lean.without_torch()
+    assert sys.modules["torch"] is before
+    assert lean.QUIET not in os.environ
+
+
 @pytest.mark.slow
 def test_an_encoder_writes_no_text():
     from kit import made
@@ -266,6 +307,11 @@ def test_sampling_draws_from_the_likeliest_only():
 class Bytes:
     """A tokenizer whose tokens are bytes of UTF-8."""
 
+    all_special_ids = ()
+
+    def convert_ids_to_tokens(self, token):
+        return chr(token)
+
     def decode(self, ids, skip_special_tokens=True):
         return bytes(ids).decode("utf-8", errors="replace")
 
@@ -288,6 +334,98 @@ def test_nothing_of_a_stop_string_is_shown():
     held = Texts(Bytes(), 1, stop=["STOP"])
     shown = [held.add(0, byte) for byte in b"a ST"]
     assert "".join(shown) == "a " and held.rest(0) == "ST"
+
+
+def byte_level():
+    """A tokenizer of bytes and a few pairs of them, as of GPT-2; 0 is special."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [a + b for a in letters[::7] for b in letters[::11]]
+    words = dict.fromkeys(["</s>", *letters, *pairs])
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def sentencepiece():
+    """A tokenizer of words with a blank before them and of bytes, as of Llama; 0 is special."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        "▁▁",
+        "▁the",
+        "cat",
+        "s",
+        "世",
+        "▁é",
+        "🙂",
+    ]
+    tokenizer = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True)
+    )
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+MADE = {"byte level": byte_level(), "sentencepiece": sentencepiece()}
+WRITTEN = "naïve 世界 🙂! the cats\n é"
+
+
+@pytest.mark.parametrize("kind", MADE)
+@settings(max_examples=300, deadline=None)
+@given(data=strategies.data())
+def test_pieces_join_to_what_all_tokens_say_at_once(kind, data):
+    tokenizer = MADE[kind]
+    spelled = [tokenizer.convert_tokens_to_ids(piece) for piece in _spelled(kind)]
+    draw = strategies.integers(0, len(tokenizer) - 1) | strategies.sampled_from([0, *spelled])
+    parts = data.draw(
+        strategies.lists(strategies.lists(draw, max_size=9) | strategies.just(spelled))
+    )
+    ids = [token for part in parts for token in part]
+    texts = Texts(tokenizer, 1)
+    pieces = [texts.add(0, token) for token in ids]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(pieces) + texts.rest(0) == whole == texts.replies[0].shown
+    if "\ufffd" not in whole:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def _spelled(kind):
+    """A text in tokens of one byte each."""
+    from tokenizers import pre_tokenizers
+
+    if kind == "sentencepiece":
+        return [f"<0x{byte:02X}>" for byte in WRITTEN.encode()]
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return list(plain.pre_tokenize_str(WRITTEN)[0][0])
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_token_of_a_long_reply_costs_what_one_of_a_short_one_does(kind):
+    tokenizer, decoded = MADE[kind], []
+
+    class Counting:
+        all_special_ids = tokenizer.all_special_ids
+        convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+
+        def decode(self, ids, **options):
+            decoded.append(len(ids))
+            return tokenizer.decode(ids, **options)
+
+    texts = Texts(Counting(), 1)
+    words = [tokenizer.convert_tokens_to_ids(p) for p in _spelled(kind)] + [len(tokenizer) - 3]
+    for token in words * 50:
+        texts.add(0, token)
+    assert sum(decoded) < 6 * len(words) * 50
+    assert max(decoded) <= 2 * len(words)
 
 
 def test_rows_end_by_themselves():

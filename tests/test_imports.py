@@ -20,7 +20,7 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors sizes heap quiet
+    errors sizes heap quiet lean
     progress paths scratch
     bounded table stats cache
     machine
@@ -29,7 +29,7 @@ LINES = [
     ir nn
     calib
     causal
-    processor noise generate gguf
+    processor noise generate gguf cached
     source
     passes backends
     metrics
@@ -46,7 +46,7 @@ LINES = [
     trial remedy
     search
     compiler
-    inspection plan writing
+    inspection plan writing layout
     walk
     cli
     __init__ __main__

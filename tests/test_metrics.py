@@ -1,6 +1,7 @@
 """Task metrics: what each file may be, what each value is, and what is said where one cannot be had."""
 
 import csv
+import dataclasses
 import gzip
 import math
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, spearmanr
 
-from effc import metrics, stats
+from effc import metrics, report, stats
 from effc.backends.base import Port
 from effc.calib import data
 from effc.errors import CalibrationError, RecipeError, SourceError
@@ -518,6 +519,90 @@ def test_perplexity_is_refused_where_no_next_token_is_predicted(tokens, write):
         metric.check(source(tokens(architectures=["BertForSequenceClassification"])))
     with pytest.raises(CalibrationError, match=r"needs an output `logits`.* the engine has last"):
         metric.measure(Stub(bag), tokens(architectures=["LlamaForCausalLM"]))
+
+
+WIKI = " \n = The cat = \n \n the cat sat \n = = Birds = = \n a bird sang \n = The dog = \n a dog ran \n"
+
+
+@pytest.mark.parametrize(
+    ("text", "firsts"),
+    [
+        ("the cat sat\n\na dog ran\n", ["the cat sat"]),
+        ("the cat sat\n<|endoftext|>\na dog ran\n<|endoftext|>\n", ["the cat sat", "a dog ran"]),
+        (WIKI, ["= The cat =", "= The dog ="]),
+        ("= The cat =\nsat\n= The dog =\nran\n", ["= The cat =", "= The dog ="]),
+        (f"{WIKI}<|endoftext|>{WIKI}", ["= The cat =", "= The cat ="]),
+        ("x = y = z\n==== \n = = a = =\n", ["x = y = z"]),
+        ("", [""]),
+    ],
+)
+def test_documents_are_told_by_marks_or_by_headings(text, firsts):
+    found = metrics.documents(text)
+    assert [document.strip().split("\n")[0].strip() for document in found] == firsts
+    assert "".join(found) == text.replace(metrics.MARK, "")
+
+
+def uneven(feeds):
+    """Logits that favour the even: sure of some tokens, and not of others."""
+    logits = np.zeros((*feeds["input_ids"].shape, 40))
+    logits[..., ::2] = 1
+    return {"logits": logits}
+
+
+def test_losses_are_summed_by_document_wherever_windows_end(tokens, write):
+    stories = ["the cat sat on the mat", "a dog ran under the tree and sang", "old bird"] * 3
+    metric = of("perplexity", write("a.txt", "\n<|endoftext|>\n".join(stories)))
+    processor = tokens(architectures=["LlamaForCausalLM"], max_position_embeddings=5)
+    found = metric.measure(Stub(uneven), processor)
+    assert found.unit == "document" and len(found) == 9
+    windows, ids = 0, []
+    for window, owners in metric.windows(processor):
+        windows += 1
+        ids += list(zip(window[1:], owners[1:], strict=True))
+    for number in range(9):
+        mine = [token for token, owner in ids if owner == number]
+        losses = [math.log(20 * math.e + 20) - (token % 2 == 0) for token in mine]
+        assert found.columns["loss"][number] == pytest.approx(sum(losses))
+        assert found.columns["tokens"][number] == len(mine)
+    assert len(ids) == sum(len(story.split()) for story in stories) - windows  # no start token
+    whole = metric.value(found)
+    assert whole == pytest.approx(math.exp(found.columns["loss"].sum() / len(ids)))
+
+
+def test_of_one_document_windows_are_drawn_and_it_is_said(tokens, write):
+    metric = of("perplexity", write("a.txt", "the cat sat on the mat\n" * 9))
+    processor = tokens(architectures=["LlamaForCausalLM"], max_position_embeddings=16)
+    found = metric.measure(Stub(uneven), processor)
+    assert (found.unit, len(found)) == ("window", 4)
+    result = dataclasses.asdict(compare(metric, found, found))
+    assert result["are_few"] and result["verdict"] == "not distinguishable"
+    assert "n = 50 tokens in 4 windows of one document" in report.metric_line(result)
+
+
+def test_of_one_window_there_is_no_interval(tokens, write):
+    metric = of("perplexity", write("a.txt", "the cat sat on the mat"))
+    found = metric.measure(Stub(uneven), tokens(architectures=["LlamaForCausalLM"]))
+    line = report.metric_line(dataclasses.asdict(compare(metric, found, found)))
+    assert ", without an interval (95 %, n = 5 tokens in 1 window of one document)" in line
+
+
+def test_an_interval_over_documents_knows_that_their_tokens_hang_together(tmp_path):
+    """Every document has a difference of its own: many tokens of few documents are few samples."""
+    rng = np.random.default_rng(0)
+    of_each = rng.normal(0, 0.1, 8)
+    tokens = np.full(8, 1000.0)
+    model = Samples({"loss": 2 * tokens, "tokens": tokens}, "document")
+    engine = Samples({"loss": (2 + of_each) * tokens, "tokens": tokens}, "document")
+    found = compare(metrics.Perplexity(file=tmp_path), model, engine)
+    as_if_free = compare(
+        metrics.Perplexity(file=tmp_path),
+        *(
+            Samples({name: np.repeat(column / 100, 100) for name, column in each.columns.items()})
+            for each in (model, engine)
+        ),
+    )
+    assert found.high - found.low > 5 * (as_if_free.high - as_if_free.low)
+    assert (found.n, found.drawn, found.unit) == (8000, 8, "document")
 
 
 # Intervals

@@ -19,7 +19,8 @@ from graphs import (
 from torch import nn
 
 import effc
-from effc.backends.ort import Ort, OrtEngine
+from effc.backends.ort import Ort
+from effc.backends.ort_engine import OrtEngine
 from effc.calib.data import Batch
 from effc.errors import LoweringError
 from effc.passes import CANONICAL, PASSES
