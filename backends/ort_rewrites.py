@@ -167,10 +167,13 @@ def _weight_only_matmul(graph: ir.Graph) -> None:
         right = _weight_of(node)
         if right is None or not right[1]:
             continue
-        weight, scale = right[0].inputs[:2]
-        assert weight is not None and weight.const_value is not None and scale is not None
-        codes, scales = weight.const_value.numpy(), _constant(scale)
-        if scales is None or any(u.node.op_type == "Gather" for u in weight.uses()):
+        weight, scale, zero = right[0].inputs[:3]
+        assert weight is not None and weight.const_value is not None
+        assert scale is not None and zero is not None
+        codes, scales, zeros = weight.const_value.numpy(), _constant(scale), _constant(zero)
+        if scales is None or zeros is None:
+            continue
+        if any(u.node.op_type == "Gather" for u in weight.uses()):
             continue
         block = _block(right[0]) or 32
         rows, columns = codes.shape
@@ -178,14 +181,18 @@ def _weight_only_matmul(graph: ir.Graph) -> None:
             continue
         bits = 4 if codes.min() >= -8 and codes.max() <= 7 else 8
         blocks = -(-columns // block)
-        spread = np.repeat(scales[:, None], blocks, axis=1) if scales.ndim == 1 else scales
+        if scales.ndim == 1:
+            scales, zeros = (np.repeat(v[:, None], blocks, axis=1) for v in (scales, zeros))
         name = weight.name or ""
         packed = _initializer(graph, f"{name}.nbits", _pack(codes, bits, block))
-        flat = np.ascontiguousarray(spread.reshape(-1).astype(np.float32))
-        spread_value = _initializer(graph, f"{scale.name}.nbits", flat)
+        flat = np.ascontiguousarray(scales.reshape(-1).astype(np.float32))
+        inputs = [node.inputs[0], packed, _initializer(graph, f"{scale.name}.nbits", flat)]
+        if zeros.any():
+            points = _pack(zeros, bits, blocks).reshape(-1)
+            inputs.append(_initializer(graph, f"{zero.name}.nbits", points))
         new = ir.node(
             "MatMulNBits",
-            [node.inputs[0], packed, spread_value],
+            inputs,
             attributes={
                 "K": columns,
                 "N": rows,

@@ -26,6 +26,8 @@ class Dialect:
     overflow_fix: bool = True
     smooth_gain_db: float | None = None
     """What scaling the channels of an activation must be expected to gain; None where nothing is scaled."""
+    weight_zero_point: bool = True
+    """Whether weights beside float activations may have a zero point."""
     fp8: bool = False
     """Whether products of 8-bit floating point numbers have kernels."""
     rest: str | None = None

@@ -10,7 +10,7 @@ once and read by all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -48,11 +48,11 @@ class Quantize(Pass):
     """Quantises linear layers, convolutions and embeddings with constant weights.
 
     `activation_bits` 16 leaves activations in float (weight-only). `group` splits each weight row into blocks with
-    a scale each, for weight-only kernels. `dtype` fp8 has floating point codes of 8 bit, e4m3, in place of integers on
-    both sides of a product, and the largest magnitude for a range: a narrower one rounds no finer. `range` chooses
-    activation ranges: `mse` (least squared error), `percentile`, or `minmax`; `weight_range` does it for weights.
-    `bias_correction` adds to every bias what rounding the weights takes from the mean of the layer's output (Nagel et
-    al. 2019, section 4.2): b + (W - Ŵ) E[x].
+    a scale each, for weight-only kernels, and `weight_symmetric` false gives each a zero point too. `dtype` fp8 has
+    floating point codes of 8 bit, e4m3, in place of integers on both sides of a product, and the largest magnitude for
+    a range: a narrower one rounds no finer. `range` chooses activation ranges: `mse` (least squared error),
+    `percentile`, or `minmax`; `weight_range` does it for weights. `bias_correction` adds to every bias what rounding the
+    weights takes from the mean of the layer's output (Nagel et al. 2019, section 4.2): b + (W - Ŵ) E[x].
     """
 
     name = "quantize"
@@ -64,6 +64,7 @@ class Quantize(Pass):
     range: Literal["mse", "minmax", "percentile"] = "mse"
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
     weight_range: Literal["minmax", "mse"] = "minmax"
+    weight_symmetric: bool = True
     group: Annotated[int, Field(ge=1)] | None = None
     bias_correction: bool = False
     select: Select = field(default_factory=Select)
@@ -86,6 +87,11 @@ class Quantize(Pass):
             raise PreconditionError(
                 f"quantize: target {dialect.name} has no kernels for dtype fp8",
                 hint="`--target tensorrt` has, on GPUs of capability 8.9 and above; bits: 8 is fast everywhere",
+            )
+        if not self.weight_symmetric and not dialect.weight_zero_point:
+            raise PreconditionError(
+                f"quantize: target {dialect.name} takes no weights with a zero point",
+                hint="leave weight_symmetric out, or take the target ort, openvino or onnx",
             )
         return dataclasses.replace(
             self,
@@ -144,6 +150,11 @@ class Quantize(Pass):
             raise PreconditionError(
                 "quantize: group is for weights beside float activations; no integer kernel takes it otherwise",
                 hint="set activation_bits to 16, or leave group out",
+            )
+        if not self.weight_symmetric and self._static:
+            raise PreconditionError(
+                "quantize: weights with a zero point are for float activations; no integer kernel takes them otherwise",
+                hint="set activation_bits to 16, or leave weight_symmetric out",
             )
         for graph in program:
             if self.graphs and graph.role not in self.graphs:
@@ -282,14 +293,22 @@ def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict
         weight = _weight(node)
         if weight in looked_up:
             schemes[weight] = Scheme(bits=8, axis=0)
-        elif pass_.group and weight.meta["val"].dim() == 2:
-            if weight.meta["val"].shape[-1] % pass_.group:
-                schemes[weight] = Scheme(bits=pass_.bits, axis=0)
-            else:
-                schemes[weight] = Scheme(bits=pass_.bits, axis=0, group=pass_.group)
+        elif pass_._is_fp8:
+            schemes[weight] = Scheme(axis=0, fp8=True)
         else:
-            schemes[weight] = Scheme(bits=pass_.bits, axis=0, fp8=pass_._is_fp8)
+            schemes[weight] = weight_scheme(
+                weight.meta["val"].shape, pass_.bits, pass_.group, symmetric=pass_.weight_symmetric
+            )
     return schemes
+
+
+def weight_scheme(
+    shape: Sequence[int], bits: int, group: int | None, *, symmetric: bool = True
+) -> Scheme:
+    """The grid of a weight of that shape: per row where its rows are not whole groups."""
+    if group is not None and (len(shape) != 2 or shape[-1] % group):
+        group = None
+    return Scheme(bits=bits, axis=0, group=group, symmetric=symmetric)
 
 
 @dataclass

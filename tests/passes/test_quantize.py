@@ -458,3 +458,51 @@ def test_noise_in_the_last_bits_does_not_reach_the_scales():
         quantize(program, [Batch(inputs={"input": (normal(64, 16) * noise).numpy()})])
         found.add(str(program.only().tensors()["input_scale"].item()))
     assert len(found) == 1
+
+
+def uneven(*, inputs=48, outputs=24):
+    """Two layers whose weights lie to one side of zero."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(inputs, 64), nn.GELU(), nn.Linear(64, outputs))
+    for layer in (module[0], module[2]):
+        layer.weight.data = layer.weight.abs() + 0.02
+    return effc.trace(module, normal(2, inputs))
+
+
+WEIGHT_ONLY = {"ort": 2e-2, "onnx": 2e-2, "openvino": 2e-2}
+"""Kernels for weights beside float activations may round those to 8 bit within the product."""
+
+
+@pytest.mark.parametrize("target", WEIGHT_ONLY)
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, None), (8, 16), (8, None)])
+def test_weights_with_a_zero_point_are_what_the_graph_says(target, bits, group, tmp_path):
+    """48 inputs per row are no whole number of the runtime's blocks of 32, and 64 are."""
+    program, x = uneven(), normal(16, 48, seed=5)
+    quantize(
+        program, bits=bits, activation_bits=16, group=group, weight_symmetric=False,
+        dialect=DIALECTS[target],
+    )  # fmt: skip
+    zeros = [t for n, t in program.only().tensors().items() if n.endswith("weight_zero_point")]
+    assert all(bool((zero != 0).all()) for zero in zeros)
+    with engine(program, tmp_path, target) as opened:
+        found = opened({"input": x.numpy()})["output"]
+    assert distance(program.run(input=x)["output"], found) < WEIGHT_ONLY[target]
+    if target == "ort":
+        assert {site.kernel for site in lower(program, tmp_path).sites} == {"MatMulNBits"}
+
+
+def test_a_zero_point_serves_weights_that_lie_to_one_side():
+    x, lost = normal(16, 48, seed=5), []
+    for symmetric in (True, False):
+        program = uneven()
+        wanted = program.run(input=x)["output"]
+        quantize(program, bits=4, activation_bits=16, group=16, weight_symmetric=symmetric)
+        lost.append(distance(wanted, program.run(input=x)["output"]))
+    assert lost[1] < 0.7 * lost[0]
+
+
+def test_zero_points_of_weights_are_refused_where_no_kernel_takes_them():
+    with pytest.raises(PreconditionError, match="zero point are for float activations"):
+        quantize(uneven(), batches("input", 4, 48), weight_symmetric=False)
+    with pytest.raises(PreconditionError, match="target tensorrt takes no weights with a zero"):
+        quantize(uneven(), activation_bits=16, weight_symmetric=False, dialect=DIALECTS["tensorrt"])
