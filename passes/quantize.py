@@ -10,6 +10,7 @@ once and read by all of them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from effc.calib.collectors import COLLECTORS, Channels, MinMax
+from effc.calib.collectors import COLLECTORS, Channels, Gram, MinMax
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
 from effc.errors import PreconditionError
@@ -29,10 +30,12 @@ from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
 from effc.quant.affine import dequantize, qparams, quantize, steady, weight_qparams
 from effc.quant.channels import channels, columns
+from effc.quant.gptq import gptq
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.quant.scheme import Scheme
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 ACTIVATIONS_BEHIND_CONV = ("relu", "relu_", "relu6", "hardtanh", "clamp")
 SAME_GRID = ("max_pool2d",)
@@ -51,8 +54,9 @@ class Quantize(Pass):
     a scale each, for weight-only kernels, and `weight_symmetric` false gives each a zero point too. `dtype` fp8 has
     floating point codes of 8 bit, e4m3, in place of integers on both sides of a product, and the largest magnitude for
     a range: a narrower one rounds no finer. `range` chooses activation ranges: `mse` (least squared error),
-    `percentile`, or `minmax`; `weight_range` does it for weights. `bias_correction` adds to every bias what rounding the
-    weights takes from the mean of the layer's output (Nagel et al. 2019, section 4.2): b + (W - Ŵ) E[x].
+    `percentile`, or `minmax`; `weight_range` does it for weights. `rounding` gptq chooses the codes of linear layers by
+    what they cost at the outputs, on calibration data (`effc.quant.gptq`). `bias_correction` adds to every bias what
+    rounding the weights takes from the mean of the layer's output (Nagel et al. 2019, section 4.2): b + (W - Ŵ) E[x].
     """
 
     name = "quantize"
@@ -65,6 +69,7 @@ class Quantize(Pass):
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
     weight_range: Literal["minmax", "mse"] = "minmax"
     weight_symmetric: bool = True
+    rounding: Literal["nearest", "gptq"] = "nearest"
     group: Annotated[int, Field(ge=1)] | None = None
     bias_correction: bool = False
     select: Select = field(default_factory=Select)
@@ -121,7 +126,11 @@ class Quantize(Pass):
 
     @property
     def measures(self) -> bool:
-        return self._static or self.bias_correction
+        return self._static or self.bias_correction or self.measures_again
+
+    @property
+    def measures_again(self) -> bool:
+        return self.rounding == "gptq"
 
     @property
     def _static(self) -> bool:
@@ -140,6 +149,11 @@ class Quantize(Pass):
             raise PreconditionError(
                 "quantize: dtype fp8 has 8 bits on both sides of a product, and no groups",
                 hint="leave bits, activation_bits and group out",
+            )
+        if self._is_fp8 and self.rounding != "nearest":
+            raise PreconditionError(
+                f"quantize: rounding {self.rounding} is for integers, not for dtype fp8",
+                hint="leave rounding out",
             )
         if self._is_fp8 and self.range == "percentile":
             raise PreconditionError(
@@ -182,12 +196,15 @@ class Quantize(Pass):
         return [n for n in self.select.sites(graph) if op_name(n) in ops and _fits(graph, n, floor)]
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
-        names = site_names(graph)
-        for node in self.sites(graph):
+        names, sites = site_names(graph), self.sites(graph)
+        compensated = self._compensated(sites)
+        for node in sites:
             if op_name(node) == "embedding":
                 continue
             value = node.args[0]
             assert isinstance(value, fx.Node)
+            if _weight(node) in compensated:
+                yield Probe(key=_gram_key(graph, names, node), node=value, collector=Gram())
             if self.bias_correction and _constant_bias(graph, node) is not None:
                 key = _mean_key(graph, names, node)
                 yield Probe(key=key, node=value, collector=Channels(_channel_axis(node)))
@@ -205,6 +222,13 @@ class Quantize(Pass):
                     node=end,
                     collector=self._collector(),
                 )
+
+    def _compensated(self, sites: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """Weights whose codes make up for each other, with the linear layers that read them; no table is among them."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for site in sites if self.rounding == "gptq" else ():
+            found.setdefault(_weight(site), []).append(site)
+        return {w: s for w, s in found.items() if all(op_name(n) == "linear" for n in s)}
 
     def _collector(self) -> Any:
         if self._is_fp8:
@@ -265,6 +289,11 @@ def _mean_key(graph: Graph, names: dict[fx.Node, str], site: fx.Node) -> str:
     """What the mean of every channel of what a site reads stands under."""
     axis = "" if _channel_axis(site) == -1 else f".{_channel_axis(site)}"
     return f"{value_key(graph, names, site.args[0])}:mean{axis}"  # type: ignore[arg-type]
+
+
+def _gram_key(graph: Graph, names: dict[fx.Node, str], site: fx.Node) -> str:
+    """What Σ x xᵀ of what a linear layer reads stands under."""
+    return f"{value_key(graph, names, site.args[0])}:gram"  # type: ignore[arg-type]
 
 
 def _behind(conv: fx.Node) -> fx.Node:
@@ -333,6 +362,11 @@ class _Work:
         self.schemes: dict[fx.Node, Scheme] = {}
         self.means = {site: _mean_key(graph, names, site) for site in pass_.sites(graph)}
         """By site, where the channel means of what it reads stand."""
+        self.grams = {
+            weight: sorted({_gram_key(graph, names, site) for site in readers})
+            for weight, readers in pass_._compensated(pass_.sites(graph)).items()
+        }
+        """By weight, where Σ x xᵀ of what its layers read stand."""
 
     def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> _Quantized:
         if node in self.weights:
@@ -340,13 +374,22 @@ class _Work:
         name = tensor_name(self.graph, node) or ""
         tensor = tensor_of(self.graph, node)
         multiplied = scheme.group is None and any(op_name(u) != "embedding" for u in node.users)
+        limit = self.options._pair_limit if multiplied else None
         scale, zero = weight_qparams(
-            tensor,
-            scheme,
-            method=self.options.weight_range,
-            pair_limit=self.options._pair_limit if multiplied else None,
+            tensor, scheme, method=self.options.weight_range, pair_limit=limit
         )
-        codes = quantize(tensor, scale, zero, scheme)
+        if node in self.grams:
+
+            def compensated() -> Tensor:
+                seen = [self.stats[key] for key in self.grams[node]]
+                gram = torch.stack([part.matrix() for part in seen]).sum(0)
+                if (rows := sum(part.count for part in seen)) < len(gram):
+                    log.warning("%s: %d rows are few for %d channels", name, rows, len(gram))
+                return gptq(tensor, gram, scale, zero, scheme, pair_limit=limit)
+
+            codes = self.stats.decide_tensor(f"{self.graph.role}/{name}", compensated)
+        else:
+            codes = quantize(tensor, scale, zero, scheme)
         origin = self.graph.origins[name]
         kind = "fp8" if scheme.fp8 else "int8"
         word = f"quantize {'fp8' if scheme.fp8 else f'bits={scheme.bits}'} axis={scheme.axis} group={scheme.group or 0}"
