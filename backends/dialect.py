@@ -60,9 +60,11 @@ TENSORRT = Dialect(
     conv_residual=False,
     overflow_fix=False,
     smooth_gain_db=8.0,
+    weight_zero_point=False,
     fp8=True,
     rest="fp16",
     reasons={
+        "weight_zero_point": "the parser refuses a weight with a zero point other than 0",
         "smooth_gain_db": "what the norm or the layer in front takes up is free; else it is a multiplication, "
         "for the few activations that gain much",
         "fp8": "GPUs of capability 8.9 and above multiply it",

@@ -187,28 +187,35 @@ def _weight_only_matmul(graph: ir.Graph) -> None:
         right = _weight_of(node)
         if right is None or not right[1]:
             continue
-        weight, scale = right[0].inputs[:2]
-        assert weight is not None and weight.const_value is not None and scale is not None
-        codes, scales = weight.const_value.numpy(), constant(scale)
+        weight, scale, zero = right[0].inputs[:3]
+        assert weight is not None and weight.const_value is not None
+        assert scale is not None and zero is not None
+        codes, scales, zeros = weight.const_value.numpy(), constant(scale), constant(zero)
+        if scales is None or zeros is None:
+            continue
         rows, columns = codes.shape
         block = _block(right[0]) or _widest_block(columns)
-        if scales is None or block < 16 or block & (block - 1):
+        if block < 16 or block & (block - 1):
             continue
         bits = 4 if codes.min() >= -8 and codes.max() <= 7 else 8
         lookups = _lookups(weight)
-        if lookups is None or (lookups and (bits == 4 or columns % block)):
+        if lookups is None or (lookups and (bits == 4 or columns % block or zeros.any())):
             continue
         blocks = -(-columns // block)
-        spread = np.repeat(scales[:, None], blocks, axis=1) if scales.ndim == 1 else scales
+        if scales.ndim == 1:
+            scales, zeros = (np.repeat(v[:, None], blocks, axis=1) for v in (scales, zeros))
         name = weight.name or ""
         packed = initializer(graph, f"{name}.nbits", _pack(codes, bits, block))
         for lookup in lookups:
             _look_up_packed(graph, *lookup, packed, columns)
-        flat = np.ascontiguousarray(spread.reshape(-1).astype(np.float32))
-        spread_value = initializer(graph, f"{scale.name}.nbits", flat)
+        flat = np.ascontiguousarray(scales.reshape(-1).astype(np.float32))
+        inputs = [node.inputs[0], packed, initializer(graph, f"{scale.name}.nbits", flat)]
+        if zeros.any():
+            points = _pack(zeros, bits, blocks).reshape(-1)
+            inputs.append(initializer(graph, f"{zero.name}.nbits", points))
         new = ir.node(
             "MatMulNBits",
-            [node.inputs[0], packed, spread_value],
+            inputs,
             attributes={
                 "K": columns,
                 "N": rows,

@@ -275,6 +275,28 @@ def ranges() -> list[str]:
     return lines
 
 
+def rounding() -> list[str]:
+    lines = ["## What ways to round weights cost a language model (benchmarks/rounding.py)", ""]
+    for found in results("rounding"):
+        lines += [
+            "stories260K on ort. Perplexity of the model and of the engine, as a mean over draws of "
+            f"{found['samples']} calibration samples, with the 95 % interval of the difference; `nearest` says the "
+            "same beside the arm above it that rounds to the nearest. " + circumstances(found), "",
+        ]  # fmt: skip
+        rows = [
+            [
+                r["text"],
+                r["arm"],
+                str(r["draws"]),
+                f"{metric_row(r['model'])} {100 * r['model']['drop']:+.1f} %",
+                metric_row(r["nearest"]) if "nearest" in r else "",
+            ]
+            for r in sorted(found["rows"], key=lambda r: str(r["text"]))
+        ]
+        lines += table(["text", "arm", "draws", "perplexity", "from nearest"], rows)
+    return lines
+
+
 def peers() -> list[str]:
     lines = [
         "## Beside other tools (benchmarks/peers.py)", "",
@@ -669,6 +691,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     rules: ("opset",),
     exact: ("exact",),
     ranges: ("ranges",),
+    rounding: ("rounding",),
     peers: ("peers",),
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),

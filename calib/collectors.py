@@ -138,6 +138,55 @@ class Channels:
         return (float(self.low.min()), float(self.high.max())) if self.count else (0.0, 0.0)
 
 
+class Gram:
+    """Σ x xᵀ over rows x of the last axis, and the mean magnitude of every channel; memory is channels² float64.
+
+    Sums are in float64 and of many rows, so noise in the last bits of activations all but averages out. To round the
+    sums to few bits as well, as `steady` does with ranges, was tried: of so many numbers some always lie at an edge,
+    and one that goes to the other side changes more codes than the noise would.
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(0, 0, dtype=torch.float64)
+        self.sizes = torch.zeros(0, dtype=torch.float64)
+        self.count = 0
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        if mask is not None:
+            x = x[mask.bool()]
+        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+        if not len(rows):
+            return
+        _ends(rows.reshape(-1))
+        seen = Gram()
+        seen.sums, seen.sizes, seen.count = rows.T @ rows, rows.abs().sum(0), len(rows)
+        self.__dict__.update(self.merge(seen).__dict__)
+
+    def merge(self, other: Gram) -> Gram:
+        if not self.count or not other.count:
+            return other if other.count else self
+        made = Gram()
+        made.sums, made.sizes = self.sums + other.sums, self.sizes + other.sizes
+        made.count = self.count + other.count
+        return made
+
+    def matrix(self) -> Tensor:
+        """Σ x xᵀ, [channels, channels]. Raises CalibrationError where no row was seen."""
+        if not self.count:
+            raise CalibrationError(
+                "the calibration data is nothing but padding",
+                hint="give samples that the model reads",
+            )
+        return self.sums
+
+    def magnitudes(self) -> Tensor:
+        """The mean of |x| of every channel, [channels]."""
+        return self.sizes / max(self.count, 1)
+
+    def range(self, scheme: Scheme) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
 class LogHistogram:
     """Counts of values in bins that grow with the value: 32 bins a power of two and sign, and the exact ends.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from effc import package
 from effc.backends import BACKENDS, DISTRIBUTIONS
 from effc.backends.base import Lowered, Port, Site
 from effc.backends.dialect import DIALECTS
-from effc.cache import Cache, key_of
+from effc.cache import Cache, Entry, key_of
 from effc.calib import data
 from effc.calib.calibrator import MASK, tensors_for
 from effc.errors import CalibrationError
@@ -254,18 +259,20 @@ class Builder:
         key = self._decisions_key(pass_, program, target) if replayed is None else None
         stored = self.cache.get(key) if key is not None and known is None else None
         recorded = replayed if replayed is not None else known
+        kept: dict[str, Tensor] = {}
         if stored is not None:
-            recorded = stored.value
+            recorded, kept = stored.value, _tensors(stored)
             self.progress.reuse(pass_.name)
+        is_replay = replayed is not None
         with self.progress.stage(pass_.name) as step:
             try:
-                record = self._apply(pass_, program, target, recorded, replayed is not None, step)
+                record = self._apply(pass_, program, target, recorded, is_replay, kept, step)
             except CalibrationError:
-                if recorded is None or replayed is not None:
+                if recorded is None or is_replay:
                     raise
-                record = self._apply(pass_, program, target, None, False, step)
+                record = self._apply(pass_, program, target, None, False, kept, step)
         if key is not None and stored is None and known is None:
-            self.cache.put(key, record.decisions)
+            self.cache.put(key, record.decisions, {n: _npy(t) for n, t in kept.items()})
         return record
 
     def _apply(
@@ -275,19 +282,22 @@ class Builder:
         target: str,
         recorded: Json | None,
         replayed: bool,
+        kept: dict[str, Tensor],
         step: Any,
     ) -> PassRecord:
         lossy = pass_.effect == "lossy"
+        suffices = recorded is not None and (bool(kept) or not pass_.measures_again)
         spec = self.recipe.calib
         total = math.ceil(spec.samples / spec.batch) if spec is not None else None
         return apply(
             pass_,
             program,
-            self.samples if (lossy or pass_.measures) and recorded is None else None,
+            self.samples if (lossy or pass_.measures) and not suffices else None,
             dialect=DIALECTS[target],
             probes=self.first_batch if lossy and not replayed else self._probes,
             recorded=recorded,
             progress=lambda _, done: step(done, total),
+            kept=kept,
         )
 
     def _decisions_key(self, pass_: Pass, program: Program, target: str) -> str | None:
@@ -359,6 +369,18 @@ class Builder:
         return made
 
 
+def _npy(tensor: Tensor) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, tensor.numpy(), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _tensors(entry: Entry) -> dict[str, Tensor]:
+    """The files of an entry that `_npy` made."""
+    found = {name: np.load(entry.directory / name, allow_pickle=False) for name in entry.files}
+    return {name: torch.from_numpy(array) for name, array in found.items()}
+
+
 def _plain(lowered: Lowered) -> Json:
     return {k: v for k, v in dataclasses.asdict(lowered).items() if k != "directory"}
 
@@ -393,8 +415,6 @@ def _exact_probes(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def graph_digest(programs: Sequence[Program]) -> str:
     """sha256 over the text of the graphs and every tensor in them."""
-    import torch
-
     total = hashlib.sha256()
     for graph in (graph for program in programs for graph in program):
         total.update(show(graph, exact=True).encode())

@@ -259,7 +259,20 @@ Metric = Annotated[
         help=f"Task metric, such as sts:stsb.csv: {', '.join(METRIC_NAMES)} or file.py:function.",
     ),
 ]
-QUANTIZE_NAMES = ("none", "int8", "w8a8", "w8a16", "w4a16", "w4a8", "w6a6", "fp8", "fp16", "bf16")
+QUANTIZE_NAMES = (
+    "none",
+    "int8",
+    "w8a8",
+    "w8a16",
+    "w4a16",
+    "w4a16-gptq",
+    "w4a16-awq",
+    "w4a8",
+    "w6a6",
+    "fp8",
+    "fp16",
+    "bf16",
+)
 Calib = Annotated[
     str | None,
     typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder."),

@@ -28,6 +28,8 @@ class Dialect:
     """What scaling the channels of an activation must be expected to gain; None where nothing is scaled."""
     token_scales: bool = False
     """Whether products are of integers where activations have a scale per token, computed as the engine runs."""
+    weight_zero_point: bool = True
+    """Whether weights beside float activations may have a zero point."""
     fp8: bool = False
     """Whether products of 8-bit floating point numbers have kernels."""
     rest: str | None = None

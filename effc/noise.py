@@ -211,12 +211,13 @@ class Noise:
 
     def _scheme(self, node: fx.Node) -> Scheme:
         """The grid that a stored weight was meant for."""
-        _, scale, _, axis, group = node.args
+        _, scale, zero, axis, group = node.args
         is_one = tensor_of(self.graph, scale).dim() == 0  # type: ignore[arg-type]
         return Scheme(
             bits=bits_of(self.graph, node),
             axis=None if is_one else axis,  # type: ignore[arg-type]
             group=group or None,  # type: ignore[arg-type]
+            symmetric=not bool(tensor_of(self.graph, zero).any()),  # type: ignore[arg-type]
         )
 
     def _widest(self, node: fx.Node, exact: Tensor) -> Tensor:

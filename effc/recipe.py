@@ -42,11 +42,20 @@ QUANTIZE_WORDS: dict[str, dict[str, Any] | None] = {
     "w4a16": {
         "pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse",
     },
+    "w4a16-gptq": {
+        "pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse",
+        "rounding": "gptq",
+    },
+    "w4a16-awq": {
+        "pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse",
+    },
     "fp8": {"pass": "quantize", "dtype": "fp8"},
     "fp16": {"pass": "mixed-precision", "dtype": "fp16"},
     "bf16": {"pass": "mixed-precision", "dtype": "bf16"},
 }  # fmt: skip
 """What `--quantize` may say, and the pass that it stands for."""
+IN_FRONT: dict[str, dict[str, Any]] = {"w4a16-awq": {"pass": "awq", "bits": 4, "group": 32}}
+"""What goes in front of the pass of a word."""
 
 
 def passes_of(word: str, targets: Sequence[str], *, checks: bool = False) -> list[Any]:
@@ -65,6 +74,8 @@ def passes_of(word: str, targets: Sequence[str], *, checks: bool = False) -> lis
         passes = [{**p, "check_range": True} if p.get("dtype") == "fp16" else p for p in passes]
     if chosen is not None and chosen.get("activation_bits", 16) != 16:
         passes.insert(0, "smooth")
+    if word in IN_FRONT:
+        passes.insert(0, IN_FRONT[word])
     return passes
 
 

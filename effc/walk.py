@@ -114,7 +114,7 @@ def walk(
     manifest = inspection._whole(out, progress)
     entry = entry_of(out, manifest, target)
     spec = inspection._source_of(out, manifest, model, trust_code)
-    asked = _recipe(out, spec, trust_code)
+    asked = _recipe(out, spec, trust_code, calib)
     decisions = package.read_json(out, "decisions.json")
     parts = inspection._open(out, manifest, spec, calib, progress)
     source, samples, original = parts[entry.role]
@@ -125,7 +125,9 @@ def walk(
             module = engine(feeds)
         way = _Way(feeds=feeds, module=module, is_made_up=is_made_up, progress=progress)
         roles = [engine.role for engine in manifest.engines]
-        program, before = way.graphs(original, asked, entry.target, decisions, roles)
+        program, before = way.graphs(
+            original, asked, entry.target, decisions, Samples(source, asked.calib), roles
+        )
         way.plain_export(original.only(), entry.target, threads)
         lowered = lowered_of(out, entry)
         way.files(lowered, program.only(), inspection._lossy(manifest, entry), threads)
@@ -151,13 +153,19 @@ def walk(
 SOURCE = ("transformers", "gguf", "python", "cache", "roles")
 
 
-def _recipe(out: Path, spec: Json, trust_code: bool) -> Recipe:
-    """The passes of a package as its recipe has them. Raises UsageError where they are code that nobody trusts."""
+def _recipe(out: Path, spec: Json, trust_code: bool, calib: str | None) -> Recipe:
+    """The passes of a package as its recipe has them, and its draw of samples from the file `calib`.
+
+    Raises UsageError where the passes are code that nobody trusts.
+    """
     text = bounded.text_of(out / "recipe.yaml", PackageError)
     try:
         data = yaml.safe_load(text)
         parts = {k: data[k] for k in ("passes", "targets", "canonicalize", "plugins") if k in data}
-    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        if calib is not None:
+            drawn = {k: v for k, v in (data.get("calib") or {}).items() if k != "callable"}
+            parts["calib"] = {**drawn, "file": calib}
+    except (yaml.YAMLError, AttributeError, TypeError, RecursionError) as error:
         raise PackageError(f"recipe.yaml of {out} is damaged", hint=package.UNHARMED) from error
     if parts.get("plugins") and not trust_code:
         raise UsageError(
@@ -201,14 +209,19 @@ class _Way:
         self.blames: list[Blame] = []
 
     def graphs(
-        self, original: Program, asked: Recipe, target: str, decisions: Mapping[str, Any],
+        self,
+        original: Program,
+        asked: Recipe,
+        target: str,
+        decisions: Mapping[str, Any],
+        samples: Samples,
         roles: Sequence[str],
-    ) -> tuple[Program, Program]:  # fmt: skip
+    ) -> tuple[Program, Program]:
         """Trace and passes; gives the program as the package has it, and as the first lossy pass found it."""
         self.step("trace", "exact", lambda: self.outputs(original), Tolerance().rel_l2)
         program, found = original.clone(), None
         for word in CANONICAL if asked.canonicalize else ():
-            self.passed(PASSES[word](), program, target, None)
+            self.passed(PASSES[word](), program, target, None, None)
         role = original.only().role
 
         def names(key: str) -> list[str]:
@@ -228,14 +241,17 @@ class _Way:
                 )
             if found is None and pass_.effect == "lossy":
                 found = program.clone()
-            self.passed(pass_, program, target, decisions[names(key)[0]])
+            self.passed(pass_, program, target, decisions[names(key)[0]], samples)
         return program, found or program
 
-    def passed(self, pass_: Pass, program: Program, target: str, recorded: Any) -> None:
-        """One pass, and what of its nodes is off."""
+    def passed(
+        self, pass_: Pass, program: Program, target: str, recorded: Any, samples: Samples | None
+    ) -> None:
+        """One pass, and what of its nodes is off; `samples` are for one that measures again."""
         before = program.clone()
+        data = samples if pass_.measures_again else None
         with self.progress.stage(pass_.name):
-            made = apply(pass_, program, dialect=DIALECTS[target], recorded=recorded)
+            made = apply(pass_, program, data, dialect=DIALECTS[target], recorded=recorded)
             if not made.sites:
                 return
             is_exact = made.effect == "exact"

@@ -8,6 +8,7 @@ from effc.table import Table
 PASSES = Table(
     "pass",
     {
+        "awq": "effc.passes.awq:Awq",
         "drop-noops": "effc.passes.cleanup:DropNoops",
         "simplify-mask": "effc.passes.cleanup:SimplifyMask",
         "fold-constants": "effc.passes.cleanup:FoldConstants",

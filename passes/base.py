@@ -16,9 +16,12 @@ the same step can be taken again, on other weights, without the data.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor
 
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
@@ -36,9 +39,11 @@ class Stats:
         self,
         collectors: dict[str, Any] | None = None,
         recorded: dict[str, Any] | None = None,
+        kept: dict[str, Tensor] | None = None,
     ) -> None:
         self._collectors = collectors or {}
         self._recorded = recorded
+        self._kept = kept if kept is not None else {}
         self.decisions: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
@@ -62,6 +67,22 @@ class Stats:
         self.decisions[key] = value
         return value
 
+    def decide_tensor(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        """A decision too large for a record, which holds its sha256: a replay makes it again, and the same.
+
+        Raises CalibrationError where a replay makes another one.
+        """
+        known = (self._recorded or {}).get(key)
+        tensor = self._kept[known] if known in self._kept else make()
+        digest = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+        if self.decide(key, lambda: digest) != digest:
+            raise CalibrationError(
+                f"what was decided for {key!r} comes out differently from the recorded decisions",
+                hint="it hangs on weights, calibration data and processor; compile again without --decisions",
+            )
+        self._kept[digest] = tensor
+        return tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -80,6 +101,11 @@ class Pass:
     @property
     def measures(self) -> bool:
         """Whether the pass cannot do without calibration data."""
+        return False
+
+    @property
+    def measures_again(self) -> bool:
+        """Whether a replay needs the data too, because the record holds no more than the sha256 of a decision."""
         return False
 
     def resolve(self, dialect: Dialect) -> Self:

@@ -44,12 +44,14 @@ def apply(
     probes: Mapping[str, Sequence[Mapping[str, Tensor]]] | None = None,
     recorded: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    kept: dict[str, Tensor] | None = None,
 ) -> PassRecord:
     """Apply one pass to a program in place, and say what it did.
 
     `probes` are inputs by role on which the outputs before and after are compared; where none are given the first
-    batch of `data` serves. `recorded` replays the decisions of an earlier run and needs no data. On any error the
-    program is as it was.
+    batch of `data` serves. `recorded` replays the decisions of an earlier run and needs no data, but for passes that
+    measure again. `kept` holds decisions by sha256 that are too large for a record; they are looked up there, and those
+    of this run added. On any error the program is as it was.
     """
     if dialect is not None:
         pass_ = pass_.resolve(dialect)
@@ -64,7 +66,7 @@ def apply(
         pass_.requires(program)
         sites, decisions = 0, {}
         for graph in _graphs(pass_, program):
-            stats = _stats(pass_, graph, data, recorded, progress)
+            stats = _stats(pass_, graph, data, recorded, progress, kept)
             sites += _rewrite(pass_, graph, stats)
             decisions.update(stats.decisions)
         pass_.ensures(program)
@@ -128,18 +130,20 @@ def _stats(
     data: Data | Iterable[Batch] | None,
     recorded: Mapping[str, Any] | None,
     progress: Progress | None,
+    kept: dict[str, Tensor] | None,
 ) -> Stats:
-    if recorded is not None:
-        return Stats(recorded=dict(recorded))
-    wanted = list(pass_.probes(graph))
+    known = None if recorded is None else dict(recorded)
+    suffices = known is not None and (bool(kept) or not pass_.measures_again)
+    wanted = [] if suffices else list(pass_.probes(graph))
     if not wanted:
-        return Stats()
+        return Stats(recorded=known, kept=kept)
 
     def on_batch(count: int) -> None:
         if progress is not None:
             progress("calibrate", count)
 
-    return Stats(collect(graph, wanted, _batches(data, graph.role), on_batch=on_batch))
+    seen = collect(graph, wanted, _batches(data, graph.role), on_batch=on_batch)
+    return Stats(seen, recorded=known, kept=kept)
 
 
 def _rewrite(pass_: Pass, graph: Graph, stats: Stats) -> int:

@@ -10,7 +10,8 @@ once and read by all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from effc.calib.collectors import COLLECTORS, Channels, MinMax
+from effc.calib.collectors import COLLECTORS, Channels, Gram, MinMax
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
 from effc.errors import PreconditionError
@@ -29,10 +30,12 @@ from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
 from effc.quant.affine import SMALLEST, dequantize, qparams, quantize, steady, weight_qparams
 from effc.quant.channels import channels, columns
+from effc.quant.gptq import gptq
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.quant.scheme import Scheme
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 ACTIVATIONS_BEHIND_CONV = ("relu", "relu_", "relu6", "hardtanh", "clamp")
 SAME_GRID = ("max_pool2d",)
@@ -48,13 +51,14 @@ class Quantize(Pass):
     """Quantises linear layers, convolutions and embeddings with constant weights.
 
     `activation_bits` 16 leaves activations in float (weight-only). `group` splits each weight row into blocks with
-    a scale each, for weight-only kernels. `dtype` fp8 has floating point codes of 8 bit, e4m3, in place of integers on
-    both sides of a product, and the largest magnitude for a range: a narrower one rounds no finer. `range` chooses
-    activation ranges: `mse` (least squared error), `percentile`, or `minmax`; `weight_range` does it for weights.
-    `activation_scale` token gives every row of the last axis a scale of its own, its largest magnitude, found as the
-    engine runs, so that a token with huge values costs the others nothing (Yao et al. 2022, section 4.1).
-    `bias_correction` adds to every bias what rounding the weights takes from the mean of the layer's output (Nagel et
-    al. 2019, section 4.2): b + (W - Ŵ) E[x].
+    a scale each, for weight-only kernels, and `weight_symmetric` false gives each a zero point too. `dtype` fp8 has
+    floating point codes of 8 bit, e4m3, in place of integers on both sides of a product, and the largest magnitude for
+    a range: a narrower one rounds no finer. `range` chooses activation ranges: `mse` (least squared error),
+    `percentile`, or `minmax`; `weight_range` does it for weights. `rounding` gptq chooses the codes of linear layers by
+    what they cost at the outputs, on calibration data (`effc.quant.gptq`). `activation_scale` token gives every row of
+    the last axis a scale of its own, its largest magnitude, found as the engine runs, so that a token with huge values
+    costs the others nothing (Yao et al. 2022, section 4.1). `bias_correction` adds to every bias what
+    rounding the weights takes from the mean of the layer's output (Nagel et al. 2019, section 4.2): b + (W - Ŵ) E[x].
     """
 
     name = "quantize"
@@ -66,6 +70,8 @@ class Quantize(Pass):
     range: Literal["mse", "minmax", "percentile"] = "mse"
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
     weight_range: Literal["minmax", "mse"] = "minmax"
+    weight_symmetric: bool = True
+    rounding: Literal["nearest", "gptq"] = "nearest"
     group: Annotated[int, Field(ge=1)] | None = None
     activation_scale: Literal["tensor", "token"] = "tensor"
     bias_correction: bool = False
@@ -95,6 +101,11 @@ class Quantize(Pass):
                 f"quantize: target {dialect.name} has no kernels for activation_scale token",
                 hint="leave it out; `--target ort` has",
             )
+        if not self.weight_symmetric and not dialect.weight_zero_point:
+            raise PreconditionError(
+                f"quantize: target {dialect.name} takes no weights with a zero point",
+                hint="leave weight_symmetric out, or take the target ort, openvino or onnx",
+            )
         return dataclasses.replace(
             self,
             activation_signed=given(self.activation_signed, dialect.activation.signed),
@@ -123,11 +134,16 @@ class Quantize(Pass):
 
     @property
     def measures(self) -> bool:
-        return (self._static and not self._of_tokens) or self.bias_correction
+        ranges = self._static and not self._of_tokens
+        return ranges or self.bias_correction or self.measures_again
 
     @property
     def _of_tokens(self) -> bool:
         return self.activation_scale == "token"
+
+    @property
+    def measures_again(self) -> bool:
+        return self.rounding == "gptq"
 
     @property
     def _static(self) -> bool:
@@ -149,6 +165,11 @@ class Quantize(Pass):
                 "quantize: dtype fp8 has 8 bits on both sides of a product, and no groups",
                 hint="leave bits, activation_bits and group out",
             )
+        if self._is_fp8 and self.rounding != "nearest":
+            raise PreconditionError(
+                f"quantize: rounding {self.rounding} is for integers, not for dtype fp8",
+                hint="leave rounding out",
+            )
         if self._is_fp8 and self.range == "percentile":
             raise PreconditionError(
                 "quantize: a range of dtype fp8 is the largest magnitude, not a percentile",
@@ -163,6 +184,11 @@ class Quantize(Pass):
             raise PreconditionError(
                 "quantize: group is for weights beside float activations; no integer kernel takes it otherwise",
                 hint="set activation_bits to 16, or leave group out",
+            )
+        if not self.weight_symmetric and self._static:
+            raise PreconditionError(
+                "quantize: weights with a zero point are for float activations; no integer kernel takes them otherwise",
+                hint="set activation_bits to 16, or leave weight_symmetric out",
             )
         for graph in program:
             if self.graphs and graph.role not in self.graphs:
@@ -190,12 +216,15 @@ class Quantize(Pass):
         return [n for n in self.select.sites(graph) if op_name(n) in ops and _fits(graph, n, floor)]
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
-        names = site_names(graph)
-        for node in self.sites(graph):
+        names, sites = site_names(graph), self.sites(graph)
+        compensated = self._compensated(sites)
+        for node in sites:
             if op_name(node) == "embedding":
                 continue
             value = node.args[0]
             assert isinstance(value, fx.Node)
+            if _weight(node) in compensated:
+                yield Probe(key=_gram_key(graph, names, node), node=value, collector=Gram())
             if self.bias_correction and _constant_bias(graph, node) is not None:
                 key = _mean_key(graph, names, node)
                 yield Probe(key=key, node=value, collector=Channels(_channel_axis(node)))
@@ -213,6 +242,13 @@ class Quantize(Pass):
                     node=end,
                     collector=self._collector(),
                 )
+
+    def _compensated(self, sites: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """Weights whose codes make up for each other, with the linear layers that read them; no table is among them."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for site in sites if self.rounding == "gptq" else ():
+            found.setdefault(_weight(site), []).append(site)
+        return {w: s for w, s in found.items() if all(op_name(n) == "linear" for n in s)}
 
     def _collector(self) -> Any:
         if self._is_fp8:
@@ -275,6 +311,11 @@ def _mean_key(graph: Graph, names: dict[fx.Node, str], site: fx.Node) -> str:
     return f"{value_key(graph, names, site.args[0])}:mean{axis}"  # type: ignore[arg-type]
 
 
+def _gram_key(graph: Graph, names: dict[fx.Node, str], site: fx.Node) -> str:
+    """What Σ x xᵀ of what a linear layer reads stands under."""
+    return f"{value_key(graph, names, site.args[0])}:gram"  # type: ignore[arg-type]
+
+
 def _behind(conv: fx.Node) -> fx.Node:
     """The node whose value leaves a convolution: its activation where that is the only reader."""
     if len(conv.users) == 1:
@@ -301,14 +342,22 @@ def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict
         weight = _weight(node)
         if weight in looked_up:
             schemes[weight] = Scheme(bits=8, axis=0)
-        elif pass_.group and weight.meta["val"].dim() == 2:
-            if weight.meta["val"].shape[-1] % pass_.group:
-                schemes[weight] = Scheme(bits=pass_.bits, axis=0)
-            else:
-                schemes[weight] = Scheme(bits=pass_.bits, axis=0, group=pass_.group)
+        elif pass_._is_fp8:
+            schemes[weight] = Scheme(axis=0, fp8=True)
         else:
-            schemes[weight] = Scheme(bits=pass_.bits, axis=0, fp8=pass_._is_fp8)
+            schemes[weight] = weight_scheme(
+                weight.meta["val"].shape, pass_.bits, pass_.group, symmetric=pass_.weight_symmetric
+            )
     return schemes
+
+
+def weight_scheme(
+    shape: Sequence[int], bits: int, group: int | None, *, symmetric: bool = True
+) -> Scheme:
+    """The grid of a weight of that shape: per row where its rows are not whole groups."""
+    if group is not None and (len(shape) != 2 or shape[-1] % group):
+        group = None
+    return Scheme(bits=bits, axis=0, group=group, symmetric=symmetric)
 
 
 @dataclass
@@ -333,6 +382,11 @@ class _Work:
         self.schemes: dict[fx.Node, Scheme] = {}
         self.means = {site: _mean_key(graph, names, site) for site in pass_.sites(graph)}
         """By site, where the channel means of what it reads stand."""
+        self.grams = {
+            weight: sorted({_gram_key(graph, names, site) for site in readers})
+            for weight, readers in pass_._compensated(pass_.sites(graph)).items()
+        }
+        """By weight, where Σ x xᵀ of what its layers read stand."""
 
     def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> _Quantized:
         if node in self.weights:
@@ -340,13 +394,22 @@ class _Work:
         name = tensor_name(self.graph, node) or ""
         tensor = tensor_of(self.graph, node)
         multiplied = scheme.group is None and any(op_name(u) != "embedding" for u in node.users)
+        limit = self.options._pair_limit if multiplied else None
         scale, zero = weight_qparams(
-            tensor,
-            scheme,
-            method=self.options.weight_range,
-            pair_limit=self.options._pair_limit if multiplied else None,
+            tensor, scheme, method=self.options.weight_range, pair_limit=limit
         )
-        codes = quantize(tensor, scale, zero, scheme)
+        if node in self.grams:
+
+            def compensated() -> Tensor:
+                seen = [self.stats[key] for key in self.grams[node]]
+                gram = torch.stack([part.matrix() for part in seen]).sum(0)
+                if (rows := sum(part.count for part in seen)) < len(gram):
+                    log.warning("%s: %d rows are few for %d channels", name, rows, len(gram))
+                return gptq(tensor, gram, scale, zero, scheme, pair_limit=limit)
+
+            codes = self.stats.decide_tensor(f"{self.graph.role}/{name}", compensated)
+        else:
+            codes = quantize(tensor, scale, zero, scheme)
         origin = self.graph.origins[name]
         kind = "fp8" if scheme.fp8 else "int8"
         word = f"quantize {'fp8' if scheme.fp8 else f'bits={scheme.bits}'} axis={scheme.axis} group={scheme.group or 0}"

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field
@@ -25,16 +25,13 @@ from torch import Tensor, fx
 from effc.calib.collectors import Channels
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
-from effc.ir.edit import insert, is_constant, lift, rebind, tensor_name, tensor_of
-from effc.ir.program import Graph, Origin
-from effc.ir.select import Select, op_name, site_names, value_key
-from effc.passes.absorb import owners
+from effc.ir.edit import tensor_of
+from effc.ir.program import Graph
+from effc.ir.select import Select, site_names, value_key
 from effc.passes.base import Pass, Stats
+from effc.passes.scaling import Place, places, rescale
 from effc.quant.channels import channels, columns
 
-aten = torch.ops.aten
-
-LAYERS = ("linear", "conv1d", "conv2d")
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """α: how much of the unevenness goes into the weights."""
 MOST_POWER = 12
@@ -48,16 +45,6 @@ SURE_GAIN_DB = 8.0
 that a row that was not seen is clipped in one of them: a gain that is expected from few rows is none."""
 FEW = 16
 """Rows a channel that are few for a scaling that costs nothing; one is few for any."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """An activation, the axis of its channels, the layers that read it, and the constants that take up 1 / s."""
-
-    value: fx.Node
-    axis: int
-    layers: list[fx.Node]
-    owners: list[fx.Node]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +76,9 @@ class Smooth(Pass):
         """The layers whose input may be scaled, in order of execution."""
         return [layer for place in self._places(graph) for layer in place.layers]
 
-    def _places(self, graph: Graph) -> list[_Place]:
-        """The activations that may be scaled, with the layers that read them, each of which has a weight of its own."""
-        found: dict[tuple[fx.Node, int], list[fx.Node]] = {}
-        for node in self.select.sites(graph):
-            value = node.args[0] if node.args else None
-            if op_name(node) not in LAYERS or not isinstance(value, fx.Node):
-                continue
-            if _has_own_weight(graph, node) and _has_batch(node):
-                axis = 1 if op_name(node).startswith("conv") else -1
-                found.setdefault((value, axis), []).append(node)
-        places = [
-            _Place(v, axis, layers, owners(graph, v, axis) if set(v.users) == set(layers) else [])
-            for (v, axis), layers in found.items()
-        ]
-        return [p for p in places if p.owners or (p.axis == -1 and self.gain_db is not None)]
+    def _places(self, graph: Graph) -> list[Place]:
+        found = places(graph, self.select.sites(graph))
+        return [p for p in found if p.owners or (p.axis == -1 and self.gain_db is not None)]
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
         names = site_names(graph)
@@ -123,27 +98,10 @@ class Smooth(Pass):
             powers = stats.decide(key, partial(_powers, stats, key, weights, gain, rows))
             if not powers:
                 continue
-            self._scale(graph, key, place, torch.tensor(powers, dtype=torch.float32))
+            factors = torch.exp2(torch.tensor(powers, dtype=torch.float32))
+            rescale(graph, key, place, factors, "smooth")
             changed += len(place.layers)
         return changed
-
-    def _scale(self, graph: Graph, key: str, place: _Place, powers: Tensor) -> None:
-        for layer in place.layers:
-            weight: Any = layer.args[1]
-            tensor = tensor_of(graph, weight)
-            factors = torch.exp2(powers)[channels(tensor, len(powers))]
-            made = tensor * factors.reshape(*factors.shape, *[1] * (tensor.dim() - 2))
-            rebind(graph, tensor_name(graph, weight) or "", made, "smooth")
-        for owner in place.owners:
-            tensor = tensor_of(graph, owner)
-            made = tensor * torch.exp2(-powers).reshape(-1, *[1] * (tensor.dim() - 1))
-            rebind(graph, tensor_name(graph, owner) or "", made, "smooth")
-        if not place.owners:
-            name = key.partition("/")[2].replace(":", ".")
-            inverse = lift(graph, f"{name}_smooth", torch.exp2(-powers), Origin(key, ("smooth",)))
-            scaled = insert(graph, place.layers[0], aten.mul.Tensor, (place.value, inverse))
-            for layer in place.layers:
-                layer.update_arg(0, scaled)
 
 
 def _powers(
@@ -193,16 +151,3 @@ def expected_error(
         noise += step**2 / 12 * float(scaled.square().sum())
         noise += float((steps.square() * inner[index].sum(1)).sum()) / 12 * parts.shape[2]
     return noise
-
-
-def _has_batch(layer: fx.Node) -> bool:
-    """Whether the channels of a convolution's input are its second axis: one picture may come without a batch."""
-    ranks = [part.meta["val"].dim() for part in layer.args[:2]]  # type: ignore[union-attr]
-    return op_name(layer) == "linear" or ranks[0] == ranks[1]
-
-
-def _has_own_weight(graph: Graph, layer: fx.Node) -> bool:
-    weight = layer.args[1]
-    if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
-        return False
-    return len(weight.users) == 1 and bool(weight.meta["val"].is_floating_point())

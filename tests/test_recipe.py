@@ -532,3 +532,14 @@ def test_words_of_the_command_line_stand_for_passes():
     assert passes_of("none", ["tensorrt"]) == [{"pass": "mixed-precision", "dtype": "fp16"}]
     assert passes_of("none", ["ort"]) == []
     assert passes_of("int8", ["tensorrt"])[0] == "smooth"
+
+
+@pytest.mark.parametrize("word", ["w4a16-gptq", "w4a16-awq"])
+def test_words_for_weights_that_look_at_data_need_some(word):
+    made = passes_of(word, ["ort"])
+    assert made[-1].items() >= passes_of("w4a16", ["ort"])[0].items()
+    data = {"source": {"transformers": "m"}, "passes": made}
+    with pytest.raises(RecipeError, match="names no calibration data") as told:
+        build(data)
+    assert "--calib FILE" in told.value.hint
+    build({**data, "calib": {"file": "sentences.txt"}})

@@ -1,5 +1,6 @@
 """A compile that was ended takes up what it had finished, and comes to the same bytes."""
 
+import dataclasses
 import json
 import random
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ import pytest
 
 from effc import cache, compiler, recipe
 from effc.cache import Cache
+from effc.errors import CalibrationError
 from effc.package import UNHASHED
 from effc.progress import Progress
 from kit import content, leftovers, made
@@ -160,3 +162,35 @@ def test_an_entry_that_was_harmed_is_made_anew(whole, tmp_path):
         file.write_bytes(data)
     compiler.run(spec(), tmp_path / "B", kept=kept)
     assert stable(tmp_path / "B") == expected
+
+
+def by_gptq():
+    return spec(passes=[{"pass": "quantize", "rounding": "gptq"}], bench=False)
+
+
+@pytest.mark.slow
+def test_codes_that_look_at_data_are_chosen_once(tmp_path, monkeypatch):
+    kept = Cache(tmp_path / "cache")
+    compiler.run(by_gptq(), tmp_path / "first", kept=kept)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the codes lie in the cache")
+
+    monkeypatch.setattr("effc.passes.quantize.gptq", refuse)
+    compiler.run(by_gptq(), tmp_path / "second", kept=kept)
+    assert stable(tmp_path / "first") == stable(tmp_path / "second")
+
+
+@pytest.mark.slow
+def test_a_replay_chooses_codes_again_and_refuses_others(tmp_path):
+    compiler.run(by_gptq(), tmp_path / "first", kept=Cache(None))
+    text = (tmp_path / "first" / "decisions.json").read_text(encoding="utf-8")
+    recorded = json.loads(text)
+    compiler.run(by_gptq(), tmp_path / "again", kept=Cache(None), decisions=recorded)
+    assert stable(tmp_path / "first") == stable(tmp_path / "again")
+    other = by_gptq()
+    fewer = dataclasses.replace(other, calib=dataclasses.replace(other.calib, samples=3))
+    with pytest.raises(CalibrationError, match="comes out differently") as told:
+        compiler.run(fewer, tmp_path / "other", kept=Cache(None), decisions=recorded)
+    assert "compile again without --decisions" in told.value.hint
+    assert not (tmp_path / "other").exists()

@@ -44,14 +44,14 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return scale.to(torch.float32), torch.clamp(zero, scheme.low, scheme.high).to(scheme.dtype)
 
 
-def steady(end: float) -> float:
-    """An end of a measured range to nine bits, so that the last bits of float arithmetic do not reach an engine.
+def steady(end: float, bits: int = 9) -> float:
+    """An end of a measured range to few bits, so that the last bits of float arithmetic do not reach an engine.
 
     Products of float matrices differ in their last bits from processor to processor, and with some libraries from run
-    to run. A range that is rounded by at most 1/1024 costs nothing and comes out the same.
+    to run. A range that is rounded to nine bits, by at most 1/1024, costs nothing and comes out the same.
     """
     mantissa, exponent = math.frexp(end)
-    return math.ldexp(round(mantissa * 512) / 512, exponent)
+    return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
 
 
 def weight_qparams(

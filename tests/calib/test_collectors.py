@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from effc.calib.collectors import (
     COLLECTORS,
+    Gram,
     LeastSquares,
     LogHistogram,
     MinMax,
@@ -302,3 +303,30 @@ def test_the_table_has_the_words_of_a_recipe():
     assert [COLLECTORS[word] for word in COLLECTORS] == [MinMax, LeastSquares, Percentile]
     with pytest.raises(CalibrationError, match="did you mean 'minmax'"):
         COLLECTORS["min_max"]
+
+
+def test_a_gram_matrix_is_the_same_however_the_rows_were_divided():
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    whole, parts = Gram(), Gram()
+    whole.update(x.reshape(3, 20, 8))
+    for part in x.split(7):
+        fresh = Gram()
+        fresh.update(part)
+        parts = parts.merge(fresh)
+    assert whole.count == parts.count == 60
+    assert torch.allclose(whole.matrix(), x.double().T @ x.double(), rtol=1e-12)
+    assert torch.allclose(whole.matrix(), parts.matrix(), rtol=1e-12)
+    assert torch.allclose(parts.magnitudes(), x.abs().double().mean(0), rtol=1e-12)
+
+
+def test_a_gram_matrix_leaves_padding_out_and_refuses_what_is_no_number():
+    x, mask = torch.ones(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    seen = Gram()
+    seen.update(x, mask)
+    assert seen.count == 3 and bool((seen.matrix() == 3).all())
+    with pytest.raises(CalibrationError, match="not a number"):
+        seen.update(torch.full((1, 4), float("nan")))
+    blind = Gram()
+    blind.update(x, torch.zeros(2, 3))
+    with pytest.raises(CalibrationError, match="nothing but padding"):
+        blind.matrix()

@@ -458,3 +458,152 @@ def test_noise_in_the_last_bits_does_not_reach_the_scales():
         quantize(program, [Batch(inputs={"input": (normal(64, 16) * noise).numpy()})])
         found.add(str(program.only().tensors()["input_scale"].item()))
     assert len(found) == 1
+
+
+def uneven(*, inputs=48, outputs=24):
+    """Two layers whose weights lie to one side of zero."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(inputs, 64), nn.GELU(), nn.Linear(64, outputs))
+    for layer in (module[0], module[2]):
+        layer.weight.data = layer.weight.abs() + 0.02
+    return effc.trace(module, normal(2, inputs))
+
+
+WEIGHT_ONLY = {"ort": 2e-2, "onnx": 2e-2, "openvino": 2e-2}
+"""Kernels for weights beside float activations may round those to 8 bit within the product."""
+
+
+@pytest.mark.parametrize("target", WEIGHT_ONLY)
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, None), (8, 16), (8, None)])
+def test_weights_with_a_zero_point_are_what_the_graph_says(target, bits, group, tmp_path):
+    """48 inputs per row are no whole number of the runtime's blocks of 32, and 64 are."""
+    program, x = uneven(), normal(16, 48, seed=5)
+    quantize(
+        program, bits=bits, activation_bits=16, group=group, weight_symmetric=False,
+        dialect=DIALECTS[target],
+    )  # fmt: skip
+    zeros = [t for n, t in program.only().tensors().items() if n.endswith("weight_zero_point")]
+    assert all(bool((zero != 0).all()) for zero in zeros)
+    with engine(program, tmp_path, target) as opened:
+        found = opened({"input": x.numpy()})["output"]
+    assert distance(program.run(input=x)["output"], found) < WEIGHT_ONLY[target]
+    if target == "ort":
+        assert {site.kernel for site in lower(program, tmp_path).sites} == {"MatMulNBits"}
+
+
+def test_a_zero_point_serves_weights_that_lie_to_one_side():
+    x, lost = normal(16, 48, seed=5), []
+    for symmetric in (True, False):
+        program = uneven()
+        wanted = program.run(input=x)["output"]
+        quantize(program, bits=4, activation_bits=16, group=16, weight_symmetric=symmetric)
+        lost.append(distance(wanted, program.run(input=x)["output"]))
+    assert lost[1] < 0.7 * lost[0]
+
+
+def test_zero_points_of_weights_are_refused_where_no_kernel_takes_them():
+    with pytest.raises(PreconditionError, match="zero point are for float activations"):
+        quantize(uneven(), batches("input", 4, 48), weight_symmetric=False)
+    with pytest.raises(PreconditionError, match="target tensorrt takes no weights with a zero"):
+        quantize(uneven(), activation_bits=16, weight_symmetric=False, dialect=DIALECTS["tensorrt"])
+
+
+def correlated(count=8, size=48, seed=0):
+    """Batches whose channels go together."""
+    mix = normal(size, size, seed=99)
+    return [
+        Batch(inputs={"input": (normal(16, size, seed=seed + i) @ mix).numpy()})
+        for i in range(count)
+    ]
+
+
+def lost(program, **options):
+    """Relative L2 at the outputs on rows that were not calibrated on, in the graph."""
+    x = torch.from_numpy(correlated(1, seed=1000)[0].inputs["input"])
+    wanted = program.run(input=x)["output"]
+    quantize(program, correlated(), **options)
+    return distance(wanted, program.run(input=x)["output"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "activation_bits": 16, "group": 16},
+        {"bits": 4, "activation_bits": 16, "group": 16, "weight_symmetric": False},
+        {"bits": 4, "activation_bits": 16},
+        {"bits": 4, "weight_range": "mse"},
+    ],
+    ids=["groups", "zero points", "rows", "w4a8"],
+)
+def test_gptq_loses_less_at_the_outputs_than_nearest_rounding(options):
+    nearest = lost(uneven(), **options)
+    assert lost(uneven(), rounding="gptq", **options) < 0.8 * nearest
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+def test_codes_of_gptq_run_in_the_engine(target, tmp_path):
+    for name, options in (("a", {}), ("b", {"bits": 4, "activation_bits": 16, "group": 16})):
+        program, x = uneven(), correlated(1, seed=1000)[0].inputs["input"]
+        quantize(program, correlated(), rounding="gptq", dialect=DIALECTS[target], **options)
+        with engine(program, tmp_path / name, target) as opened:
+            found = opened({"input": x})["output"]
+        assert distance(program.run(input=torch.from_numpy(x))["output"], found) < 2e-2
+
+
+def test_gptq_with_the_overflow_fix_keeps_two_neighbours_within_their_sum():
+    program = uneven()
+    quantize(program, correlated(), rounding="gptq", dialect=ORT)
+    tensors = program.only().tensors()
+    for name in ("0.weight_int8", "2.weight_int8"):
+        pairs = tensors[name].int().unflatten(1, (-1, 2))
+        assert int(pairs.clamp(min=0).sum(-1).max()) <= 128
+        assert int(pairs.clamp(max=0).sum(-1).min()) >= -128
+
+
+def test_a_table_that_is_looked_up_stays_nearest_and_so_does_a_convolution():
+    program = effc.trace(Tied(), torch.ones(2, 6, dtype=torch.int64))
+    assert quantize(program, words(), activation_bits=16, rounding="gptq").decisions == {}
+    conv = effc.trace(nn.Conv2d(3, 4, 3), normal(2, 3, 8, 8))
+    assert quantize(conv, None, activation_bits=16, rounding="gptq").decisions == {}
+
+
+def test_a_replay_of_gptq_takes_the_data_again_and_must_come_out_the_same():
+    first, again = uneven(), uneven()
+    record = quantize(first, correlated(), rounding="gptq", activation_bits=16)
+    assert all(len(digest) == 64 for digest in record.decisions.values())
+
+    def replay(program, data):
+        return effc.apply(
+            Quantize(rounding="gptq", activation_bits=16), program, data, dialect=ORT,
+            recorded=record.decisions,
+        )  # fmt: skip
+
+    replay(again, correlated())
+    for name, tensor in first.only().tensors().items():
+        assert torch.equal(tensor, again.only().tensors()[name])
+    with pytest.raises(CalibrationError, match="comes out differently from the recorded decisions"):
+        replay(uneven(), correlated(seed=50))
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        replay(uneven(), None)
+
+
+def test_codes_that_were_kept_need_no_data():
+    kept = {}
+    options = {"dialect": ORT, "kept": kept}
+    pass_ = Quantize(rounding="gptq", activation_bits=16)
+    record = effc.apply(pass_, uneven(), correlated(), **options)
+    assert sorted(kept) == sorted(record.decisions.values())
+    assert effc.apply(pass_, uneven(), recorded=record.decisions, **options).sites == 2
+
+
+def test_gptq_refuses_what_is_no_number_and_says_where_rows_are_few(caplog):
+    bad = [Batch(inputs={"input": np.full((2, 48), np.nan, np.float32)})]
+    with pytest.raises(CalibrationError, match="not a number"):
+        quantize(uneven(), bad, rounding="gptq", activation_bits=16)
+    quantize(uneven(), correlated(1), rounding="gptq", activation_bits=16)
+    assert "0.weight: 16 rows are few for 48 channels" in caplog.text
+
+
+def test_gptq_is_for_integers():
+    with pytest.raises(PreconditionError, match="rounding gptq is for integers"):
+        quantize(uneven(), correlated(), rounding="gptq", dtype="fp8", dialect=DIALECTS["tensorrt"])
