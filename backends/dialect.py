@@ -13,8 +13,10 @@ ORT = Dialect(
     activation=_UINT8,
     smooth_gain_db=8.0,
     token_scales=True,
+    narrow_tables=True,
     reasons={
         "opset": "23 keeps attention one operator; benchmarks/opset.py measures it against 21",
+        "narrow_tables": "one kernel looks up a row and scales it, on the bytes that the output layer reads",
         "token_scales": "the integer product takes a scale of 1, and its rows are scaled behind it",
         "smooth_gain_db": "the scaling is a multiplication of its own, and a scale per channel in the quantise node is "
         "slower still: it is for the few activations that gain much (benchmarks/ranges.py)",
@@ -86,8 +88,10 @@ ONNX = Dialect(
     opset=21,
     activation=_UINT8,
     token_scales=True,
+    narrow_tables=True,
     fp8=True,
     reasons={
+        "narrow_tables": "a DequantizeLinear in blocks behind a Gather, which is standard",
         "token_scales": "written as arithmetic, which every runtime computes",
         "fp8": "where it will run is not known, and GPUs have kernels",
         "opset": "21 is the first with 4-bit and block-wise DequantizeLinear, and what most runtimes read today",
@@ -105,8 +109,10 @@ EAGER = Dialect(
     opset=0,
     activation=_UINT8,
     token_scales=True,
+    narrow_tables=True,
     fp8=True,
     reasons={
+        "narrow_tables": "as the ONNX has it",
         "token_scales": "as the ONNX has it",
         "fp8": "as the ONNX has it",
         "activation": "the same grid as onnxruntime's, to compare with it number by number",

@@ -35,6 +35,7 @@ from effc.backends.eager import described
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
 from effc.backends.ort_engine import OrtEngine, opened, session, session_options
 from effc.backends.ort_rewrites import rewrite
+from effc.causal import DECODE
 from effc.dialect import Dialect
 from effc.errors import LoweringError
 from effc.ir.program import Graph
@@ -70,7 +71,7 @@ class Ort(BackendBase):
     def lower(self, graph: Graph, directory: Path, step: Step = silent) -> Lowered:
         """Write `model.onnx`, open it once, and read from the optimised graph which sites really run in int8."""
         model = to_onnx(graph, self.dialect.opset)
-        rewrite(model)
+        rewrite(model, one_token=graph.role == DECODE)
         files = save(model, directory)
         return described(
             graph, self.name, directory, files, self.dialect.opset,

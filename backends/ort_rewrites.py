@@ -18,8 +18,11 @@ from effc.quant.pack import pack
 MICROSOFT = "com.microsoft"
 
 
-def rewrite(model: ir.Model) -> None:
-    """All rewrites, in order, and then dead nodes out and every node under a name of its own."""
+def rewrite(model: ir.Model, *, one_token: bool = False) -> None:
+    """All rewrites, in order, and then dead nodes out and every node under a name of its own.
+
+    `one_token` says that a run sees one token, for which fewer nodes count more than faster ones.
+    """
     graph = model.graph
     _integer_matmul(graph)
     _product_of_rows(graph)
@@ -28,7 +31,8 @@ def rewrite(model: ir.Model) -> None:
     heads_side_by_side(graph)
     mask_every_query(graph)
     _residual_as_sum(graph)
-    _residual_in_norm(graph)
+    if one_token:
+        _residual_in_norm(graph)
     _drop_dead(graph)
     _unique_names(graph)
     if any(node.domain == MICROSOFT for node in graph):
@@ -199,7 +203,7 @@ def _weight_only_matmul(graph: ir.Graph) -> None:
             continue
         bits = 4 if codes.min() >= -8 and codes.max() <= 7 else 8
         lookups = _lookups(weight)
-        if lookups is None or (lookups and (bits == 4 or columns % block or zeros.any())):
+        if lookups is None or (lookups and (columns % block or zeros.any())):
             continue
         blocks = -(-columns // block)
         if scales.ndim == 1:
@@ -207,7 +211,10 @@ def _weight_only_matmul(graph: ir.Graph) -> None:
         name = weight.name or ""
         packed = initializer(graph, f"{name}.nbits", _pack(codes, bits, block))
         for lookup in lookups:
-            _look_up_packed(graph, *lookup, packed, columns)
+            if bits == 4:
+                _look_up_blocks(graph, lookup, packed, columns, block)
+            else:
+                _look_up_packed(graph, lookup, packed, columns)
         flat = np.ascontiguousarray(scales.reshape(-1).astype(np.float32))
         inputs = [node.inputs[0], packed, initializer(graph, f"{scale.name}.nbits", flat)]
         if zeros.any():
@@ -234,25 +241,44 @@ def _widest_block(columns: int) -> int:
     return next((size for size in (128, 64, 32, 16) if columns % size == 0), 32)
 
 
-def _lookups(weight: ir.Value) -> list[tuple[ir.Node, ir.Node]] | None:
-    """Every lookup of rows of a table, with the cast behind it; None where one is read in another way."""
+def _lookups(weight: ir.Value) -> list[ir.Node] | None:
+    """Every lookup of rows of a table behind which they are scaled; None where one is read in another way."""
     found = []
     for use in weight.uses():
         if use.node.op_type == "Gather":
-            rows = use.node.inputs[1]
-            cast = only_consumer(use.node.outputs[0], "Cast")
-            if cast is None or rows is None or rows.shape is None:
+            rows, value = use.node.inputs[1], use.node.outputs[0]
+            scaled = only_consumer(value, "Cast") or only_consumer(value, "DequantizeLinear")
+            if scaled is None or rows is None or rows.shape is None:
                 return None
-            found.append((use.node, cast))
+            found.append(use.node)
     return found
 
 
-def _look_up_packed(
-    graph: ir.Graph, gather: ir.Node, cast: ir.Node, packed: ir.Value, columns: int
+def _look_up_blocks(
+    graph: ir.Graph, gather: ir.Node, packed: ir.Value, columns: int, block: int
 ) -> None:
+    """dequantize(rows of codes, rows of scales) → GatherBlockQuantized, on the bytes that MatMulNBits reads."""
+    scaled = only_consumer(gather.outputs[0], "DequantizeLinear")
+    scales = producer(scaled.inputs[1], "Gather") if scaled else None
+    assert scaled is not None and scales is not None
+    whole = initializer(graph, f"{packed.name}.rows", np.array([-1, columns // 2], np.int64))
+    table = ir.node("Reshape", [packed, whole], name=f"{packed.name}.table")
+    table.outputs[0].name = table.name
+    graph.insert_before(scaled, table)
+    new = ir.node(
+        "GatherBlockQuantized",
+        [table.outputs[0], gather.inputs[1], scales.inputs[0]],
+        attributes={"bits": 4, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
+        domain=MICROSOFT,
+        name=gather.name,
+    )
+    swap(scaled, new, graph, [scaled])
+
+
+def _look_up_packed(graph: ir.Graph, gather: ir.Node, packed: ir.Value, columns: int) -> None:
     """Read rows of a table where they lie for MatMulNBits: [rows, blocks, block], unsigned around 128."""
-    rows = gather.inputs[1]
-    assert rows is not None and rows.shape is not None
+    rows, cast = gather.inputs[1], only_consumer(gather.outputs[0], "Cast")
+    assert rows is not None and rows.shape is not None and cast is not None
     whole = initializer(
         graph, f"{packed.name}.row", np.array([*[0] * len(rows.shape), columns], np.int64)
     )

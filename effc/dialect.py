@@ -28,6 +28,8 @@ class Dialect:
     """What scaling the channels of an activation must be expected to gain; None where nothing is scaled."""
     token_scales: bool = False
     """Whether products are of integers where activations have a scale per token, computed as the engine runs."""
+    narrow_tables: bool = False
+    """Whether rows of a table in 4 bit can be looked up."""
     weight_zero_point: bool = True
     """Whether weights beside float activations may have a zero point."""
     fp8: bool = False

@@ -74,6 +74,8 @@ class Quantize(Pass):
     rounding: Literal["nearest", "gptq"] = "nearest"
     group: Annotated[int, Field(ge=1)] | None = None
     activation_scale: Literal["tensor", "token"] = "tensor"
+    table_bits: Literal[4, 8] = 8
+    """Bits of a table that is looked up, and of an output layer that shares it; 4 needs a `group`."""
     bias_correction: bool = False
     select: Select = field(default_factory=Select)
     activation_signed: bool | None = None
@@ -100,6 +102,11 @@ class Quantize(Pass):
             raise PreconditionError(
                 f"quantize: target {dialect.name} has no kernels for activation_scale token",
                 hint="leave it out; `--target ort` has",
+            )
+        if self.table_bits == 4 and not dialect.narrow_tables:
+            raise PreconditionError(
+                f"quantize: target {dialect.name} looks up no rows in 4 bit",
+                hint="leave table_bits out; `--target ort` does",
             )
         if not self.weight_symmetric and not dialect.weight_zero_point:
             raise PreconditionError(
@@ -189,6 +196,10 @@ class Quantize(Pass):
             raise PreconditionError(
                 "quantize: weights with a zero point are for float activations; no integer kernel takes them otherwise",
                 hint="set activation_bits to 16, or leave weight_symmetric out",
+            )
+        if self.table_bits == 4 and not self.group:
+            raise PreconditionError(
+                "quantize: a table in 4 bit needs a group", hint="add group: 32"
             )
         for graph in program:
             if self.graphs and graph.role not in self.graphs:
@@ -335,13 +346,15 @@ def _ends_in_conv(node: fx.Node) -> bool:
 
 
 def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict[fx.Node, Scheme]:
-    """One scheme per weight. A table that is looked up stays in 8 bit per row, whoever else reads it."""
+    """One scheme per weight. A table that is looked up has 8 bit per row, or 4 in groups, whoever else reads it."""
     looked_up = {_weight(n) for n in sites if op_name(n) == "embedding"}
     schemes = {}
     for node in sites:
         weight = _weight(node)
         if weight in looked_up:
-            schemes[weight] = Scheme(bits=8, axis=0)
+            bits = pass_.table_bits
+            found = weight_scheme(weight.meta["val"].shape, bits, pass_.group)
+            schemes[weight] = found if bits == 4 and found.group else Scheme(bits=8, axis=0)
         elif pass_._is_fp8:
             schemes[weight] = Scheme(axis=0, fp8=True)
         else:
@@ -427,12 +440,24 @@ class _Work:
     def embedding(self, site: fx.Node, weight: _Quantized) -> None:
         """Rows are looked up as integers and scaled afterwards: the table is never turned to float."""
         indices, rest = site.args[1], site.args[2:]
+        if weight.scheme.group:
+            self._embedding_in_groups(site, weight)
+            return
         column = insert(self.graph, site, aten.unsqueeze.default, (weight.scale, 1))
         rows = insert(self.graph, site, aten.embedding.default, (weight.codes, indices, *rest))
         scales = insert(self.graph, site, aten.embedding.default, (column, indices, *rest))
         wide = insert(self.graph, site, aten.to.dtype, (rows, torch.float32))
         result = insert(self.graph, site, aten.mul.Tensor, (wide, scales))
         self.names[result] = self.names[site]  # ranges were measured under this name
+        replace(self.graph, site, result)
+
+    def _embedding_in_groups(self, site: fx.Node, weight: _Quantized) -> None:
+        def rows(table: fx.Node) -> fx.Node:
+            return insert(self.graph, site, aten.embedding.default, (table, *site.args[1:]))
+
+        parts = map(rows, (weight.codes, weight.scale, weight.zero_point))
+        result = insert(self.graph, site, DEQUANTIZE, (*parts, -1, weight.scheme.group))
+        self.names[result] = self.names[site]
         replace(self.graph, site, result)
 
     def correct_bias(self, site: fx.Node, weight: _Quantized) -> None:

@@ -21,7 +21,8 @@ SMALLEST = 1e-12
 """A range with a smaller scale is no range: the scale is 1, and a product of two scales still is a float32."""
 SHRINK = torch.linspace(0.4, 1.0, 49, dtype=torch.float64)
 """Clip candidates of the `mse` weight range, as shares of the largest magnitude."""
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
+"""Numbers that are looked at together: they stay in the cache of a core from one candidate to the next."""
 
 
 def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -134,11 +135,13 @@ def _least_squares(
 def _squared_error(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """Per row, what quantising costs; a row longer than a chunk is taken in pieces."""
     total = torch.zeros(len(rows), dtype=torch.float64)
+    zero = zero.to(torch.float32)
     for piece in rows.split(_CHUNK, dim=-1):
         x = piece.to(torch.float32)
-        zero = zero.to(torch.float32)
         codes = nearest(x, scale, zero, scheme.low, scheme.high, scheme.dtype)
-        total += ((codes - zero) * scale - x).double().square().sum(-1)
+        if not scheme.symmetric:
+            codes.sub_(zero)
+        total += codes.mul_(scale).sub_(x).square_().sum(-1, dtype=torch.float64)
     return total
 
 

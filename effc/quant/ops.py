@@ -43,7 +43,7 @@ def nearest(
     steps = x.to(torch.float32) / scale
     if dtype.is_floating_point:
         return torch.clamp(steps, low, high).to(dtype).to(torch.float32)
-    return torch.clamp(torch.round(steps) + zero_point, low, high)
+    return steps.round_().add_(zero_point).clamp_(low, high)
 
 
 @torch.library.custom_op("effc::quantize", mutates_args=())
