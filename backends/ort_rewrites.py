@@ -283,20 +283,19 @@ def _look_up_packed(graph: ir.Graph, gather: ir.Node, packed: ir.Value, columns:
         graph, f"{packed.name}.row", np.array([*[0] * len(rows.shape), columns], np.int64)
     )
     middle = initializer(graph, "middle.of.8.bit", np.array(128, np.float32))
-    gather.replace_input_with(0, packed)
-    row = ir.node("Reshape", [gather.outputs[0], whole], name=f"{gather.name}.row")
-    graph.insert_before(cast, row)
-    cast.replace_input_with(0, row.outputs[0])
-    signed = ir.node("Sub", [cast.outputs[0], middle], name=f"{gather.name}.signed")
-    graph.insert_after(cast, signed)
-    for value, node in ((row.outputs[0], row), (signed.outputs[0], signed)):
-        value.name = node.name
-    signed.outputs[0].type, signed.outputs[0].shape = cast.outputs[0].type, cast.outputs[0].shape
-    for use in list(cast.outputs[0].uses()):
-        if use.node is not signed:
-            use.node.replace_input_with(use.idx, signed.outputs[0])
-    gather.outputs[0].type = row.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
-    gather.outputs[0].shape = row.outputs[0].shape = None
+    blocks = ir.node("Gather", [packed, rows], name=f"{gather.name}.blocks")
+    row = ir.node("Reshape", [blocks.outputs[0], whole], name=f"{gather.name}.row")
+    wide = ir.node(
+        "Cast",
+        [row.outputs[0]],
+        attributes={"to": int(ir.DataType.FLOAT)},
+        name=f"{gather.name}.wide",
+    )
+    for node in (blocks, row, wide):
+        node.outputs[0].name = node.name
+        graph.insert_before(cast, node)
+    signed = ir.node("Sub", [wide.outputs[0], middle], name=f"{gather.name}.signed")
+    swap(cast, signed, graph, [cast])
 
 
 def _pack(codes: np.ndarray[Any, Any], bits: int, block: int) -> np.ndarray[Any, Any]:
