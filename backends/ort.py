@@ -148,9 +148,6 @@ def _site(name: str, word: str, weight: str, consumers: Mapping[str, list[ir.Nod
         is_lookup = node.op_type in ("Gather", "GatherBlockQuantized")
         if is_lookup != (word == "embedding"):
             continue
-        if node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) != 4:
-            reason = "the kernel reads integer weights and computes in float, as activations of 16 bit ask for"
-            return Site(name=name, op=word, kernel=node.op_type, int8=False, reason=reason)
         if node.op_type in INT8_KERNELS:
             return Site(name=name, op=word, kernel=node.op_type, int8=True)
         reason = "onnxruntime found no int8 kernel for the pattern and computes in float"

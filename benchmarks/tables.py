@@ -57,7 +57,10 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def size(shape: Json) -> str:
-    return f"{shape['batch']}×{shape['length']}" if shape["length"] else f"batch {shape['batch']}"
+    if not shape["length"]:
+        return f"batch {shape['batch']}"
+    behind = f" behind {shape['past']}" if shape.get("past") else ""
+    return f"{shape['batch']}×{shape['length']}{behind}"
 
 
 def ratio(found: Json, n: int) -> str:

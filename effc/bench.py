@@ -43,22 +43,30 @@ LEVEL = 0.99
 QUANTILES = np.linspace(0, 1, 41)
 
 
-def shape_word(batch: int, length: int | None) -> str:
-    """`8x128`, or `batch 8` for a model without a length."""
-    return f"{batch}x{length}" if length else f"batch {batch}"
+def shape_word(batch: int, length: int | None, past: int = 0) -> str:
+    """`8x128`, `1x1 behind 128` with a filled cache, or `batch 8` for a model without a length."""
+    if not length:
+        return f"batch {batch}"
+    return f"{batch}x{length} behind {past}" if past else f"{batch}x{length}"
+
+
+def word_of(shape: Mapping[str, Any]) -> str:
+    """The word of a shape as it stands in a bench."""
+    return shape_word(shape["batch"], shape.get("length"), shape.get("past", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Inputs of one shape; `length` is None for models without one."""
+    """Inputs of one shape; `length` is None for models without one, `past` what is in the cache of one that has any."""
 
     batch: int
     length: int | None
     feeds: dict[str, Array]
+    past: int = 0
 
     @property
     def word(self) -> str:
-        return shape_word(self.batch, self.length)
+        return shape_word(self.batch, self.length, self.past)
 
 
 Block = tuple[float, ...]
@@ -117,6 +125,7 @@ class ShapeResult:
         found: dict[str, Any] = {
             "batch": self.case.batch,
             "length": self.case.length,
+            **({"past": self.case.past} if self.case.past else {}),
             "engine_ms": round(mine.median_ms, 4),
             "p95_ms": round(mine.p95_ms, 4),
             "n": len(mine.runs),

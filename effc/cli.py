@@ -441,7 +441,11 @@ def bench(
     calib: Calib = None,
     metric: Metric = None,
     shapes: Annotated[
-        str, typer.Option("--shapes", help="batch x length, comma separated.")
+        str,
+        typer.Option(
+            "--shapes",
+            help="BATCHxLENGTH, or BATCHxLENGTH+PAST with a filled cache, comma separated.",
+        ),
     ] = "1x16,1x128,8x128",
     budget: Annotated[
         float, typer.Option("--budget", min=0.1, help="Seconds a shape may take.")

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from effc.bench import shape_word
+from effc.bench import word_of
 from effc.errors import GateRefused
 from effc.recipe import GateSpec
 
@@ -73,7 +73,7 @@ def _latency(bench: Mapping[str, Any] | None) -> list[Check]:
         return [_unmeasured("latency", NOT_SLOWER)]
     return [
         _judged(
-            f"latency {shape_word(s['batch'], s['length'])}", 1 / s["ratio"], 1 / s["high"],
+            f"latency {word_of(s)}", 1 / s["ratio"], 1 / s["high"],
             1 / s["low"], NOT_SLOWER, f"engine ÷ {s['reference']}", 3,
         )
         for s in bench["shapes"] if s["ratio"] is not None

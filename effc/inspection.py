@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -187,19 +188,19 @@ def verify_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """`1x16,8x128` as pairs. Raises UsageError for anything else."""
-    shapes = []
+def parse_shapes(text: str) -> tuple[Any, ...]:
+    """`1x16,8x128,1x1+128` as batch, length and, where there is one, past. Raises UsageError for anything else."""
+    shapes: list[tuple[int, ...]] = []
     for part in text.split(","):
-        batch, _, length = part.strip().partition("x")
-        if (
-            not batch.isdecimal()
-            or not (length or "1").isdecimal()
-            or int(batch) < 1
-            or int(length or 1) < 1
-        ):
-            raise UsageError(f"--shapes {part!r} is not BATCHxLENGTH", hint="--shapes 1x16,8x128")
-        shapes.append((int(batch), int(length or 1)))
+        found = re.fullmatch(r"(\d+)(?:x(\d*))?(?:\+(\d+))?", part.strip(), re.ASCII)
+        sizes = [int(size or 1) for size in found.groups()[:2]] if found else [0]
+        past = found and found[3]
+        if min(sizes) < 1 or past == "0":
+            raise UsageError(
+                f"--shapes {part!r} is not BATCHxLENGTH, nor BATCHxLENGTH+PAST",
+                hint="--shapes 1x16,8x128",
+            )
+        shapes.append((*sizes, int(past)) if past else tuple(sizes))
     return tuple(shapes)
 
 
@@ -210,7 +211,7 @@ def bench(
     against: Sequence[str],
     calib: str | None,
     metric: str | None,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[Any],
     budget_s: float,
     threads: int | None,
     streams: int,

@@ -21,6 +21,7 @@ from effc.backends import BACKENDS
 from effc.backends.base import Engine, Lowered, Port
 from effc.backends.eager import GraphEngine, ModuleEngine, described
 from effc.calib.calibrator import MASK
+from effc.causal import DECODE, KEEP, PREFILL
 from effc.errors import VerifyError
 from effc.ir.program import Graph, Program
 from effc.progress import Counted, Step, silent
@@ -298,7 +299,8 @@ def time_engine(
             **(against or {}),
         }
         most = longest(source, graph)
-        cases = shaped_cases(samples, spec.shapes, lowered.inputs, most, lowered.profile)
+        shapes = of_role(spec.shapes, graph.role)
+        cases = shaped_cases(samples, shapes, lowered.inputs, most, lowered.profile, last_only=True)
         timed = benchmark.compare(
             openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed,
             streams=streams, references=("float", "torch"), progress=step,
@@ -328,22 +330,41 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def of_role(shapes: Iterable[Sequence[int]], role: str) -> list[Sequence[int]]:
+    """The shapes that an engine is timed on: what writes has one token and a filled cache, what reads has neither."""
+    shapes = list(shapes)
+    if role == PREFILL:
+        return [shape for shape in shapes if len(shape) == 2] or shapes
+    if role == DECODE:
+        return [shape for shape in shapes if len(shape) > 2] or shapes
+    return shapes
+
+
 def shaped_cases(
     samples: Samples,
-    shapes: Iterable[tuple[int, int]],
+    shapes: Iterable[Sequence[int]],
     ports: Sequence[Port],
     most: int = sys.maxsize,
     profile: Profile | None = None,
+    *,
+    last_only: bool = False,
 ) -> list[benchmark.Case]:
     """Inputs of those shapes that an engine can take, each once; the example's shape where it takes none of them.
 
-    Lengths above `most` are cut to it.
+    Lengths above `most` are cut to it; a shape with a past is for models with a cache. `last_only` asks a language
+    model for the logits of the last position, as whoever writes with it does.
     """
     cases: dict[str, benchmark.Case] = {}
-    for batch, wanted in shapes:
-        feeds = samples.shaped(batch, min(wanted, most))
+    for batch, wanted, *rest in shapes:
+        past = rest[0] if rest else 0
+        processor = samples.source.processor
+        if past and (processor is None or not processor.cache or wanted + past > most):
+            continue
+        feeds = samples.shaped(batch, min(wanted, most), past)
         rows, length = samples.shape_of(feeds)
-        case = benchmark.Case(batch=rows, length=length, feeds=feeds)
+        if last_only and KEEP in feeds:
+            feeds[KEEP] = feeds[KEEP][-1:]
+        case = benchmark.Case(batch=rows, length=length, feeds=feeds, past=past)
         if fits(ports, feeds, profile):
             cases.setdefault(case.word, case)
     if not cases:

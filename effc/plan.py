@@ -223,7 +223,7 @@ class _Probe:
         weights_mb = self.original.weight_bytes() / 1e6
         cases = measure.shaped_cases(
             self.samples,
-            spec.shapes,
+            measure.of_role(spec.shapes, self.graph.role),
             ports(self.graph)[0],
             measure.longest(self.source, self.graph),
         )

@@ -122,9 +122,14 @@ class CalibSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
-    """Shapes to time as [batch, length] (length is ignored by models without one), on how many threads."""
+    """Shapes to time as [batch, length] or [batch, length, past], on how many threads.
 
-    shapes: tuple[tuple[Count, Count], ...] = ((1, 16), (1, 128), (8, 128))
+    Length and past are ignored by models without one.
+    """
+
+    shapes: tuple[tuple[Count, Count] | tuple[Count, Count, Count], ...] = (
+        (1, 16), (1, 128), (8, 128), (1, 1, 128),
+    )  # fmt: skip
     threads: Count | None = None
     budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 9.5
     seed: Annotated[int, Field(ge=0)] = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from effc import bounded, package, paths, report_html, report_shape
-from effc.bench import cpu_name, shape_word, verdict
+from effc.bench import cpu_name, verdict, word_of
 from effc.errors import PackageError
 from effc.machine import cpu_features
 from effc.package import dump
@@ -257,7 +257,7 @@ def bench_lines(bench: Mapping[str, Any]) -> list[str]:
     lines = []
     for s in bench["shapes"]:
         against = ", ".join(f"{n} {a['ms']:.2f}" for n, a in sorted(s.get("against", {}).items()))
-        word = shape_word(s["batch"], s["length"])
+        word = word_of(s)
         once = ", opened once" if s.get("openings") == 1 else ""
         lines.append(
             f"bench     {word}: {s['engine_ms']:.2f} ms ({against}), {ratio_word(s)}{once}"

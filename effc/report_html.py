@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from effc import charts
-from effc.bench import shape_word
+from effc.bench import word_of
 from effc.charts import Bar, Html, Layer, Span, Spread, join
 from effc.package import UNHASHED
 from effc.report_numbers import FORMATS, At, number
@@ -84,7 +84,7 @@ def _environment() -> Environment:
 
 
 def shape(s: At) -> str:
-    return shape_word(s["batch"].raw, s["length"].raw)
+    return word_of(s.raw)
 
 
 def option(value: At) -> str:

@@ -137,6 +137,7 @@ class Shape:
     batch: Count
     engine_ms: Number
     length: Count | None = None
+    past: Count = 0
     p95_ms: Number = None
     n: Count | None = None
     reference: str | None = None

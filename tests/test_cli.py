@@ -301,6 +301,9 @@ def test_a_metric_needs_the_model(out):
         "",
         "1x-2",
         "²x8",
+        "1x1+",
+        "1x1+0",
+        "1x1+x",
     ],
 )
 def test_shapes_that_are_none(out, word):

@@ -87,6 +87,23 @@ def test_commands_take_an_engine_by_its_role(place):
     assert ran.code == 2
 
 
+def test_each_engine_is_timed_on_what_it_is_for(place, tmp_path):
+    ran = cli(
+        "bench", place / "float", "--model", place / "model", "--target", "prefill",
+        "--shapes", "1x4,1x1+8", "--budget", "0.2", "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    (shape,) = json.loads((tmp_path / "b.json").read_text())["shapes"]
+    assert (shape["batch"], shape["length"]) == (1, 4) and "past" not in shape
+    ran = cli(
+        "bench", place / "float", "--model", place / "model", "--target", "decode",
+        "--shapes", "1x4,1x1+8", "--budget", "0.2", "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert ran.code == 0 and "1x1 behind 8" in ran.out + ran.err, ran.err
+    (shape,) = json.loads((tmp_path / "b.json").read_text())["shapes"]
+    assert (shape["length"], shape["past"]) == (1, 8)
+
+
 def test_a_compile_with_recorded_decisions_is_the_same(place, tmp_path):
     words = ("--decisions", place / "out" / "decisions.json", "--no-bench")
     content = yaml.safe_load((place / "out" / "recipe.yaml").read_text())

@@ -55,6 +55,37 @@ def identity(size=16):
     return layer
 
 
+@pytest.mark.parametrize(
+    ("options", "target", "part"),
+    [
+        ({"activation_scale": "token"}, "openvino", "no kernels for activation_scale token"),
+        ({"activation_scale": "token", "activation_bits": 16}, "ort", "integer activations"),
+        ({"activation_scale": "token", "dtype": "fp8"}, "onnx", "integer activations"),
+        ({"table_bits": 4, "activation_bits": 16, "group": 8}, "openvino", "no rows in 4 bit"),
+        ({"table_bits": 4, "activation_bits": 16}, "ort", "needs a group"),
+    ],
+)
+def test_what_a_target_has_no_kernel_for_is_refused(options, target, part):
+    program = effc.trace(two_layers(), normal(2, 8))
+    with pytest.raises(PreconditionError, match=part) as caught:
+        effc.apply(Quantize(**options), program, dialect=DIALECTS[target])
+    assert caught.value.hint
+
+
+def test_a_token_with_huge_values_costs_the_others_nothing():
+    """Per-token scales against one for all (Yao et al. 2022), on a batch with one huge token."""
+    x = normal(1, 8, 16)
+    x[0, 0] *= 1000
+    errors = {}
+    for scale in ("tensor", "token"):
+        program = effc.trace(nn.Linear(16, 16), normal(1, 8, 16))
+        wanted = program.run(input=x)["output"][0, 1:]
+        data = [Batch(inputs={"input": x.numpy()})] if scale == "tensor" else None
+        effc.apply(Quantize(activation_scale=scale, range="minmax"), program, data, dialect=ORT)
+        errors[scale] = float((program.run(input=x)["output"][0, 1:] - wanted).norm())
+    assert errors["token"] < 0.05 * errors["tensor"]
+
+
 def test_one_linear_layer():
     program = effc.trace(nn.Linear(4, 2), normal(3, 4))
     assert_graph(
