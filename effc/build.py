@@ -165,6 +165,8 @@ class Builder:
     """Those of an earlier compile that are replayed; None where this one makes its own."""
     roles: tuple[str, ...] = ("main",)
     """Roles of the whole program."""
+    twin: Builder | None = None
+    """The builder of another role that has the same graph; exact passes are then done once for both."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
 
     @cached_property
@@ -239,6 +241,11 @@ class Builder:
 
     def cleaned(self, target: str) -> tuple[Program, list[PassRecord]]:
         """The program after the exact clean-up passes; it is made once."""
+        if target not in self._canonical and self.twin is not None:
+            program, records = self.twin.cleaned(target)
+            role = self.original.only().role
+            graph = dataclasses.replace(program.only().clone(), role=role)
+            self._canonical[target] = Program({role: graph}), records
         if target not in self._canonical:
             program, records = self.original.clone(), []
             for word in CANONICAL if self.recipe.canonicalize else ():

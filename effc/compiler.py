@@ -194,6 +194,7 @@ def run(
                 recipe=recipe, source=part, samples=Samples(part, recipe.calib, room),
                 original=Program({graph.role: graph}), progress=progress, cache=kept,
                 decisions=decisions, roles=tuple(original.graphs),
+                twin=next((labs[r].builder for r in labs if _is_twin(source, r, graph.role)), None),
             )  # fmt: skip
             work = package.engine_dir(stage.work, graph.role, "", builder.roles, ())
             work.mkdir(exist_ok=True)
@@ -230,6 +231,12 @@ def run(
         lab.finish()
     content["manifest"] = json.loads((out / package.MANIFEST).read_text(encoding="utf-8"))
     return Result(out=out, report={**content, "out": str(out)})
+
+
+def _is_twin(source: Source, role: str, other: str) -> bool:
+    """Whether two graphs of a source are one and the same."""
+    same_module = source.modules[role] is source.modules[other]
+    return same_module and source.inputs[role] is source.inputs[other]
 
 
 def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
@@ -337,8 +344,8 @@ def trace_source(source: Source) -> Program:
     """Every module of a source as a graph under its role, with only the outputs that it wants kept."""
     graphs: dict[str, Graph] = {}
     for role, module in source.modules.items():
-        same = next((r for r in graphs if source.modules[r] is module), None)
-        if same is not None and source.inputs[same] is source.inputs[role]:
+        same = next((r for r in graphs if _is_twin(source, r, role)), None)
+        if same is not None:
             graphs[role] = dataclasses.replace(graphs[same].clone(), role=role)
             continue
         program = trace(module, source.inputs[role], dims=source.dims.get(role), role=role)
