@@ -1,6 +1,6 @@
 """What ways to round weights cost a language model: perplexity on ort, by rounding, zero points and draw of the data.
 
-python benchmarks/rounding.py          # five minutes; writes benchmarks/results/rounding.json
+python benchmarks/rounding.py          # two minutes on a quiet machine; writes benchmarks/results/rounding.json
 
 The model is stories260K, calibrated on the first half of a text. It is measured on the other half, and on the
 TinyStories validation sample, which is short. The interval of a way is that of the mean over its draws: losses of the

@@ -7,7 +7,7 @@
 
 Columns with the largest inputs go first, while there are others left to make up for them. Scales are those of the
 weight as it was, so the order decides nothing but the codes, and the engine is that of nearest rounding. To choose a
-group's scale when its first column is reached was tried: in order of the columns, as it then must be, it costs 2 to 4 %
+group's scale when its first column is reached was tried: in order of the columns, as it then must be, it costs 3 to 5 %
 more output error on a Llama of 260 K parameters.
 """
 
