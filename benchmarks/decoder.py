@@ -45,7 +45,7 @@ Json = dict[str, Any]
 Arrays = Mapping[str, Any]
 
 
-def recipe(source: Json, text: Path) -> Json:
+def recipe(source: Json, text: Path, held: Path | None) -> Json:
     """Reads in 8 bit, with a scale per token where a gate and a value are multiplied; writes with 4-bit weights."""
     down = "*down_proj"
     prefill = [
@@ -56,7 +56,14 @@ def recipe(source: Json, text: Path) -> Json:
     ]
     decode = [
         {"pass": "fuse-projections"},
-        {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "weight_range": "mse"},
+        {
+            "pass": "quantize",
+            "bits": 4,
+            "activation_bits": 16,
+            "group": 32,
+            "weight_range": "mse",
+            "table_bits": 4,
+        },
     ]
     roles = ((causal.PREFILL, prefill), (causal.DECODE, decode))
     return {
@@ -64,6 +71,7 @@ def recipe(source: Json, text: Path) -> Json:
         "calib": {"file": str(text), "samples": 32, "max_length": 256},
         "passes": [{**pass_, "graphs": [role]} for role, passes in roles for pass_ in passes],
         "targets": ["ort"], "gate": False, "bench": False,
+        **({"metric": {"perplexity": str(held)}} if held else {}),
     }  # fmt: skip
 
 
@@ -154,6 +162,7 @@ def main() -> int:
     )
     asked.add_argument("model")
     asked.add_argument("text", type=Path)
+    asked.add_argument("--held", type=Path, help="a text of several documents, for perplexity")
     asked.add_argument("--budget", type=float, default=90.0, help="seconds a comparison")
     asked.add_argument("--keep", type=Path, help="a directory for what is built, taken up again")
     given = asked.parse_args()
@@ -168,10 +177,15 @@ def run(given: argparse.Namespace, place: Path) -> Json:
     spec: Json = guess(given.model)
     out, took = place / "out", None
     if not (out / "manifest.json").exists():
-        (place / "recipe.yaml").write_text(json.dumps(recipe(spec, given.text.resolve())))
+        (place / "recipe.yaml").write_text(
+            json.dumps(recipe(spec, given.text.resolve(), given.held and given.held.resolve()))
+        )
         seconds, peak = common.run_cli("compile", place / "recipe.yaml", "-o", out)
         took = {"seconds": round(seconds, 1), "peak_mb": round(peak)}
     manifest = package.read(out)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    told = (report, *report["others"].values())
+    quality = {e.role: of["metric"] for e, of in zip(manifest.engines, told, strict=True)}
     mine = {entry.role: lowered_of(out, entry).path for entry in manifest.engines}
     source = load(spec)
     samples = Samples(source, CalibSpec(file=str(given.text), samples=32))
@@ -223,7 +237,7 @@ def run(given: argparse.Namespace, place: Path) -> Json:
         }  # fmt: skip
     return {
         "name": "decoder", "model": source.name, "threads": THREADS, "past": PAST,
-        "prompt": PROMPT, "cases": found, "compile": took, "left_out": left_out,
+        "prompt": PROMPT, "cases": found, "quality": quality, "compile": took, "left_out": left_out,
         "peer_versions": versions, "model_bytes": {
             "plain": plain.stat().st_size + _size(plain.with_name("model.onnx.data")),
             **{role: path.stat().st_size for role, path in mine.items()},

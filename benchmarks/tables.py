@@ -300,6 +300,48 @@ def rounding() -> list[str]:
     return lines
 
 
+def decoder() -> list[str]:
+    lines = ["## Language models beside other tools (benchmarks/decoder.py)", ""]
+    for found in results("decoder"):
+        versions = ", ".join(f"{n} {v}" for n, v in sorted(found["peer_versions"].items()))
+        sizes = ", ".join(f"{n} {b / 1e6:.0f} MB" for n, b in sorted(found["model_bytes"].items()))
+        lines += [
+            f"{found['model']}, {found['threads']} threads, batch 1: reading {found['prompt']} tokens (`prefill`) and "
+            f"writing one behind {found['past']} (`decode`). effc's two engines lie in one package: int8 reads, and 4-bit "
+            "weights write. The ratio is the time of each ÷ that of effc's engine for it, with its 99 % interval. "
+            f"{versions}. {sizes}. {circumstances(found)}", "",
+        ]  # fmt: skip
+        cases = found["cases"]
+        names = sorted({name for case in cases.values() for name in case["against"]})
+        rows = [["effc", *(f"{case['engine_ms']:.2f} ms" for case in cases.values())]]
+        for name in names:
+            cells = []
+            for case in cases.values():
+                other = case["against"].get(name)
+                told = f"{other['ms']:.2f} ms, {ratio(other, other['n'])}" if other else ""
+                cells.append(told)
+            rows.append([name, *cells])
+        lines += table(["engine", *cases], rows)
+        for role, metric in sorted(found["quality"].items()):
+            if metric:
+                lines += [
+                    f"Perplexity of `{role}` over {metric['n']} tokens: {metric_row(metric)}.",
+                    "",
+                ]
+        lines += ["Where the time of a run goes, by operator, with ONNX Runtime's profiler on:", ""]
+        for word, case in cases.items():
+            rows = []
+            for name, of in case["profile"].items():
+                spent = ", ".join(
+                    f"{op} {ms:.2f} ({of['count'][op]})" for op, ms in list(of["ms"].items())[:8]
+                )
+                rows.append([word, name, str(of["nodes"]), spent])
+            lines += table(["case", "engine", "nodes", "milliseconds (nodes) of the largest"], rows)
+        for name, why in sorted(found["left_out"].items()):
+            lines += [f"`{name}` could not be made: {why}", ""]
+    return lines
+
+
 def peers() -> list[str]:
     lines = [
         "## Beside other tools (benchmarks/peers.py)", "",
@@ -696,6 +738,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     ranges: ("ranges",),
     rounding: ("rounding",),
     peers: ("peers",),
+    decoder: ("decoder",),
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),
     kernels: ("kernels",),
