@@ -307,8 +307,8 @@ def decoder() -> list[str]:
         sizes = ", ".join(f"{n} {b / 1e6:.0f} MB" for n, b in sorted(found["model_bytes"].items()))
         lines += [
             f"{found['model']}, {found['threads']} threads, batch 1: reading {found['prompt']} tokens (`prefill`) and "
-            f"writing one behind {found['past']} (`decode`). effc's two engines lie in one package: int8 reads, and 4-bit "
-            "weights write. The ratio is the time of each ÷ that of effc's engine for it, with its 99 % interval. "
+            f"writing one behind {found['past']} (`decode`). effc's two engines lie in one package: int8 reads, and "
+            "4-bit weights write. The ratio is the time of each ÷ that of effc's engine for it, with its 99 % interval. "
             f"{versions}. {sizes}. {circumstances(found)}", "",
         ]  # fmt: skip
         cases = found["cases"]
