@@ -308,7 +308,7 @@ def decoder() -> list[str]:
         lines += [
             f"{found['model']}, {found['threads']} threads, batch 1: reading {found['prompt']} tokens (`prefill`) and "
             f"writing one behind {found['past']} (`decode`). effc's two engines lie in one package: int8 reads, and "
-            "4-bit weights write. The ratio is the time of each ÷ that of effc's engine for it, with its 99 % interval. "
+            "4-bit weights write. The ratio is each one's time ÷ that of effc's engine for it, with its 99 % interval. "
             f"{versions}. {sizes}. {circumstances(found)}", "",
         ]  # fmt: skip
         cases = found["cases"]
