@@ -72,7 +72,7 @@ def _integer_matmul(graph: ir.Graph) -> None:
         if node.op_type != "MatMul":
             continue
         left, right = producer(node.inputs[0], "DequantizeLinear"), _weight_of(node)
-        if left is None or right is None or _block(right[0]):
+        if left is None or right is None or _block(left) or _block(right[0]):
             continue
         codes, scale, zero = left.inputs[:3]
         weight_node, transposed = right
@@ -186,7 +186,8 @@ def _transposed(graph: ir.Graph, before: ir.Node, weight: ir.Value) -> ir.Value:
 def _weight_only_matmul(graph: ir.Graph) -> None:
     """x · dequantize(weight)ᵀ → MatMulNBits, with 4 or 8 bit per weight and a scale per block."""
     for node in list(graph):
-        if node.op_type != "MatMul" or producer(node.inputs[0], "DequantizeLinear") is not None:
+        left = producer(node.inputs[0], "DequantizeLinear")
+        if node.op_type != "MatMul" or (left is not None and not _block(left)):
             continue
         right = _weight_of(node)
         if right is None or not right[1]:

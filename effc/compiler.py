@@ -181,7 +181,8 @@ def run(
     source, original = opened(recipe, progress)
     metric = metric or source.metric
     if metric is not None:
-        metric.check(source)
+        for role in source.modules:
+            metric.check(source.only(role))
     kept = kept or cache.default()
     kept.sweep()
     labs: dict[str, Lab] = {}

@@ -75,7 +75,8 @@ def plan(
     source, original = opened(recipe, progress)
     metric = metric or source.metric
     if metric is not None:
-        metric.check(source)
+        for role in source.modules:
+            metric.check(source.only(role))
     found: list[Json] = []
     for graph in original:
         part = source.only(graph.role)

@@ -228,7 +228,9 @@ def test_a_tied_table_is_looked_up_and_multiplied_from_the_same_bytes(bits, look
     assert distance(program.run(ids=ids)["output"], found) < 1e-2
     assert distance(exact.run(ids=ids)["output"], found) < (0.02 if bits == 8 else 0.2)
     assert {lookup, "MatMulNBits"} <= set(kinds(tmp_path)) and "MatMul" not in kinds(tmp_path)
-    tables = [i for i in onnx.load(tmp_path / "model.onnx").graph.initializer if len(i.dims) > 1]
+    tables = [
+        i for i in onnx.load(tmp_path / "model.onnx").graph.initializer if np.prod(i.dims) > 1000
+    ]
     assert len(tables) == 1 and np.prod(tables[0].dims) == 96 * 64 * bits // 8
     assert all(site.int8 for site in lower(program, tmp_path).sites)
 
