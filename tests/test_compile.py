@@ -245,6 +245,17 @@ def test_two_targets_lie_in_two_folders(place, tmp_path):
         assert (again.out / path).read_bytes() == (made.out / path).read_bytes()
 
 
+def test_a_factory_of_two_graphs_makes_two_engines(place, tmp_path):
+    made = effc.compile(f"{place / 'model.py'}:pair", tmp_path / "OUT", bench=False)
+    engines = made.report["manifest"]["engines"]
+    assert [(e["role"], e["path"]) for e in engines] == [
+        ("a", "a/model.onnx"),
+        ("b", "b/model.onnx"),
+    ]
+    assert set(made.report["verify"]) == {"a/ort", "b/ort"}
+    assert made.report["manifest"]["links"] == []
+
+
 @pytest.mark.parametrize("words", ["w4a8", "w6a6", "w8a16", "w4a16"])
 @pytest.mark.slow
 def test_every_word_makes_an_engine(words, place, tmp_path):
