@@ -135,7 +135,7 @@ def inspect(graph: Graph, path: Path) -> list[Site]:
 def _site(name: str, word: str, weight: str, consumers: Mapping[str, list[ir.Node]]) -> Site:
     candidates = [
         node
-        for key in (weight, *(f"{weight}{tail}" for tail in (".t", ".nbits", ".packed")))
+        for key in (weight, *(f"{weight}{tail}" for tail in (".t", ".nbits", ".nbits.table")))
         for node in consumers.get(key, ())
     ]
     seen = 0
