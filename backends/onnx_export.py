@@ -52,8 +52,8 @@ def _dequantize(q: Any, scale: Any, zero_point: Any, axis: int, group: int) -> A
     if not group and len(scale.shape) > 1:
         return op.Mul(op.Cast(q, to=int(ir.DataType.FLOAT)), scale)
     if group:
-        last = len(q.shape) - 1
-        return op.DequantizeLinear(q, scale, zero_point, axis=last, block_size=group)
+        zeros = [zero_point] if len(zero_point.shape) else []
+        return op.DequantizeLinear(q, scale, *zeros, axis=len(q.shape) - 1, block_size=group)
     if q.dtype == ir.DataType.INT32:
         return op.DequantizeLinear(q, scale, axis=axis)
     return op.DequantizeLinear(q, scale, zero_point, axis=axis)

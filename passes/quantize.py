@@ -455,8 +455,11 @@ class _Work:
         def rows(table: fx.Node) -> fx.Node:
             return insert(self.graph, site, aten.embedding.default, (table, *site.args[1:]))
 
-        parts = map(rows, (weight.codes, weight.scale, weight.zero_point))
-        result = insert(self.graph, site, DEQUANTIZE, (*parts, -1, weight.scheme.group))
+        stem = tensor_name(self.graph, weight.codes) or ""
+        zero = torch.zeros((), dtype=torch.int8)
+        middle = lift(self.graph, f"{stem}_zero_point", zero, Origin(stem, ("symmetric",)))
+        parts = rows(weight.codes), rows(weight.scale), middle, -1, weight.scheme.group
+        result = insert(self.graph, site, DEQUANTIZE, parts)
         self.names[result] = self.names[site]
         replace(self.graph, site, result)
 
