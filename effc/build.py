@@ -172,6 +172,8 @@ class Builder:
     @cached_property
     def identity(self) -> str:
         """sha256 of the model as it was traced."""
+        if self.twin is not None:
+            return self.twin.identity
         return graph_digest([self.original])
 
     @cached_property

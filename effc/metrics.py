@@ -26,6 +26,8 @@ from effc.table import Table, unknown
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LONGEST = 128
+WINDOW = 1024
+"""Tokens of a window of perplexity at most: attention over many thousands takes its square of memory."""
 ONE_OR_MORE = "give one or more"
 A_SCORE_EACH = "let it return one number for each sample"
 
@@ -586,7 +588,7 @@ class Perplexity:
     def windows(self, processor: Any) -> Iterator[tuple[list[int], Array]]:
         """Token windows of the length that the model takes, and the number of the document that each token is of."""
         begin = processor.bos_id
-        room = (processor.max_length or 512) - (begin is not None)
+        room = min(processor.max_length or 512, WINDOW) - (begin is not None)
         ids, owners = self._tokens(processor.tokenizer)
         for start in range(0, len(ids), room):
             window, owner = ids[start : start + room], owners[start : start + room]
