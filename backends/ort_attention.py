@@ -28,6 +28,8 @@ def heads_side_by_side(graph: ir.Graph) -> None:
             or ("is_causal" in node.attributes and node.attributes["is_causal"].as_int())
         ):
             continue
+        if not all(side.joined is None or _is_read_by(side, node) for side in (key, value)):
+            continue
         flat = [_flat(graph, node, side) for side in (node.inputs[0], key.new, value.new)]
         if any(side is None for side in flat):
             continue
@@ -53,6 +55,22 @@ def heads_side_by_side(graph: ir.Graph) -> None:
         for made, side in zip(new.outputs[1:], (key, value), strict=False):
             assert side.joined is not None
             take_over(side.joined, made)
+
+
+def _is_read_by(side: _Side, node: ir.Node) -> bool:
+    """Whether an attention alone reads joined keys or values, perhaps repeated: others would wait for its output."""
+    reader, value = node, side.joined
+    assert value is not None
+    while True:
+        readers = {use.node for use in value.uses()}
+        if readers == {reader}:
+            return True
+        if len(readers) != 1:
+            return False
+        (between,) = readers
+        if between.op_type not in ("Unsqueeze", "Expand", "Reshape"):
+            return False
+        value = between.outputs[0]
 
 
 @dataclass(frozen=True)

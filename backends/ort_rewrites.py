@@ -93,7 +93,7 @@ def _integer_matmul(graph: ir.Graph) -> None:
 
 def _product_of_rows(graph: ir.Graph) -> None:
     """dequantize(codes) · dequantize(weight)ᵀ with a scale per row of codes → MatMulIntegerToFloat · scales."""
-    made: dict[ir.Value, ir.Value] = {}
+    made: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
     for node in list(graph):
         if node.op_type != "MatMul":
             continue
@@ -105,13 +105,13 @@ def _product_of_rows(graph: ir.Graph) -> None:
         weight, weight_scale, weight_zero = weight_node.inputs[:3]
         assert weight is not None and weight_scale is not None
         weight = _transposed(graph, node, weight) if transposed else weight
-        if scale not in made:
-            made[scale] = _unsigned(graph, node, x, scale)
+        if rows not in made:
+            made[rows] = _unsigned(graph, node, x, scale)
         one = initializer(graph, "one.of.rows", np.array(1, np.float32))
         middle = initializer(graph, "middle.of.rows", np.array(128, np.uint8))
         product = ir.node(
             "MatMulIntegerToFloat",
-            [made[scale], weight, one, weight_scale, middle, weight_zero],
+            [made[rows], weight, one, weight_scale, middle, weight_zero],
             domain=MICROSOFT,
             name=_layer(weight),
         )
@@ -280,8 +280,9 @@ def _look_up_packed(graph: ir.Graph, gather: ir.Node, packed: ir.Value, columns:
     """Read rows of a table where they lie for MatMulNBits: [rows, blocks, block], unsigned around 128."""
     rows, cast = gather.inputs[1], only_consumer(gather.outputs[0], "Cast")
     assert rows is not None and rows.shape is not None and cast is not None
+    sizes = [0] * len(rows.shape)
     whole = initializer(
-        graph, f"{packed.name}.row", np.array([*[0] * len(rows.shape), columns], np.int64)
+        graph, f"{packed.name}.row.{len(sizes)}", np.array([*sizes, columns], np.int64)
     )
     middle = initializer(graph, "middle.of.8.bit", np.array(128, np.float32))
     blocks = ir.node("Gather", [packed, rows], name=f"{gather.name}.blocks")
@@ -329,7 +330,9 @@ def _residual_in_norm(graph: ir.Graph) -> None:
         if add is None or node.domain or node.attributes.get_int("axis", -1) != -1:
             continue
         x, y, weight = *add.inputs, node.inputs[1]
-        if x is None or y is None or weight is None or not _alike(x, y) or len(x.shape or ()) != 3:
+        if x is None or y is None or not _alike(x, y) or len(x.shape or ()) != 3:
+            continue
+        if weight is None or weight.const_value is None:
             continue
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
         new = ir.Node(

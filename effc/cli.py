@@ -446,7 +446,7 @@ def bench(
             "--shapes",
             help="BATCHxLENGTH, or BATCHxLENGTH+PAST with a filled cache, comma separated.",
         ),
-    ] = "1x16,1x128,8x128",
+    ] = "1x16,1x128,8x128,1x1+128",
     budget: Annotated[
         float, typer.Option("--budget", min=0.1, help="Seconds a shape may take.")
     ] = 9.5,

@@ -142,12 +142,12 @@ def _words(quantize: str) -> dict[str, str]:
     for word in found.values():
         if word not in QUANTIZE_WORDS:
             raise UsageError(unknown("--quantize word", word, QUANTIZE_WORDS))
-    if found.keys() != {"main"} and (tuple(found) != ROLES or len(pairs) != len(ROLES)):
+    if found.keys() != {"main"} and (set(found) != set(ROLES) or len(pairs) != len(ROLES)):
         raise UsageError(
             f"--quantize {quantize} names other graphs than prefill and decode",
             hint="--quantize prefill=w8a8,decode=w4a16",
         )
-    return found
+    return found if "main" in found else {role: found[role] for role in ROLES}
 
 
 def _on(pass_: str | Json, role: str) -> Json:
@@ -195,7 +195,7 @@ def run(
                 recipe=recipe, source=part, samples=Samples(part, recipe.calib, room),
                 original=Program({graph.role: graph}), progress=progress, cache=kept,
                 decisions=decisions, roles=tuple(original.graphs),
-                twin=next((labs[r].builder for r in labs if _is_twin(source, r, graph.role)), None),
+                twin=twin_of(source, graph.role, {r: lab.builder for r, lab in labs.items()}),
             )  # fmt: skip
             work = package.engine_dir(stage.work, graph.role, "", builder.roles, ())
             work.mkdir(exist_ok=True)
@@ -234,10 +234,17 @@ def run(
     return Result(out=out, report={**content, "out": str(out)})
 
 
+def twin_of(source: Source, role: str, builders: Mapping[str, Builder]) -> Builder | None:
+    """The builder of another role of the same graph, where there is one already."""
+    return next((builders[r] for r in builders if _is_twin(source, r, role)), None)
+
+
 def _is_twin(source: Source, role: str, other: str) -> bool:
     """Whether two graphs of a source are one and the same."""
-    same_module = source.modules[role] is source.modules[other]
-    return same_module and source.inputs[role] is source.inputs[other]
+    same = source.modules[role] is source.modules[other]
+    same &= source.inputs[role] is source.inputs[other]
+    asked = (source.dims, source.outputs)
+    return same and all(of.get(role) == of.get(other) for of in asked)
 
 
 def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:

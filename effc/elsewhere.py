@@ -24,7 +24,9 @@ def join(out: Path, found: Any, where: str) -> str:
     manifest, content = report.known(out, but=REWRITTEN)
     engines = content["manifest"]["engines"]
     timed = found.get("sha256") if isinstance(found, dict) else None
-    entry = next((e for e in engines if e["sha256"] == timed), None)
+    role = found.get("role") if isinstance(found, dict) else None
+    same = [e for e in engines if e["sha256"] == timed]
+    entry = next((e for e in same if e["role"] == role), next(iter(same), None))
     if entry is None or not isinstance(found.get("outputs"), dict):
         raise UsageError(
             f"{where} times no engine of {out}",

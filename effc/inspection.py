@@ -255,6 +255,7 @@ def bench(
         **timed.to_json(),
         "target": entry.target,
         "sha256": entry.sha256,
+        "role": entry.role,
         "outputs": measure.worst_known(cases),
         "metric": measured,
         "model_bytes": manifest.model_bytes(out, entry),

@@ -93,7 +93,7 @@ def write(out: Path, layout: str, place: Path) -> list[str]:
 
 
 def _engine(out: Path, manifest: package.Manifest) -> package.EngineEntry:
-    """The engine for ONNX Runtime that reads any number of tokens behind any past."""
+    """The engine for ONNX Runtime that takes any number of tokens behind any past; of two the one that writes."""
     if manifest.kind != "causal-lm":
         raise UsageError(
             f"{out} holds a model of kind {manifest.kind}, and these layouts are for causal language models",
@@ -106,7 +106,7 @@ def _engine(out: Path, manifest: package.Manifest) -> package.EngineEntry:
             f"{out} has no engine for ort, which these tools run; it has {targets}",
             hint="compile with --target ort",
         )
-    for entry in own:
+    for entry in sorted(own, key=lambda entry: entry.role != causal.DECODE):
         shapes = {port.name: port.shape for port in entry.inputs}
         past = shapes.get(f"{causal.PAST}.0.key")
         if past and all(isinstance(size, str) for size in (*shapes["input_ids"], past[2])):

@@ -67,7 +67,7 @@ def plan(
     What a search takes where the gate is not met, and what the cache spares, nobody knows beforehand. Raises what the
     compile itself would raise before its first long stage.
     """
-    from effc.compiler import opened
+    from effc.compiler import opened, twin_of
 
     package.check_output(Path(os.path.abspath(out)))
     threads = threads or (recipe.bench.threads if recipe.bench else None) or default_threads()
@@ -78,13 +78,15 @@ def plan(
         for role in source.modules:
             metric.check(source.only(role))
     found: list[Json] = []
+    builders: dict[str, Builder] = {}
     for graph in original:
         part = source.only(graph.role)
         builder = Builder(
             recipe=recipe, source=part, samples=Samples(part, recipe.calib),
             original=Program({graph.role: graph}), progress=Progress(), cache=Cache(None),
-            decisions=decisions, roles=tuple(original.graphs),
+            decisions=decisions, roles=tuple(original.graphs), twin=twin_of(source, graph.role, builders),
         )  # fmt: skip
+        builders[graph.role] = builder
         left_mb = math.inf
         if max_ram_bytes is not None:
             left_mb = max(0.0, within(max_ram_bytes, graph, {}).left_bytes / 1e6)
@@ -96,6 +98,7 @@ def plan(
     stages = [stage for made in found for stage in made["stages"]]
     return {
         **found[0],
+        "model_bytes": sum(made["model_bytes"] for made in found),
         "stages": stages,
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
         "memory_mb": max(stage["memory_mb"] for stage in stages),
@@ -227,6 +230,7 @@ class _Probe:
             measure.of_role(spec.shapes, self.graph.role),
             ports(self.graph)[0],
             measure.longest(self.source, self.graph),
+            last_only=True,
         )
         need = max(self._activations_mb(case.feeds) for case in cases)
         self._lower("lower (float reference)", self.graph)

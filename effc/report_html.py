@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from effc import charts
 from effc.bench import word_of
 from effc.charts import Bar, Html, Layer, Span, Spread, join
-from effc.package import UNHASHED
+from effc.package import UNHASHED, label
 from effc.report_numbers import FORMATS, At, number
 from effc.stats import Interval
 
@@ -34,12 +34,15 @@ def page(content: Mapping[str, Any], *, files: Mapping[str, str], recipe: str, b
     """
     r = At(content)
     bench, metric = r["bench"], r["metric"]
-    targets = list(dict.fromkeys(str(e["target"]) for e in r["manifest"]["engines"]))
+    engines = list(r["manifest"]["engines"])
+    roles = [str(e["role"]) for e in engines]
+    targets = [label(role, str(e["target"]), roles) for role, e in zip(roles, engines, strict=True)]
     layers = [(t, r["layers"][t]) for t in targets if r["layers"][t]]
     return _environment().get_template("report.html").render(
         r=r,
         name=r["manifest"]["source"]["name"].raw or "a model without a name",
         targets=targets,
+        label=lambda e: label(str(e["role"]), str(e["target"]), roles),
         many=len(targets) > 1,
         speed=slowest_and_fastest(bench),
         drift=known_worst(r["verify"][targets[0]]),

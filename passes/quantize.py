@@ -224,6 +224,8 @@ class Quantize(Pass):
         """Nodes that this pass would quantise, in order of execution."""
         ops = self.ops or Dialect(name="", opset=0).quantized_ops
         floor = SMALL_EMBEDDING * graph.weight_bytes()
+        if self._of_tokens:  # a convolution has no rows of its own for each token
+            ops = tuple(op for op in ops if not op.startswith("conv"))
         return [n for n in self.select.sites(graph) if op_name(n) in ops and _fits(graph, n, floor)]
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
@@ -348,11 +350,12 @@ def _ends_in_conv(node: fx.Node) -> bool:
 def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict[fx.Node, Scheme]:
     """One scheme per weight. A table that is looked up has 8 bit per row, or 4 in groups, whoever else reads it."""
     looked_up = {_weight(n) for n in sites if op_name(n) == "embedding"}
+    multiplied = {_weight(n) for n in sites if op_name(n) != "embedding"}
     schemes = {}
     for node in sites:
         weight = _weight(node)
         if weight in looked_up:
-            bits = pass_.table_bits
+            bits = pass_.table_bits if weight in multiplied else 8
             found = weight_scheme(weight.meta["val"].shape, bits, pass_.group)
             schemes[weight] = found if bits == 4 and found.group else Scheme(bits=8, axis=0)
         elif pass_._is_fp8:
@@ -491,7 +494,7 @@ class _Work:
         assert isinstance(value, fx.Node)
         if value in self.grids:
             return  # it comes off a convolution's grid already
-        if self.options._of_tokens and op_name(site) == "linear":
+        if self.options._of_tokens:
             if value not in self.values:
                 self.values[value] = self._row_pair(value, site)
             site.update_arg(0, self.values[value])

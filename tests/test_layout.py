@@ -212,17 +212,16 @@ def _chosen(out, given, places):
     )[0]
 
 
-def test_of_two_engines_the_one_for_any_length_is_taken(own, tmp_path):
+def test_of_two_engines_the_one_that_writes_is_taken(own, tmp_path):
     def change(manifest):
         (entry,) = manifest["engines"]
         one = json.loads(json.dumps(entry))
         one["role"], entry["role"] = "decode", "prefill"
-        one["inputs"][0]["shape"][1] = 1
-        manifest["engines"] = [one, entry]
+        manifest["engines"] = [entry, one]
 
     forge(own, "manifest.json", change)
     manifest = package.read(own)
-    assert layout._engine(own, manifest).role == "prefill"
+    assert layout._engine(own, manifest).role == "decode"
 
 
 # Refusals

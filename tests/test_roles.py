@@ -104,6 +104,11 @@ def test_each_engine_is_timed_on_what_it_is_for(place, tmp_path):
     assert (shape["length"], shape["past"]) == (1, 8)
 
 
+def test_the_page_tells_the_engines_apart(place):
+    page = (place / "out" / "report.html").read_text()
+    assert "<td>prefill/ort</td>" in page and "<td>decode/ort</td>" in page
+
+
 def test_a_compile_with_recorded_decisions_is_the_same(place, tmp_path):
     words = ("--decisions", place / "out" / "decisions.json", "--no-bench")
     content = yaml.safe_load((place / "out" / "recipe.yaml").read_text())
@@ -143,7 +148,6 @@ def test_a_link_that_does_not_fit_is_refused(place, tmp_path, change, part):
     ("word", "part"),
     [
         ("prefill=w8a8", "names other graphs than prefill and decode"),
-        ("decode=w4a16,prefill=w8a8", "names other graphs than prefill and decode"),
         ("prefill=w8a8,decode=w9", "w9"),
         ("prefill=w8a8,prefill=w8a8", "names other graphs than prefill and decode"),
         ("=", "--quantize word"),
