@@ -46,24 +46,19 @@ Arrays = Mapping[str, Any]
 
 
 def recipe(source: Json, text: Path, held: Path | None) -> Json:
-    """Reads in 8 bit, with a scale per token where a gate and a value are multiplied; writes with 4-bit weights."""
-    down = "*down_proj"
+    """Reads in 8 bit, with a scale per token behind the gate and at the output; writes with 4-bit weights."""
+    down = ["*down_proj", "*lm_head"]
     prefill = [
         {"pass": "fuse-projections", "select": {"module": "*attn*"}},
         {"pass": "smooth"},
         {"pass": "quantize", "activation_scale": "token", "select": {"module": down}},
         {"pass": "quantize", "select": {"exclude": down}},
     ]
+    groups = {"bits": 4, "group": 32, "weight_symmetric": False}
     decode = [
         {"pass": "fuse-projections"},
-        {
-            "pass": "quantize",
-            "bits": 4,
-            "activation_bits": 16,
-            "group": 32,
-            "weight_range": "mse",
-            "table_bits": 4,
-        },
+        {"pass": "awq", **groups},
+        {"pass": "quantize", "activation_bits": 16, "rounding": "gptq", "table_bits": 4, **groups},
     ]
     roles = ((causal.PREFILL, prefill), (causal.DECODE, decode))
     return {
