@@ -35,30 +35,37 @@ from effc.backends.openvino import OpenVinoEngine
 from effc.backends.ort_engine import OrtEngine, session_options
 from effc.compiler import trace_source
 from effc.engine import lowered as lowered_of
+from effc.machine import installed
 from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import guess, load
 
 THREADS = 2
+DISTRIBUTION = {"NNCF int4 on OpenVINO": "nncf", "onnxruntime-genai int4": "onnxruntime-genai"}
 PAST, PROMPT = 128, 128
 Json = dict[str, Any]
 Arrays = Mapping[str, Any]
 
 
 def recipe(source: Json, text: Path, held: Path | None) -> Json:
-    """Reads in 8 bit, with a scale per token behind the gate and at the output; writes with 4-bit weights."""
-    down = ["*down_proj", "*lm_head"]
+    """Reads in 8 bit, with a scale per token where a gate and a value are multiplied; writes with 4-bit weights."""
+    down = "*down_proj"
     prefill = [
         {"pass": "fuse-projections", "select": {"module": "*attn*"}},
         {"pass": "smooth"},
         {"pass": "quantize", "activation_scale": "token", "select": {"module": down}},
         {"pass": "quantize", "select": {"exclude": down}},
     ]
-    groups = {"bits": 4, "group": 32, "weight_symmetric": False}
     decode = [
         {"pass": "fuse-projections"},
-        {"pass": "awq", **groups},
-        {"pass": "quantize", "activation_bits": 16, "rounding": "gptq", "table_bits": 4, **groups},
+        {
+            "pass": "quantize",
+            "bits": 4,
+            "activation_bits": 16,
+            "group": 32,
+            "weight_range": "mse",
+            "table_bits": 4,
+        },
     ]
     roles = ((causal.PREFILL, prefill), (causal.DECODE, decode))
     return {
@@ -86,7 +93,7 @@ class Adapted(EngineBase):
         self.engine.close()
 
 
-def nncf_int4(plain: Path, out: Path) -> str:
+def nncf_int4(plain: Path, out: Path) -> None:
     """NNCF's int4 weights in groups of 64, the widest that divide this model's rows, for OpenVINO."""
     import nncf
     import openvino
@@ -94,18 +101,14 @@ def nncf_int4(plain: Path, out: Path) -> str:
     model = openvino.Core().read_model(str(plain))
     made = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64)
     openvino.save_model(made, str(out), compress_to_fp16=False)
-    return nncf.__version__
 
 
-def genai_int4(spec: Json, out: Path) -> str:
+def genai_int4(spec: Json, out: Path) -> None:
     """The int4 model that onnxruntime-genai's builder writes for the processor."""
-    import onnxruntime_genai
-
     model = directory(spec, out.parent / "float")
     words = ["-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
     words += ["-m", str(model), "-o", str(out), "-c", str(out / "cache")]
     subprocess.run([sys.executable, *words], check=True, capture_output=True)
-    return str(onnxruntime_genai.__version__)
 
 
 def directory(spec: Json, place: Path) -> Path:
@@ -197,7 +200,8 @@ def run(given: argparse.Namespace, place: Path) -> Json:
         try:
             target.parent.mkdir(exist_ok=True)
             if not target.exists():
-                versions[name] = make(target)
+                make(target)
+            versions[name] = installed(DISTRIBUTION[name])
         except (ImportError, subprocess.CalledProcessError) as error:
             left_out[name] = f"{type(error).__name__}: {error}"[:200]
             continue

@@ -308,8 +308,9 @@ def decoder() -> list[str]:
         lines += [
             f"{found['model']}, {found['threads']} threads, batch 1: reading {found['prompt']} tokens (`prefill`) and "
             f"writing one behind {found['past']} (`decode`). effc's two engines lie in one package: int8 reads, and "
-            "4-bit weights write. The ratio is each one's time ÷ that of effc's engine for it, with its 99 % interval. "
-            f"{versions}. {sizes}. {circumstances(found)}", "",
+            "4-bit weights, rounded to the nearest on symmetric grids, write, which costs this model much. "
+            "The ratio is each one's time ÷ that of effc's engine for it, with its 99 % interval. "
+            + (f"{versions}. " if versions else "") + f"{sizes}. {circumstances(found)}", "",
         ]  # fmt: skip
         cases = found["cases"]
         names = sorted({name for case in cases.values() for name in case["against"]})
