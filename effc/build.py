@@ -151,6 +151,11 @@ def prefix(role: str, target: str, roles: Sequence[str], targets: Sequence[str])
     return "".join(f"{word}/" for word in words)
 
 
+def names(role: str, target: str, roles: Sequence[str], key: str) -> list[str]:
+    """What a key may be called in decisions.json, whether there were several targets or not."""
+    return [prefix(role, target, roles, targets) + key for targets in (("", ""), ("",))]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Builder:
     """One graph of a source under one recipe, ready to be built for any target and any rollback."""
@@ -168,6 +173,10 @@ class Builder:
     twin: Builder | None = None
     """The builder of another role that has the same graph; exact passes are then done once for both."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
+
+    @property
+    def role(self) -> str:
+        return self.original.only().role
 
     @cached_property
     def identity(self) -> str:
@@ -227,7 +236,7 @@ class Builder:
         steps, before = {}, {}
         for index, given in enumerate(self.recipe.passes):
             pass_ = rollback.apply(index, given)
-            if pass_ is None or not self.takes(pass_):
+            if pass_ is None or not pass_.takes(self.role):
                 continue
             before[index] = program.clone()
             steps[index] = self._step(pass_, index, program, target, (known or {}).get(index))
@@ -237,17 +246,12 @@ class Builder:
             steps=steps, before=before, roles=self.roles,
         )  # fmt: skip
 
-    def takes(self, pass_: Pass) -> bool:
-        """Whether a pass of the recipe works on this graph."""
-        return not pass_.graphs or self.original.only().role in pass_.graphs
-
     def cleaned(self, target: str) -> tuple[Program, list[PassRecord]]:
         """The program after the exact clean-up passes; it is made once."""
         if target not in self._canonical and self.twin is not None:
             program, records = self.twin.cleaned(target)
-            role = self.original.only().role
-            graph = dataclasses.replace(program.only().clone(), role=role)
-            self._canonical[target] = Program({role: graph}), records
+            graph = dataclasses.replace(program.only().clone(), role=self.role)
+            self._canonical[target] = Program({self.role: graph}), records
         if target not in self._canonical:
             program, records = self.original.clone(), []
             for word in CANONICAL if self.recipe.canonicalize else ():
@@ -329,7 +333,7 @@ class Builder:
         """What an earlier compile decided in a step; None where nothing is replayed. Raises CalibrationError."""
         if self.decisions is None:
             return None
-        for name in self._names(target, key):
+        for name in names(self.role, target, self.roles, key):
             if name in self.decisions:
                 return self.decisions[name]
         raise CalibrationError(
@@ -339,17 +343,10 @@ class Builder:
 
     def recorded_rollback(self, target: str) -> Rollback:
         """What an earlier compile took back; nothing where nothing is replayed. Raises CalibrationError."""
-        for name in self._names(target, "gate"):
+        for name in names(self.role, target, self.roles, "gate"):
             if self.decisions is not None and name in self.decisions:
                 return Rollback.from_json(self.decisions[name], self.recipe.passes)
         return NOTHING
-
-    def _names(self, target: str, key: str) -> tuple[str, str]:
-        """What a key may be called in decisions.json, whether there were several targets or not."""
-        role = self.original.only().role
-        return tuple(  # type: ignore[return-value]
-            prefix(role, target, self.roles, targets) + key for targets in (("", ""), ("",))
-        )
 
     def _lower(self, built: Built, place: Path) -> list[Lowered]:
         asked = self.recipe.target_options.get(built.target)

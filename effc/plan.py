@@ -162,7 +162,7 @@ class _Probe:
         spec, rollback = self.recipe.calib, self.builder.recorded_rollback(target)
         for index, given in enumerate(self.recipe.passes):
             pass_ = rollback.apply(index, given)
-            if pass_ is None or not self.builder.takes(pass_):
+            if pass_ is None or not pass_.takes(self.graph.role):
                 continue
             recorded = self.builder.recorded(target, f"{index}:{given.name}")
             data = list(itertools.islice(self.samples(self.graph.role), 2))

@@ -285,7 +285,7 @@ def is_partial(pass_: Pass) -> bool:
 
 def _sites(pass_: Pass, program: Program) -> Iterator[tuple[Graph, fx.Node]]:
     for graph in program:
-        if not pass_.graphs or graph.role in pass_.graphs:
+        if pass_.takes(graph.role):
             for node in pass_.sites(graph):  # type: ignore[attr-defined]
                 yield graph, node
 

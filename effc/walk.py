@@ -25,7 +25,7 @@ from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import ModuleEngine
 from effc.blame import Blame, Faults, first_fault
-from effc.build import Rollback, graph_digest, prefix
+from effc.build import Rollback, graph_digest, names
 from effc.calib.calibrator import MASK, tensors_for
 from effc.case import few
 from effc.engine import entry_of
@@ -224,24 +224,23 @@ class _Way:
             self.passed(PASSES[word](), program, target, None, None)
         role = original.only().role
 
-        def names(key: str) -> list[str]:
-            found = (prefix(role, target, roles, targets) + key for targets in (("", ""), ("",)))
-            return [name for name in found if name in decisions]
+        def known(key: str) -> list[str]:
+            return [name for name in names(role, target, roles, key) if name in decisions]
 
-        gate: Json = next((decisions[name] for name in names("gate")), {})
+        gate: Json = next((decisions[name] for name in known("gate")), {})
         rollback = Rollback.from_json(gate, asked.passes)
         for index, given in enumerate(asked.passes):
             pass_ = rollback.apply(index, given)
-            if pass_ is None or (pass_.graphs and role not in pass_.graphs):
+            if pass_ is None or not pass_.takes(role):
                 continue
             key = f"{index}:{given.name}"
-            if not names(key):
+            if not known(key):
                 raise CalibrationError(
                     f"the recorded decisions know no step {key!r}", hint="compile the model again"
                 )
             if found is None and pass_.effect == "lossy":
                 found = program.clone()
-            self.passed(pass_, program, target, decisions[names(key)[0]], samples)
+            self.passed(pass_, program, target, decisions[known(key)[0]], samples)
         return program, found or program
 
     def passed(

@@ -98,6 +98,10 @@ class Pass:
     graphs: tuple[str, ...] = ()
     """Roles to work on; all where empty."""
 
+    def takes(self, role: str) -> bool:
+        """Whether the pass works on the graph of that role."""
+        return not self.graphs or role in self.graphs
+
     @property
     def measures(self) -> bool:
         """Whether the pass cannot do without calibration data."""

@@ -115,7 +115,7 @@ def options_of(pass_: Pass) -> dict[str, Any]:
 
 
 def _graphs(pass_: Pass, program: Program) -> list[Graph]:
-    return [graph for graph in program if not pass_.graphs or graph.role in pass_.graphs]
+    return [graph for graph in program if pass_.takes(graph.role)]
 
 
 def _batches(data: Data | Iterable[Batch] | None, role: str) -> Iterable[Batch]:

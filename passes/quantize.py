@@ -202,7 +202,7 @@ class Quantize(Pass):
                 "quantize: a table in 4 bit needs a group", hint="add group: 32"
             )
         for graph in program:
-            if self.graphs and graph.role not in self.graphs:
+            if not self.takes(graph.role):
                 continue
             chosen = set(self.sites(graph))
             for _, layer, *_ in foldable(graph):

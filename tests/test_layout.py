@@ -6,34 +6,20 @@ import shutil
 import numpy as np
 import onnxruntime
 import pytest
+from test_generate import saved as of_family
 
 import effc
 from effc import layout, package
 from effc.backends import onnx, onnx_ports
-from kit import assert_letter, cli, content, forge, leftovers, made, save_tokenizer
+from kit import assert_letter, cli, content, forge, leftovers, made
 
 GENAI, JS = "onnxruntime-genai", "transformers.js"
 PROMPT = "the cat sat on the mat and"
 
 
 def saved(place, **changes):
-    """A directory of a tiny random Llama with a tokenizer."""
-    import torch
-    import transformers
-
-    torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{
-        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96,
-        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, **changes,
-    }))  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)  # so that tokens differ by more than rounding
-    model.eval().save_pretrained(place)
-    save_tokenizer(place)
-    return place
+    """A directory of a tiny random Llama, whose output layer has a weight of its own, with a tokenizer."""
+    return of_family(place, tie_word_embeddings=False, **changes)
 
 
 @pytest.fixture(scope="module")
