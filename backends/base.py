@@ -28,6 +28,8 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    grid: str = field(default="", compare=False)
+    """Of codes, the sha256 of the sizes that they are multiples of, which a file's port does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)

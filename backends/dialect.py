@@ -14,7 +14,9 @@ ORT = Dialect(
     smooth_gain_db=8.0,
     token_scales=True,
     narrow_tables=True,
+    cache_codes=True,
     reasons={
+        "cache_codes": "attention for one token reads the codes as they are; for many they are made floats in front",
         "opset": "23 keeps attention one operator; benchmarks/opset.py measures it against 21",
         "narrow_tables": "one kernel looks up a row and scales it, on the bytes that the output layer reads",
         "token_scales": "the integer product takes a scale of 1, and its rows are scaled behind it",
@@ -38,7 +40,9 @@ OPENVINO = Dialect(
     conv_output=False,
     conv_bias_int32=False,
     smooth_gain_db=1.0,
+    cache_codes=True,
     reasons={
+        "cache_codes": "made floats in front of attention",
         "opset": "23 keeps attention one operator",
         "smooth_gain_db": "the scaling is fused into the quantise node and costs nothing",
         "activation": "int8 without a zero point, which is corrected for in a step of its own, and with all codes: a "
@@ -66,6 +70,7 @@ TENSORRT = Dialect(
     fp8=True,
     rest="fp16",
     reasons={
+        "cache_codes": "not tried on a GPU",
         "weight_zero_point": "the parser refuses a weight with a zero point other than 0",
         "smooth_gain_db": "what the norm or the layer in front takes up is free; else it is a multiplication, "
         "for the few activations that gain much",
@@ -89,8 +94,10 @@ ONNX = Dialect(
     activation=_UINT8,
     token_scales=True,
     narrow_tables=True,
+    cache_codes=True,
     fp8=True,
     reasons={
+        "cache_codes": "written as arithmetic, which every runtime computes",
         "narrow_tables": "a DequantizeLinear in blocks behind a Gather, which is standard",
         "token_scales": "written as arithmetic, which every runtime computes",
         "fp8": "where it will run is not known, and GPUs have kernels",
@@ -110,8 +117,10 @@ EAGER = Dialect(
     activation=_UINT8,
     token_scales=True,
     narrow_tables=True,
+    cache_codes=True,
     fp8=True,
     reasons={
+        "cache_codes": "as the ONNX has it",
         "narrow_tables": "as the ONNX has it",
         "token_scales": "as the ONNX has it",
         "fp8": "as the ONNX has it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,7 @@ def ports(graph: Graph) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
                     name=name,
                     dtype=numpy_dtype(node.meta["val"].dtype),
                     shape=tuple(_size(w) for w in shape_words(graph, node.meta["val"].shape)),
+                    grid=_grid(graph, name),
                 )
                 for name, node in zip(names, nodes, strict=True)
             )
@@ -52,6 +54,13 @@ def described(
         role=graph.role, target=target, directory=directory, files=files, opset=opset,
         inputs=inputs, outputs=outputs, **more,
     )  # fmt: skip
+
+
+def _grid(graph: Graph, name: str) -> str:
+    if name not in graph.codes:
+        return ""
+    scale = graph.tensors()[graph.codes[name]]
+    return hashlib.sha256(scale.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _size(word: str) -> int | str:

@@ -19,7 +19,7 @@ def heads_side_by_side(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "Attention" or node.domain or len(node.outputs) != 1:
             continue
-        merge = _merge_heads(node.outputs[0])
+        merge = merged_heads(node.outputs[0])
         key, value = (_cached(node.inputs[place]) for place in (1, 2))
         if merge is None or (key.past is None) != (value.past is None):
             continue
@@ -30,10 +30,10 @@ def heads_side_by_side(graph: ir.Graph) -> None:
             continue
         if not all(side.joined is None or _is_read_by(side, node) for side in (key, value)):
             continue
-        flat = [_flat(graph, node, side) for side in (node.inputs[0], key.new, value.new)]
-        if any(side is None for side in flat):
+        sides = [flat(graph, node, side) for side in (node.inputs[0], key.new, value.new)]
+        if any(side is None for side in sides):
             continue
-        query, keys, values = (side for side in flat if side is not None)
+        query, keys, values = (side for side in sides if side is not None)
         if (
             keys[1] != values[1]
             or query[1] != keys[1] * key.repeats
@@ -51,7 +51,7 @@ def heads_side_by_side(graph: ir.Graph) -> None:
             num_outputs=3 if key.past is not None else 1,
         )  # fmt: skip
         graph.insert_before(node, new)
-        take_over(merge.outputs[0], new.outputs[0])
+        give_merged(merge, new.outputs[0])
         for made, side in zip(new.outputs[1:], (key, value), strict=False):
             assert side.joined is not None
             take_over(side.joined, made)
@@ -84,7 +84,7 @@ class _Side:
 
 
 def _cached(value: ir.Value | None) -> _Side:
-    value, repeats = _repeated(value)
+    value, repeats = repeated(value)
     join = producer(value, "Concat")
     if join is None or len(join.inputs) != 2 or join.attributes.get_int("axis", 0) not in (-2, 2):
         return _Side(value, repeats=repeats)
@@ -92,7 +92,7 @@ def _cached(value: ir.Value | None) -> _Side:
     return _Side(new, past, join.outputs[0], repeats)
 
 
-def _repeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:
+def repeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:
     """What is repeated head by head, [batch, heads, length, size], and how often; the value itself where it is not."""
     reshape = producer(value, "Reshape")
     expand = producer(reshape.inputs[0], "Expand") if reshape else None
@@ -108,7 +108,9 @@ def _repeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:
     )
     if any(shape is None for shape in shapes):
         return value, 1
-    before, one, many, after = ([_size(n) for n in shape] for shape in shapes if shape is not None)
+    before, one, many, after = (
+        [size_of(n) for n in shape] for shape in shapes if shape is not None
+    )
     if len(before) != 4 or one != [*before[:2], 1, *before[2:]]:
         return value, 1
     heads, repeats = before[1], many[2] if len(many) == 5 else None
@@ -123,17 +125,17 @@ def _repeated(value: ir.Value | None) -> tuple[ir.Value | None, int]:
     return source, repeats
 
 
-def _size(size: int | ir.SymbolicDim) -> int | str:
+def size_of(size: int | ir.SymbolicDim) -> int | str:
     return size if isinstance(size, int) else str(size.value)
 
 
-def _flat(graph: ir.Graph, before: ir.Node, value: ir.Value | None) -> tuple[ir.Value, int] | None:
+def flat(graph: ir.Graph, before: ir.Node, value: ir.Value | None) -> tuple[ir.Value, int] | None:
     """A value [batch, heads, length, size] as [batch, length, hidden], turned by its positions there, and its heads."""
     if (found := _split_heads(value)) is not None:
         return found
     rotary = producer(value, "RotaryEmbedding")
     if rotary is not None and not rotary.domain:
-        inner = _flat(graph, before, rotary.inputs[0])
+        inner = flat(graph, before, rotary.inputs[0])
         if inner is None:
             return None
         attributes = {**rotary.attributes, "num_heads": ir.AttrInt64("num_heads", inner[1])}
@@ -213,29 +215,48 @@ def _split_heads(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     return (source, heads) if heads is not None else None
 
 
-def _heads(flat: ir.Shape | None, split: ir.Shape | None) -> int | None:
+def _heads(merged: ir.Shape | None, split: ir.Shape | None) -> int | None:
     """How many heads [batch, length, hidden] is split into, where nothing but the last axis is split."""
-    if flat is None or split is None or len(flat) != 3 or len(split) != 4:
+    if merged is None or split is None or len(merged) != 3 or len(split) != 4:
         return None
     heads, size = split[2], split[3]
-    if not isinstance(heads, int) or not isinstance(size, int) or flat[2] != heads * size:
+    if not isinstance(heads, int) or not isinstance(size, int) or merged[2] != heads * size:
         return None
     same = all(
-        str(a) == str(b) and str(a) != "None" for a, b in zip(flat[:2], split[:2], strict=True)
+        str(a) == str(b) and str(a) != "None" for a, b in zip(merged[:2], split[:2], strict=True)
     )
     return heads if same else None
 
 
-def _merge_heads(value: ir.Value) -> ir.Node | None:
-    """The reshape that puts heads side by side again, behind its transpose."""
+def merged_heads(value: ir.Value) -> ir.Node | None:
+    """The reshape that puts heads side by side again, behind its transpose: [batch, length, hidden] or rows of it."""
     transpose = only_consumer(value, "Transpose")
     if transpose is None or list(transpose.attributes.get_ints("perm", [])) != [0, 2, 1, 3]:
         return None
     reshape = only_consumer(transpose.outputs[0], "Reshape")
-    if reshape is None:
+    split = transpose.outputs[0].shape
+    shape = reshape.outputs[0].shape if reshape is not None else None
+    if split is None or shape is None or len(split) != 4:
         return None
-    heads = _heads(reshape.outputs[0].shape, transpose.outputs[0].shape)
-    return reshape if heads is not None else None
+    heads, size = split[2], split[3]
+    is_of_rows = (
+        len(shape) == 2 and isinstance(heads, int) and isinstance(size, int)
+        and shape[1] == heads * size
+    )  # fmt: skip
+    return reshape if is_of_rows or _heads(shape, split) is not None else None
+
+
+def give_merged(reshape: ir.Node, value: ir.Value) -> None:
+    """Let who reads the reshape of `merged_heads` read `value` [batch, length, hidden], as rows where it has rows."""
+    old = reshape.outputs[0]
+    if old.shape is not None and len(old.shape) == 3:
+        take_over(old, value)
+        return
+    given = reshape.inputs[0]
+    assert given is not None and given.shape is not None and old.shape is not None
+    value.name, value.type = f"{old.name}.side.by.side", old.type
+    value.shape = ir.Shape([*given.shape[:2], old.shape[1]])
+    reshape.replace_input_with(0, value)
 
 
 def rotary_for_every_row(graph: ir.Graph) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from effc.backends.onnx_match import constant, initializer, only_consumer, producer, swap, take_over
 from effc.backends.ort_attention import heads_side_by_side, mask_every_query, rotary_for_every_row
+from effc.backends.ort_cache import attention_on_codes
 from effc.quant.pack import pack
 
 MICROSOFT = "com.microsoft"
@@ -28,6 +29,8 @@ def rewrite(model: ir.Model, *, one_token: bool = False) -> None:
     _product_of_rows(graph)
     _weight_only_matmul(graph)
     rotary_for_every_row(graph)
+    if one_token:
+        attention_on_codes(graph)
     heads_side_by_side(graph)
     mask_every_query(graph)
     _residual_as_sum(graph)

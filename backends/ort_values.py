@@ -7,6 +7,7 @@ fed from the graph. One run of the copy then gives what every node makes of exac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ class Nodes:
     """The values of a graph on one batch, under the names that they have in a file of that opset."""
 
     def __init__(self, graph: Graph, feeds: Mapping[str, Tensor], opset: int) -> None:
-        self.graph, self.feeds = _exported(graph, opset), feeds
+        self.graph = _exported(graph, opset)
+        self.feeds = {name: self.graph.coded(name, value) for name, value in feeds.items()}
         self.known = _known(self.graph, feeds)
 
     def check(self, path: Path, *, optimized: bool = False) -> Checked:
@@ -122,9 +124,7 @@ class Nodes:
 def _exported(graph: Graph, opset: int) -> Graph:
     """The graph as it is translated, under the names that values have in a file."""
     program = prepared(graph.clone().exported, opset)
-    return Graph(
-        graph.role, program, graph.inputs, graph.outputs, dict(graph.dims), dict(graph.origins)
-    )
+    return dataclasses.replace(graph, exported=program)
 
 
 def _known(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ def arms() -> dict[str, list[Any]]:
         }
     return found | {
         "8 bit, nearest": [{"pass": "quantize", "bits": 8, "activation_bits": 16, "group": 32}],
+        "cache of keys and values in 8 bit": ["quantize-cache"],
         "int8 with activations, nearest": ["smooth", "quantize"],
         "int8 with activations, gptq": ["smooth", {"pass": "quantize", "rounding": "gptq"}],
     }

@@ -343,6 +343,27 @@ def decoder() -> list[str]:
     return lines
 
 
+def cached() -> list[str]:
+    lines = ["## What a cache of integers is worth (benchmarks/cache.py)", ""]
+    for found in results("cache"):
+        lines += [
+            f"A model of random weights, {found['layers']} layers as wide as SmolLM2-135M's, 4-bit weights, "
+            f"{found['threads']} threads, batch 1. The ratio is a cache of floats ÷ one of integers, with its 99 % "
+            "interval. " + circumstances(found), "",
+        ]  # fmt: skip
+        rows = []
+        for row in found["rows"]:
+            past, megabytes, other = row.get("past", 0), row["cache_mb"], row["against"]["floats"]
+            rows.append([
+                row["role"], str(row["length"]), str(past), f"{row['engine_ms']:.2f} ms", ratio(other, other["n"]),
+                f"{megabytes['floats']} → {megabytes['codes']} MB",
+            ])  # fmt: skip
+        lines += table(
+            ["engine", "tokens", "behind", "with integers", "floats ÷ integers", "cache"], rows
+        )
+    return lines
+
+
 def peers() -> list[str]:
     lines = [
         "## Beside other tools (benchmarks/peers.py)", "",
@@ -740,6 +761,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     rounding: ("rounding",),
     peers: ("peers",),
     decoder: ("decoder",),
+    cached: ("cache",),
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),
     kernels: ("kernels",),

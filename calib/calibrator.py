@@ -39,7 +39,8 @@ class _Watcher(fx.Interpreter):
         value = super().run_node(n)
         for probe in self.probes.get(n.name, ()):
             try:
-                probe.collector.update(value, _fitting(self.mask, value))
+                mask = _fitting(self.mask, value, getattr(probe.collector, "positions", 1))
+                probe.collector.update(value, mask)
             except CalibrationError as error:
                 raise CalibrationError(f"{error.what} at {probe.key}", hint=error.hint) from error
         if n.name == self.last:
@@ -47,10 +48,11 @@ class _Watcher(fx.Interpreter):
         return value
 
 
-def _fitting(mask: Tensor | None, value: Tensor) -> Tensor | None:
-    if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape:
+def _fitting(mask: Tensor | None, value: Tensor, positions: int) -> Tensor | None:
+    """The mask where it is of this value: over its first axis and the one of its positions."""
+    if mask is None or value.dim() < 3:
         return None
-    return mask
+    return mask if (value.shape[0], value.shape[positions]) == mask.shape else None
 
 
 def collect(
@@ -104,7 +106,9 @@ def tensors_for(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
     for name, node in zip(graph.inputs, users, strict=True):
         value = placeholders[str(node)].meta["val"]
         sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
-        wanted[name] = np.dtype(str(value.dtype).removeprefix("torch.")), sizes
+        is_of_numbers = name in graph.codes and name in inputs and inputs[name].dtype.kind == "f"
+        dtype = torch.float32 if is_of_numbers else value.dtype  # the graph rounds them itself
+        wanted[name] = np.dtype(str(dtype).removeprefix("torch.")), sizes
     made = fitted(inputs, wanted)
     return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in made.items()}
 

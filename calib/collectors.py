@@ -138,6 +138,43 @@ class Channels:
         return (float(self.low.min()), float(self.high.max())) if self.count else (0.0, 0.0)
 
 
+class Heads:
+    """The largest magnitude of every channel of every head of keys or values [batch, heads, positions, size].
+
+    With `pairs` it is the longest that a channel and the one half a head further, which rotary embedding turns into
+    each other, were together, for both: √(x² + y²).
+    """
+
+    positions = 2
+
+    def __init__(self, *, pairs: bool = False) -> None:
+        self.pairs = pairs
+        self.most: Array = np.zeros((0, 0))
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        rows = x.detach().movedim(2, 1)
+        rows = (rows[mask.bool()] if mask is not None else rows.flatten(0, 1)).to(torch.float32)
+        if not rows.numel():
+            return
+        _ends(rows.reshape(-1))
+        if self.pairs:
+            length = torch.hypot(*rows.chunk(2, -1))
+            rows = torch.cat([length, length], -1)
+        seen = Heads(pairs=self.pairs)
+        seen.most = rows.abs().amax(0).to(torch.float64).numpy()
+        self.most = self.merge(seen).most
+
+    def merge(self, other: Heads) -> Heads:
+        made = Heads(pairs=self.pairs)
+        sides = [side.most for side in (self, other) if side.most.size]
+        made.most = np.maximum.reduce(sides) if sides else self.most
+        return made
+
+    def range(self, scheme: Scheme) -> tuple[float, float]:
+        most = float(self.most.max()) if self.most.size else 0.0
+        return -most, most
+
+
 class Gram:
     """Σ x xᵀ over rows x of the last axis, and the mean magnitude of every channel; memory is channels² float64.
 

@@ -325,7 +325,7 @@ class Builder:
             return None
         pass_ = pass_.resolve(DIALECTS[target])
         return key_of(
-            stage, graph=graph_digest([program]), name=pass_.name, options=options_of(pass_),
+            stage, graph=graph_digest([program]), role=self.role, name=pass_.name, options=options_of(pass_),
             samples=self.samples_key, target=target, versions=versions(), **parts,
         )  # fmt: skip
 
@@ -358,7 +358,7 @@ class Builder:
                 place, graph.role, built.target, self.roles, self.recipe.targets
             )
             key = key_of(
-                "lower", graph=graph_digest([Program({graph.role: graph})]), target=built.target,
+                "lower", graph=graph_digest([Program({graph.role: graph})]), role=graph.role, target=built.target,
                 asked=asked and dataclasses.asdict(asked),
                 ports=[list(graph.inputs), list(graph.outputs)], cpu=cpu_features(), versions=versions(),
                 tool=installed(DISTRIBUTIONS[built.target][0]), made_with=backend.made_with(),

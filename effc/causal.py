@@ -13,12 +13,13 @@ needs the logits of its last position alone, and they are a fifth of the work in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 ROLES = PREFILL, DECODE = "prefill", "decode"
 """Two graphs of one model: what reads prompts and what writes, where the best engine of each is another."""
@@ -51,10 +52,12 @@ def links(layers: int) -> list[dict[str, str]]:
     ]
 
 
-def empty(layers: Sequence[tuple[int, int]], batch: int) -> dict[str, Array]:
+def empty(
+    layers: Sequence[tuple[int, int]], batch: int, dtype: str = "float32"
+) -> dict[str, Array]:
     """A cache without any position."""
     return {
-        f"{PAST}.{number}.{side}": np.zeros((batch, heads, 0, size), np.float32)
+        f"{PAST}.{number}.{side}": np.zeros((batch, heads, 0, size), dtype)
         for number, (heads, size) in enumerate(layers)
         for side in SIDES
     }
@@ -89,3 +92,45 @@ def complete(
         KEEP: np.arange(ids.shape[1]),
         **(filled(layers, len(ids), past) if past else empty(layers, len(ids))),
     }  # fmt: skip
+
+
+def carried(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache that a run gave, as the next one takes it."""
+    return {
+        f"{PAST}{name.removeprefix(PRESENT)}": value
+        for name, value in outputs.items()
+        if name.startswith(f"{PRESENT}.")
+    }
+
+
+def in_steps(run: Run, first: int) -> Run:
+    """A run that reads the `first` tokens alone, and gives what comes of the rest behind their cache."""
+
+    def stepped(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        def part(start: int, stop: int) -> dict[str, Array]:
+            return {
+                "input_ids": feeds["input_ids"][:, start:stop],
+                "attention_mask": feeds["attention_mask"][:, :stop],
+                "position_ids": feeds["position_ids"][:, start:stop],
+                KEEP: np.arange(stop - start),
+            }
+
+        given = {name: value for name, value in feeds.items() if name.startswith(f"{PAST}.")}
+        past = carried(run({**given, **part(0, first)}))
+        return run({**past, **part(first, feeds["input_ids"].shape[1])})
+
+    return stepped
+
+
+STEPS = 32
+"""Codes a unit, of a cache that is made up."""
+
+
+def typed(feeds: Mapping[str, Array], dtypes: Mapping[str, str]) -> dict[str, Array]:
+    """Feeds with a cache of codes where an engine takes one: any codes will do for one that is empty or made up."""
+    return {
+        name: np.clip(np.round(value * STEPS), -128, 127).astype(np.int8)
+        if name.startswith(f"{PAST}.") and value.dtype.kind == "f" and dtypes.get(name) == "int8"
+        else value
+        for name, value in feeds.items()
+    }

@@ -296,6 +296,14 @@ def compile(
     quantize: Annotated[
         str, typer.Option("--quantize", help=f"One of {', '.join(QUANTIZE_NAMES)}.")
     ] = "none",
+    kv_cache: Annotated[
+        str,
+        typer.Option(
+            "--kv-cache",
+            metavar="WORD",
+            help="What a language model's cache of keys and values is: float32 or int8.",
+        ),
+    ] = "float32",
     calib: Calib = None,
     samples: Annotated[
         int | None,
@@ -356,7 +364,14 @@ def compile(
     from effc import compiler, recipe
 
     if model.endswith((".yaml", ".yml")):
-        if quantize != "none" or calib or metric or target or samples is not None:
+        if (
+            quantize != "none"
+            or kv_cache != "float32"
+            or calib
+            or metric
+            or target
+            or samples is not None
+        ):
             raise UsageError(
                 "a recipe says itself what to do; flags like --quantize do not go with it",
                 hint="change the recipe with --set, e.g. --set targets.0=onnx",
@@ -364,8 +379,8 @@ def compile(
         made = recipe.read(Path(model), set_ or (), replayed=decisions is not None)
     else:
         data = compiler.from_flags(
-            model, target=target or "ort", quantize=quantize, calib=calib, metric=metric,
-            samples=samples or 128,
+            model, target=target or "ort", quantize=quantize, kv_cache=kv_cache, calib=calib,
+            metric=metric, samples=samples or 128,
         )  # fmt: skip
         made = recipe.build(data, overrides=set_ or (), replayed=decisions is not None)
     if not bench:

@@ -15,7 +15,7 @@ from typing import Any
 
 from effc import cache, gate, measure, metrics, package, report, search
 from effc.backends import BACKENDS
-from effc.backends.base import Lowered
+from effc.backends.base import Lowered, Port
 from effc.build import Builder, Built, graph_digest, versions
 from effc.cache import Cache
 from effc.causal import ROLES
@@ -57,6 +57,7 @@ def compile(
     *,
     target: str | Sequence[str] = "ort",
     quantize: str = "none",
+    kv_cache: str = "float32",
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
@@ -78,9 +79,9 @@ def compile(
     """
     replayed = decisions is not None
     if isinstance(model, Recipe) or str(model).endswith((".yaml", ".yml")):
-        if quantize != "none" or calib is not None or metric is not None:
+        if quantize != "none" or kv_cache != "float32" or calib is not None or metric is not None:
             raise UsageError(
-                "a recipe says itself what to do; quantize, calib and metric do not go with it",
+                "a recipe says itself what to do; quantize, kv_cache, calib and metric do not go with it",
                 hint="write them into the recipe",
             )
         recipe = model if isinstance(model, Recipe) else read(Path(model), replayed=replayed)
@@ -89,6 +90,7 @@ def compile(
             str(model),
             target=target,
             quantize=quantize,
+            kv_cache=kv_cache,
             calib=calib,
             metric=metric,
             samples=samples,
@@ -102,17 +104,23 @@ def compile(
     )  # fmt: skip
 
 
+KV_CACHES = ("float32", "int8")
+
+
 def from_flags(
     model: str,
     *,
     target: str | Sequence[str] = "ort",
     quantize: str = "none",
+    kv_cache: str = "float32",
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
 ) -> Json:
     """The plain values of the recipe that command line flags stand for."""
     words = _words(quantize)
+    if kv_cache not in KV_CACHES:
+        raise UsageError(unknown("--kv-cache word", kv_cache, KV_CACHES))
     data: Json = {
         "source": guess(model),
         "targets": [target] if isinstance(target, str) else list(target),
@@ -121,7 +129,7 @@ def from_flags(
         data["source"]["roles"] = list(words)
     if calib is not None:
         data["calib"] = {"file": str(calib), "samples": samples}
-    passes: list[Any] = []
+    passes: list[Any] = ["quantize-cache"] if kv_cache == "int8" else []
     for role, word in words.items():
         of = passes_of(word, data["targets"], checks=calib is not None)
         passes += [_on(pass_, role) for pass_ in of] if len(words) > 1 else of
@@ -472,6 +480,7 @@ def _links(source: Source, engines: Sequence[Json]) -> list[Json]:
             found.append({
                 **dataclasses.asdict(link), "target": target, "dtype": port["dtype"],
                 "shape": port["shape"], "sha256": producer["sha256"],
+                **({"grid": port["grid"]} if "grid" in port else {}),
             })  # fmt: skip
     return found
 
@@ -494,6 +503,10 @@ def _weight_bytes(module: Any) -> int:
     return sum(places.values())
 
 
+def _port(port: Port) -> Json:
+    return {k: v for k, v in dataclasses.asdict(port).items() if k != "grid" or v}
+
+
 def _entry(lowered: Lowered, stage: Path) -> Json:
     path = lowered.directory / lowered.files[0]
     slow = [s for s in lowered.sites if not s.int8]
@@ -502,8 +515,8 @@ def _entry(lowered: Lowered, stage: Path) -> Json:
         "target": lowered.target,
         "path": path.relative_to(stage).as_posix(),
         "sha256": package.digest(path),
-        "inputs": [dataclasses.asdict(p) for p in lowered.inputs],
-        "outputs": [dataclasses.asdict(p) for p in lowered.outputs],
+        "inputs": list(map(_port, lowered.inputs)),
+        "outputs": list(map(_port, lowered.outputs)),
         "opset": lowered.opset,
         "requires": list(lowered.requires),
         "options": dict(lowered.options),

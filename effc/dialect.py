@@ -30,6 +30,8 @@ class Dialect:
     """Whether products are of integers where activations have a scale per token, computed as the engine runs."""
     narrow_tables: bool = False
     """Whether rows of a table in 4 bit can be looked up."""
+    cache_codes: bool = False
+    """Whether the cache of a language model may be integers."""
     weight_zero_point: bool = True
     """Whether weights beside float activations may have a zero point."""
     fp8: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from effc.causal import KEEP, PAST, PRESENT, empty, positions
+from effc.causal import KEEP, carried, empty, positions
 from effc.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -93,11 +93,12 @@ def tokens(
     pad: int,
     context: int | None,
     counts: Counts | None = None,
+    dtype: str = "float32",
 ) -> Generator[list[int | None], Iterable[int] | None, None]:
     """One token a prompt and step; None for those that have ended. Raises UsageError where a prompt does not fit.
 
-    `cache` is heads and head size of every layer. An `ends` token ends its prompt and is given too. Whoever sends rows
-    ends those.
+    `cache` is heads and head size of every layer, `dtype` the type of what is in it. An `ends` token ends its prompt
+    and is given too. Whoever sends rows ends those.
     """
     counts = counts if counts is not None else Counts()
     _refuse(prompts, context)
@@ -108,7 +109,7 @@ def tokens(
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     counts.prompt_tokens += int(mask.sum())
-    past: Mapping[str, Any] = empty(cache, len(prompts))
+    past: Mapping[str, Any] = empty(cache, len(prompts), dtype)
     draw = np.random.default_rng(sampling.seed)
     running = np.ones(len(prompts), bool)
     room = sampling.max_tokens if context is None else min(sampling.max_tokens, context - longest)
@@ -120,10 +121,7 @@ def tokens(
             KEEP: np.array([length - 1]), **past,
         })  # fmt: skip
         chosen = choose(found["logits"][:, -1], sampling, draw)
-        past = {
-            f"{PAST}{name.removeprefix(PRESENT)}": value
-            for name, value in found.items() if name.startswith(PRESENT)
-        }  # fmt: skip
+        past = carried(found)
         spent = time.perf_counter() - started
         if number:
             counts.decode_s += spent

@@ -109,6 +109,11 @@ def _engine(out: Path, manifest: package.Manifest) -> package.EngineEntry:
     for entry in sorted(own, key=lambda entry: entry.role != causal.DECODE):
         shapes = {port.name: port.shape for port in entry.inputs}
         past = shapes.get(f"{causal.PAST}.0.key")
+        if "int8" in (p.dtype for p in entry.inputs if p.name.startswith(f"{causal.PAST}.")):
+            raise UsageError(
+                f"{out} has a cache of integers, which these tools do not carry",
+                hint="compile without quantize-cache",
+            )
         if past and all(isinstance(size, str) for size in (*shapes["input_ids"], past[2])):
             return entry
     raise UsageError(

@@ -278,14 +278,14 @@ class Noise:
 
     def _judge_grid(self, local: Local, item: Compared) -> None:
         x = self.padding.without(item.node, item.theirs.detach())
-        codes = item.node.args[0]
+        codes, scale, zero = (item.node.args[i] for i in range(3))
+        scale, zero = item.inputs[scale], item.inputs[zero]  # type: ignore[index]
         assert isinstance(codes, fx.Node)
-        scale, zero = (tensor_of(self.graph, codes.args[i]) for i in (1, 2))  # type: ignore[arg-type]
-        low, high = (int(codes.args[i]) for i in (3, 4))  # type: ignore[arg-type]
-        if scale.numel() != 1:
+        if scale.numel() != 1:  # by channel, or by row as the graph runs
             local.expected = power(scale) / scale.numel() / 12 * x.numel()
-            local.allowed += LAYERS * local.expected
+            local.allowed += LAYERS * local.expected + self._cut(item, scale)
             return
+        low, high = (int(codes.args[i]) for i in (3, 4))  # type: ignore[arg-type]
         step, middle = float(scale), int(zero)
         outside = (x < (low - middle - 0.5) * step) | (x > (high - middle + 0.5) * step)
         off = self.padding.without(item.node, difference(item.mine, item.theirs.detach()))
@@ -303,6 +303,14 @@ class Noise:
             if clipped > 0.5
             else f"its step is {step / max(need, 1e-300):.3g} times what holds all values"
         )
+
+    def _cut(self, item: Compared, scale: Tensor) -> float:
+        """The noise of values that lie outside of a grid of many scales, where they are as few as may be."""
+        exact, error = item.theirs.detach(), difference(item.mine, item.theirs.detach())
+        steps = spread(scale, exact, *item.node.args[3:])  # type: ignore[arg-type]
+        outside = exact.abs() > 127.5 * steps
+        few = FEW_MADE_UP if self.is_made_up else FEW
+        return power(error[outside]) if float(outside.double().mean()) < few else 0.0
 
     def allow_grids(self, found: Sequence[Local]) -> None:
         """Allow every grid some multiple of the least noise: more where grids of this graph usually make more.

@@ -101,6 +101,8 @@ class LinkEntry:
     shape: tuple[int | str, ...]
     layout: str
     sha256: Sha256
+    grid: str = ""
+    """Of codes, the sha256 of the sizes that they are multiples of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +417,10 @@ def copy_files(source: Path, names: Sequence[str], stage: Path) -> None:
 
 
 def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:
-    """Hash what is there; write volatile.json, and manifest.json last."""
+    """Hash what is there; write volatile.json, and manifest.json last.
+
+    Raises PackageError where engines do not fit each other.
+    """
     digests = {name: digest(stage / name) for name in sorted(paths.below(stage))}
     files = {name: value for name, value in digests.items() if name not in UNHASHED}
     volatile = {name: value for name, value in digests.items() if name in UNHASHED}
@@ -426,6 +431,11 @@ def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:
     _write_volatile(stage, volatile)
     content = {**manifest, "files": files, "unhashed": sorted({*volatile, VOLATILE})}
     (stage / MANIFEST).write_text(sealed(content), encoding="utf-8")
+    if broken := broken_links(read(stage)):
+        raise PackageError(
+            f"engines of one package do not fit each other: {broken[0]}",
+            hint="a pass that changes what goes from one to another is for both of them",
+        )
 
 
 def _write_volatile(out: Path, files: Mapping[str, str]) -> None:
@@ -601,6 +611,10 @@ def broken_links(manifest: Manifest) -> list[str]:
             found.append(
                 f"link {word}: {given.dtype} {list(given.shape)} is given, "
                 f"{taken.dtype} {list(taken.shape)} is taken"
+            )
+        elif not given.grid == link.grid == taken.grid:
+            found.append(
+                f"link {word}: the codes of one side mean other numbers than those of the other"
             )
     return found
 

@@ -200,7 +200,9 @@ class _Probe:
         inputs, _ = ports(self.graph)
         most = measure.longest(self.source, self.graph)
         found = [
-            f for _, feeds in measure.cases(self.source, self.samples, inputs, most) for f in feeds
+            f
+            for _, _, feeds in measure.cases(self.source, self.samples, inputs, most)
+            for f in feeds
         ]
         values = sum(map(_values, found))
         need = max(map(self._activations_mb, found), default=0.0)

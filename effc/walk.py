@@ -28,6 +28,7 @@ from effc.blame import Blame, Faults, first_fault
 from effc.build import Rollback, graph_digest, names
 from effc.calib.calibrator import MASK, tensors_for
 from effc.case import few
+from effc.causal import typed
 from effc.engine import entry_of
 from effc.engine import lowered as lowered_of
 from effc.errors import CalibrationError, PackageError, UsageError, VerifyError
@@ -296,6 +297,7 @@ class _Way:
         if lowered.files[0].endswith(".onnx"):
             path = lowered.directory / lowered.files[0]
             nodes = Nodes(graph, self.tensors, lowered.opset)
+            feeds = typed(self.feeds, measure.dtypes(lowered.inputs))
 
             def judge(optimized: bool) -> Callable[[float], Judgement]:
                 def run(moved: float) -> Judgement:
@@ -312,7 +314,7 @@ class _Way:
 
             with self.progress.stage("onnx file"):
                 self.step(
-                    "onnx file", "file", lambda: as_it_stands(path, self.feeds, threads), most,
+                    "onnx file", "file", lambda: as_it_stands(path, feeds, threads), most,
                     judge(False),
                 )  # fmt: skip
         with (

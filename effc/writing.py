@@ -62,6 +62,7 @@ def write(
             run, cache, ids, sampling=sampling,
             ends=_ends(out, processor, config),
             pad=processor.tokenizer.pad_token_id or 0, context=processor.max_length, counts=counts,
+            dtype=next(p.dtype for p in entry.inputs if p.name.startswith(f"{causal.PAST}.")),
         )  # fmt: skip
         done: Iterable[int] | None = None
         while True:

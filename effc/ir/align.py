@@ -241,6 +241,8 @@ def _same_shape(node: fx.Node, other: fx.Node) -> bool:
     mine, theirs = node.meta.get("val"), other.meta.get("val")
     if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
         return False
+    if mine.is_floating_point() != theirs.is_floating_point():
+        return False  # codes are no numbers
     fixed = [
         (a, b) for a, b in zip(mine.shape, theirs.shape, strict=False)
         if isinstance(a, int) and isinstance(b, int)

@@ -150,6 +150,27 @@ def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
     graph.fx.erase_node(old)
 
 
+def retype(graph: Graph, name: str, dtype: torch.dtype) -> fx.Node:
+    """Let an input take values of another type. Raises KeyError where there is none of that name."""
+    if name not in graph.inputs:
+        raise KeyError(f"{graph.role} has no input {name!r}")
+    users = graph.exported.graph_signature.user_inputs
+    node = graph.placeholders()[str(users[graph.inputs.index(name)])]
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty_like(node.meta["val"], dtype=dtype)
+    return node
+
+
+def give(graph: Graph, name: str, node: fx.Node) -> None:
+    """Let the output of that name be the value of another node."""
+    place = graph.outputs.index(name)
+    (output,) = [n for n in graph.fx.nodes if n.op == "output"]
+    values = output.args[0]
+    assert isinstance(values, tuple | list)
+    output.args = ((*values[:place], node, *values[place + 1 :]),)
+    graph.exported.graph_signature.output_specs[place].arg = TensorArgument(node.name)
+
+
 def keep_outputs(graph: Graph, names: Sequence[str]) -> None:
     """Drop all outputs but `names`, and with them what only they needed."""
     (output,) = [n for n in graph.fx.nodes if n.op == "output"]

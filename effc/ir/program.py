@@ -40,6 +40,8 @@ class Graph:
     outputs: tuple[str, ...]
     dims: dict[str, str] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
+    codes: dict[str, str] = field(default_factory=dict)
+    """Inputs and outputs that are codes of numbers, with the name of the tensor that is the size of a code."""
 
     @property
     def fx(self) -> FxGraph:
@@ -79,8 +81,16 @@ class Graph:
             if spec.kind in LIFTED and spec.target is not None:
                 values.append(self._tensor(spec.target))
             else:
-                values.append(feeds[next(user)])
+                name = next(user)
+                values.append(self.coded(name, feeds[name]))
         return values
+
+    def coded(self, name: str, value: Tensor) -> Tensor:
+        """An input as the graph takes it: numbers for one that takes codes rounded to them, all else as it is."""
+        if name not in self.codes or not value.is_floating_point():
+            return value
+        scale = self._tensor(self.codes[name])
+        return torch.clamp(torch.round(value / scale), -128, 127).to(torch.int8)
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph in eager torch. Raises KeyError where an input is missing."""
@@ -130,8 +140,9 @@ class Graph:
             verifiers=old.verifiers,
         )
         return Graph(
-            self.role, exported, self.inputs, self.outputs, dict(self.dims), dict(self.origins)
-        )
+            self.role, exported, self.inputs, self.outputs, dict(self.dims), dict(self.origins),
+            dict(self.codes),
+        )  # fmt: skip
 
 
 @dataclass
