@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ from effc.backends.dialect import DIALECTS
 from effc.cache import Cache, Entry, key_of
 from effc.calib import data
 from effc.calib.calibrator import MASK, tensors_for
+from effc.calib.data import Batch
+from effc.calib.probe import held_bytes
 from effc.errors import CalibrationError
 from effc.ir.program import Program
 from effc.ir.show import show
@@ -300,12 +302,17 @@ class Builder:
     ) -> PassRecord:
         lossy = pass_.effect == "lossy"
         suffices = recorded is not None and (bool(kept) or not pass_.measures_again)
+
+        def batches(role: str) -> Iterator[Batch]:
+            probes = pass_.resolve(DIALECTS[target]).probes(program[role])
+            return self.samples.beside(held_bytes(probes))(role)
+
         spec = self.recipe.calib
         total = math.ceil(spec.samples / spec.batch) if spec is not None else None
         return apply(
             pass_,
             program,
-            self.samples if (lossy or pass_.measures) and not suffices else None,
+            batches if (lossy or pass_.measures) and not suffices else None,
             dialect=DIALECTS[target],
             probes=self.first_batch if lossy and not replayed else self._probes,
             recorded=recorded,
