@@ -175,6 +175,7 @@ class Builder:
     twin: Builder | None = None
     """The builder of another role that has the same graph; exact passes are then done once for both."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
+    _kept: dict[tuple[int, str], tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def role(self) -> str:
@@ -270,13 +271,16 @@ class Builder:
         self, pass_: Pass, index: int, program: Program, target: str, known: Json | None
     ) -> PassRecord:
         """One pass of the recipe: its decisions replayed, or known, or in the cache, or made now."""
+        kept = self.kept(pass_, index, program, target)
+        if pass_.measures_again and not kept:
+            known = None  # those of another graph
         replayed = self.recorded(target, f"{index}:{pass_.name}")
         key = self._decisions_key(pass_, program, target) if replayed is None else None
         stored = self.cache.get(key) if key is not None and known is None else None
         recorded = replayed if replayed is not None else known
-        kept: dict[str, Tensor] = {}
         if stored is not None:
-            recorded, kept = stored.value, _tensors(stored)
+            recorded = stored.value
+            kept.update(_tensors(stored))
             self.progress.reuse(pass_.name)
         is_replay = replayed is not None
         with self.progress.stage(pass_.name) as step:
@@ -289,6 +293,18 @@ class Builder:
         if key is not None and stored is None and known is None:
             self.cache.put(key, record.decisions, {n: _npy(t) for n, t in kept.items()})
         return record
+
+    def kept(self, pass_: Pass, index: int, program: Program, target: str) -> dict[str, Tensor]:
+        """What a pass chose by data for this very graph and a record has no room for, by sha256; to be added to.
+
+        It is held for the first graph that the pass is given, that of the whole recipe: where less of the pass is done
+        nothing is chosen again, and where a pass in front is taken back the graph is another.
+        """
+        if not pass_.measures_again:
+            return {}
+        digest = graph_digest([program])
+        first, found = self._kept.setdefault((index, target), (digest, {}))
+        return found if first == digest else {}
 
     def _apply(
         self,
