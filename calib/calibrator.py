@@ -1,13 +1,14 @@
 """Runs a graph over batches and lets collectors watch named nodes.
 
-An `fx.Interpreter` frees every value after its last use and stops behind the last watched node, so memory is that of
-one batch and a few fixed-size sketches, however many samples there are. No module is changed and nothing is left in
-the graph. Padded positions (`attention_mask` 0) are left out: nobody reads them, and they would widen the ranges.
+An `fx.Interpreter` runs what the watched nodes hang on and nothing else, and frees every value after its last use, so
+memory is that of one batch and a few fixed-size sketches, however many samples there are. No module is changed and
+nothing is left in the graph. Padded positions (`attention_mask` 0) are left out: nobody reads them, and they would
+widen the ranges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,31 +22,44 @@ from effc.errors import CalibrationError
 from effc.ir.program import Graph
 
 MASK = "attention_mask"
-
-
-class _Done(Exception):
-    """The last watched node has been seen."""
+KEPT = ("placeholder", "output")
 
 
 class _Watcher(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, probes: Mapping[str, list[Probe]]) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.probes = probes
-        order = [n.name for n in module.graph.nodes]
-        self.last = max(probes, key=order.index)
+    def __init__(self, module: fx.GraphModule, probes: Mapping[fx.Node, list[Probe]]) -> None:
+        needed, copies = _up_to(module.graph, probes)
+        super().__init__(module, garbage_collect_values=True, graph=needed)
+        self.probes = {copies[node]: found for node, found in probes.items()}
         self.mask: Tensor | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for probe in self.probes.get(n.name, ()):
+        for probe in self.probes.get(n, ()):
             try:
                 mask = _fitting(self.mask, value, getattr(probe.collector, "positions", 1))
                 probe.collector.update(value, mask)
             except CalibrationError as error:
                 raise CalibrationError(f"{error.what} at {probe.key}", hint=error.hint) from error
-        if n.name == self.last:
-            raise _Done
         return value
+
+
+def _up_to(
+    whole: fx.Graph, watched: Collection[fx.Node]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """The calls of a graph that the `watched` nodes hang on, without outputs, and which node became which.
+
+    What nobody reads of those in front, such as the logits or the keys and values that a language model gives, is not
+    computed, and no value waits for an output.
+    """
+    made, copies, left = fx.Graph(), dict[fx.Node, fx.Node](), set(watched)
+    for node in whole.nodes:
+        if node.op == "placeholder" or left:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+            left.discard(node)
+    made.output(())
+    seen = {copies[node] for node in watched}
+    made.eliminate_dead_code(lambda n: n in seen or n.op in KEPT or n.is_impure())
+    return made, copies
 
 
 def _fitting(mask: Tensor | None, value: Tensor, positions: int) -> Tensor | None:
@@ -67,12 +81,12 @@ def collect(
     Raises CalibrationError where there is no data, where a batch lacks an input or has one of another dtype, or
     where a watched value is not a number.
     """
-    wanted: dict[str, list[Probe]] = {}
+    wanted: dict[fx.Node, list[Probe]] = {}
     collectors: dict[str, Any] = {}
     for probe in probes:
         if probe.key not in collectors:
             collectors[probe.key] = probe.collector
-            wanted.setdefault(probe.node.name, []).append(probe)
+            wanted.setdefault(probe.node, []).append(probe)
     if not wanted:
         return {}
     watcher = _Watcher(graph.exported.graph_module, wanted)
@@ -82,10 +96,8 @@ def collect(
             feeds = tensors_for(graph, batch.inputs)
             mask = feeds.get(MASK)
             watcher.mask = mask.bool() if mask is not None else None
-            try:
-                watcher.run(*graph.arguments(feeds))
-            except _Done:
-                watcher.env.clear()
+            watcher.run(*graph.arguments(feeds))
+            watcher.env.clear()
             seen += 1
             heap.trim()  # the next batch is of another length
             if on_batch is not None:

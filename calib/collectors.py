@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -38,6 +39,8 @@ _SHIFT = 23 - MANTISSA_BITS
 _BINS = 1 << (8 + MANTISSA_BITS)
 _FINITE = _BINS - (1 << MANTISSA_BITS)
 _CHUNK = 1 << 20
+FLOAT64 = 8
+"""Bytes of one."""
 
 
 def _values(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -89,6 +92,9 @@ class MinMax:
     def range(self, scheme: Scheme) -> tuple[float, float]:
         return (0.0, 0.0) if self.low > self.high else (self.low, self.high)
 
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return 2 * FLOAT64
+
 
 class Channels:
     """Smallest, largest, mean and mean square of every channel, which is the last axis where no other is named."""
@@ -136,6 +142,9 @@ class Channels:
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         return (float(self.low.min()), float(self.high.max())) if self.count else (0.0, 0.0)
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return 4 * shape[self.axis] * FLOAT64
 
 
 class Heads:
@@ -195,9 +204,10 @@ class Gram:
         if not len(rows):
             return
         _ends(rows.reshape(-1))
-        seen = Gram()
-        seen.sums, seen.sizes, seen.count = rows.T @ rows, rows.abs().sum(0), len(rows)
-        self.__dict__.update(self.merge(seen).__dict__)
+        sums, sizes = rows.T @ rows, rows.abs().sum(0)
+        if self.count:  # in the memory of the new ones
+            sums, sizes = sums.add_(self.sums), sizes.add_(self.sizes)
+        self.sums, self.sizes, self.count = sums, sizes, self.count + len(rows)
 
     def merge(self, other: Gram) -> Gram:
         if not self.count or not other.count:
@@ -222,6 +232,9 @@ class Gram:
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         return 0.0, 0.0
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return (shape[-1] + 1) * shape[-1] * FLOAT64
 
 
 class LogHistogram:
@@ -287,6 +300,9 @@ class LogHistogram:
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         return self.ends.range(scheme)
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return self.counts.nbytes + self.ends.held_bytes(shape)
 
 
 @functools.cache
@@ -384,6 +400,9 @@ class Moments:
             made.squares = self.squares.sum(keepdims=True) + between
             made.low, made.high = self.low.min(keepdims=True), self.high.max(keepdims=True)
         return made
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return 4 * (shape[-1] if shape else 1) * FLOAT64
 
     @property
     def variance(self) -> Array:

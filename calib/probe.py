@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -19,6 +20,10 @@ class Collector(Protocol):
 
     def range(self, scheme: Scheme) -> tuple[float, float]: ...
 
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        """What it takes for values of a shape, however many are seen."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
@@ -27,3 +32,10 @@ class Probe:
     key: str
     node: fx.Node
     collector: Any
+
+
+def held_bytes(probes: Iterable[Probe]) -> int:
+    """What the collectors of probes take together, with the largest twice: a batch has one of its own first."""
+    found = {probe.key: probe for probe in probes}
+    each: list[int] = [p.collector.held_bytes(p.node.meta["val"].shape) for p in found.values()]
+    return sum(each) + max(each, default=0)

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ from effc.backends.dialect import DIALECTS
 from effc.cache import Cache, Entry, key_of
 from effc.calib import data
 from effc.calib.calibrator import MASK, tensors_for
+from effc.calib.data import Batch
+from effc.calib.probe import held_bytes
 from effc.errors import CalibrationError
 from effc.ir.program import Program
 from effc.ir.show import show
@@ -173,6 +175,7 @@ class Builder:
     twin: Builder | None = None
     """The builder of another role that has the same graph; exact passes are then done once for both."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
+    _kept: dict[tuple[int, str], tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def role(self) -> str:
@@ -268,13 +271,16 @@ class Builder:
         self, pass_: Pass, index: int, program: Program, target: str, known: Json | None
     ) -> PassRecord:
         """One pass of the recipe: its decisions replayed, or known, or in the cache, or made now."""
+        kept = self.kept(pass_, index, program, target)
+        if pass_.measures_again and not kept:
+            known = None  # those of another graph
         replayed = self.recorded(target, f"{index}:{pass_.name}")
         key = self._decisions_key(pass_, program, target) if replayed is None else None
         stored = self.cache.get(key) if key is not None and known is None else None
         recorded = replayed if replayed is not None else known
-        kept: dict[str, Tensor] = {}
         if stored is not None:
-            recorded, kept = stored.value, _tensors(stored)
+            recorded = stored.value
+            kept.update(_tensors(stored))
             self.progress.reuse(pass_.name)
         is_replay = replayed is not None
         with self.progress.stage(pass_.name) as step:
@@ -288,6 +294,18 @@ class Builder:
             self.cache.put(key, record.decisions, {n: _npy(t) for n, t in kept.items()})
         return record
 
+    def kept(self, pass_: Pass, index: int, program: Program, target: str) -> dict[str, Tensor]:
+        """What a pass chose by data for this very graph and a record has no room for, by sha256; to be added to.
+
+        It is held for the first graph that the pass is given, that of the whole recipe: where less of the pass is done
+        nothing is chosen again, and where a pass in front is taken back the graph is another.
+        """
+        if not pass_.measures_again:
+            return {}
+        digest = graph_digest([program])
+        first, found = self._kept.setdefault((index, target), (digest, {}))
+        return found if first == digest else {}
+
     def _apply(
         self,
         pass_: Pass,
@@ -300,12 +318,17 @@ class Builder:
     ) -> PassRecord:
         lossy = pass_.effect == "lossy"
         suffices = recorded is not None and (bool(kept) or not pass_.measures_again)
+
+        def batches(role: str) -> Iterator[Batch]:
+            probes = pass_.resolve(DIALECTS[target]).probes(program[role])
+            return self.samples.beside(held_bytes(probes))(role)
+
         spec = self.recipe.calib
         total = math.ceil(spec.samples / spec.batch) if spec is not None else None
         return apply(
             pass_,
             program,
-            self.samples if (lossy or pass_.measures) and not suffices else None,
+            batches if (lossy or pass_.measures) and not suffices else None,
             dialect=DIALECTS[target],
             probes=self.first_batch if lossy and not replayed else self._probes,
             recorded=recorded,

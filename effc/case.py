@@ -199,13 +199,20 @@ def _size(graph: Graph, word: str, axis: int, example: Tensor | None) -> int:
 
 
 def few(graph: Graph, feeds: Mapping[str, Tensor], tokens: int = 1024) -> dict[str, Tensor]:
-    """As many rows of a batch as a backward pass has memory for: so many tokens, or as much of pictures."""
-    firsts = {tuple(shape_words(graph, n.meta["val"].shape[:1])) for n in _users(graph)}
-    if firsts != {("batch",)}:
+    """As many rows of a batch as a backward pass has memory for: so many tokens, or as much of pictures.
+
+    An input without rows, such as the positions whose logits are wanted, stays as it is.
+    """
+    pairs = zip(graph.inputs, _users(graph), strict=True)
+    words = {name: shape_words(graph, node.meta["val"].shape) for name, node in pairs}
+    batched = {name for name, axes in words.items() if axes[:1] == ["batch"]}
+    left = [word for name, axes in words.items() for word in axes[name in batched :]]
+    if any("batch" in word for word in left):  # as in 2 · batch
         return dict(feeds)
-    cost = max(v[0].numel() * (1 if v.is_floating_point() else 64) for v in feeds.values())
+    found = [feeds[name] for name in batched if len(feeds[name])]
+    cost = max((v[0].numel() * (1 if v.is_floating_point() else 64) for v in found), default=1)
     rows = max(1, 64 * tokens // max(1, cost))
-    return {name: value[:rows] for name, value in feeds.items()}
+    return {name: value[:rows] if name in batched else value for name, value in feeds.items()}
 
 
 def _users(graph: Graph) -> list[fx.Node]:

@@ -23,7 +23,7 @@ from effc import bounded, metrics
 from effc.backends import TARGETS
 from effc.backends.dialect import DIALECTS
 from effc.backends.options import OPTIONS
-from effc.errors import RecipeError, UsageError
+from effc.errors import PreconditionError, RecipeError, UsageError
 from effc.passes import PASSES
 from effc.passes.base import Pass
 from effc.source import import_code
@@ -379,6 +379,11 @@ class _Reader:
         )
         if not replayed:
             self._check_measured(recipe)
+        for i, pass_ in enumerate(recipe.passes):
+            try:
+                pass_.agrees(recipe.passes[i + 1 :])
+            except PreconditionError as error:
+                raise self._error(("passes", i), error.what, hint=error.hint) from error
         return recipe
 
     def _check_measured(self, recipe: Recipe) -> None:

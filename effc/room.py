@@ -5,6 +5,7 @@ What a batch needs is read from the graph's shapes (`ir.memory`), so no run has 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class Room:
     dims: Dims
     left_bytes: float
     max_bytes: int
+    statistics_bytes: int = 0
+    """What of the rest is kept for what a pass measures."""
 
     def pieces(self, feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         """The feeds in as few pieces as fit. Raises CalibrationError where a single row does not."""
@@ -60,12 +63,24 @@ class Room:
             if needed <= self.left_bytes:
                 return count
             if count == 1:
-                raise CalibrationError(
-                    f"one sample of shape {_words(sizes)} needs about {needed / 1e6:.0f} MB, and of "
-                    f"--max-ram {self.max_bytes / 1e6:.0f} MB {max(self.left_bytes, 0) / 1e6:.0f} MB are left",
-                    hint="give it more, or shorter samples (calib: {max_length: N})",
-                )
+                raise self._refusal(sizes, needed)
             count = (count + 1) // 2
+
+    def beside(self, statistics_bytes: int) -> Room:
+        """The room that is left beside what a pass measures."""
+        left = self.left_bytes - statistics_bytes
+        return dataclasses.replace(self, left_bytes=left, statistics_bytes=statistics_bytes)
+
+    def _refusal(self, sizes: Mapping[str, int], needed: float) -> CalibrationError:
+        beside, hint = "", "give it more, or shorter samples (calib: {max_length: N})"
+        if self.statistics_bytes > needed:
+            beside = f" beside {self.statistics_bytes / 1e6:.0f} MB of statistics"
+            hint = "give it more, or take fewer layers by `select`; `rounding: nearest` measures less than gptq"
+        return CalibrationError(
+            f"one sample of shape {_words(sizes)} needs about {needed / 1e6:.0f} MB, and of --max-ram "
+            f"{self.max_bytes / 1e6:.0f} MB {max(self.left_bytes, 0) / 1e6:.0f} MB are left{beside}",
+            hint=hint,
+        )
 
     def _axes(self) -> Dims:
         return {name: self.dims.get(name, {0: "batch"}) for name in self.graph.inputs}

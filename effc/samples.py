@@ -40,6 +40,12 @@ class Samples:
             for inputs in self.pieces(self._fitting(role, batch.inputs)):
                 yield dataclasses.replace(batch, inputs=inputs)
 
+    def beside(self, statistics_bytes: int) -> Samples:
+        """The same, in pieces that leave so much of a bounded memory to what a pass measures."""
+        if self.room is None:
+            return self
+        return Samples(self.source, self.spec, self.room.beside(statistics_bytes))
+
     def pieces(self, feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         """Inputs in as many pieces as the memory asks for; one where it was not bounded."""
         if self.room is None:

@@ -217,7 +217,10 @@ def _alone(lab: Lab, built: Built, index: int, pass_: Pass, group: Group) -> flo
         return float(entry.value)
     select = dataclasses.replace(pass_.select, module=group.modules)  # type: ignore[attr-defined]
     only = dataclasses.replace(pass_, select=select)  # type: ignore[call-arg]
-    options: Any = {"dialect": DIALECTS[built.target], "probes": lab.builder.first_batch}
+    options: Any = {
+        "dialect": DIALECTS[built.target], "probes": lab.builder.first_batch,
+        "kept": lab.builder.kept(pass_, index, before, built.target),
+    }  # fmt: skip
     try:
         record = apply(only, before.clone(), recorded=decisions, **options)
     except CalibrationError:  # alone it reads a value that nobody measured

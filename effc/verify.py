@@ -6,7 +6,8 @@ error at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from effc.errors import VerifyError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+AT_ONCE = 1 << 20
+"""Values that are compared at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,27 +105,35 @@ def parity(
             b = right[name]
             if (a.dtype.kind, b.dtype.kind) == ("f", "i"):
                 continue  # codes of a cache: what they are worth shows in what is read behind them
+            total = sums.setdefault(name, _Sums())
             if a.shape != b.shape:
                 raise VerifyError(
                     f"output {name!r} is {list(b.shape)} where the model gives {list(a.shape)}",
                     hint="it was made from another model",
                 )
             seen = feeds.get(mask) if mask is not None else None
-            a, b = _valid(a, seen), _valid(b, seen)
-            if a.dtype.kind == "f" and bool((~np.isfinite(b) & np.isfinite(a)).any()):
-                raise VerifyError(
-                    f"output {name!r} of the engine holds values that are not numbers",
-                    hint="try wider ranges (range: minmax), or leave out sites by `select`",
-                )
-            sums.setdefault(name, _Sums()).add(a, b)
+            for x, y in _pieces(a, b, seen):
+                if a.dtype.kind == "f" and bool((~np.isfinite(y) & np.isfinite(x)).any()):
+                    raise VerifyError(
+                        f"output {name!r} of the engine holds values that are not numbers",
+                        hint="try wider ranges (range: minmax), or leave out sites by `select`",
+                    )
+                total.add(x, y)
     return {name: total.drift() for name, total in sums.items()}
 
 
-def _valid(value: Array, mask: Array | None) -> Array:
-    """[samples, values], padded positions gone."""
-    if mask is not None and value.ndim >= 3 and value.shape[:2] == mask.shape:
-        return value[mask > 0].reshape(int((mask > 0).sum()), -1)
-    return value.reshape(len(value), -1) if value.ndim else value.reshape(1, 1)
+def _pieces(a: Array, b: Array, mask: Array | None) -> Iterator[tuple[Array, Array]]:
+    """Two arrays as [samples, values], padded positions gone, not many samples at a time: logits are large."""
+    if mask is not None and a.ndim >= 3 and a.shape[:2] == mask.shape:
+        kept = np.flatnonzero(mask > 0)
+        a, b = (value.reshape(mask.size, math.prod(value.shape[2:])) for value in (a, b))
+    else:
+        kept = np.arange(len(a) if a.ndim else 1)
+        a, b = (value.reshape(len(kept), math.prod(value.shape[1:])) for value in (a, b))
+    step = max(1, AT_ONCE // max(1, a.shape[1]))
+    for start in range(0, len(kept), step):
+        part = kept[start : start + step]
+        yield a[part], b[part]
 
 
 def invariance(

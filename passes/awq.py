@@ -13,6 +13,7 @@ the very same numbers, lose most of what is gained (a Llama of 260 K parameters)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,11 +25,12 @@ from torch import Tensor, fx
 
 from effc.calib.collectors import Gram
 from effc.calib.probe import Probe
+from effc.errors import PreconditionError
 from effc.ir.edit import tensor_of
 from effc.ir.program import Graph
 from effc.ir.select import Select, op_name, site_names, value_key
 from effc.passes.base import Pass, Stats
-from effc.passes.quantize import weight_scheme
+from effc.passes.quantize import Quantize, weight_scheme
 from effc.passes.scaling import Place, places, rescale
 from effc.quant.affine import fake_quantize, steady, weight_qparams
 from effc.quant.gptq import output_error
@@ -36,6 +38,8 @@ from effc.quant.gptq import output_error
 STRENGTHS = tuple(step / 20 for step in range(21))
 """α: 0 leaves the weights as they are."""
 MANTISSA_BITS = 4
+Grid = dict[str, int | bool | str | None]
+"""The options of a quantize that say how weights are cut."""
 SMALLEST = 2.0**-12
 """Of the largest channel's magnitude; a smaller one counts as that."""
 
@@ -44,7 +48,7 @@ SMALLEST = 2.0**-12
 class Awq(Pass):
     """Scales channels of the inputs of linear layers where that lowers the error of rounding their weights.
 
-    `bits`, `group` and `weight_symmetric` are those of the `quantize` behind it.
+    `bits`, `group` and `weight_symmetric` are those of the `quantize` behind it; a recipe says the same in both places.
     """
 
     name = "awq"
@@ -59,6 +63,24 @@ class Awq(Pass):
     @property
     def measures(self) -> bool:
         return True
+
+    @property
+    def _grid(self) -> Grid:
+        return {"bits": self.bits, "group": self.group, "weight_symmetric": self.weight_symmetric}
+
+    def agrees(self, behind: Sequence[Pass]) -> None:
+        found = [_grid_of(p) for p in behind if isinstance(p, Quantize) and self._meets(p)]
+        if not found or self._grid in found:
+            return
+        other = {name: value for name, value in found[0].items() if value != self._grid.get(name)}
+        raise PreconditionError(
+            f"awq chooses scales for {_words(self._grid)}, and the quantize behind it has {_words(other)}",
+            hint="give awq the bits, group and weight_symmetric of the quantize behind it",
+        )
+
+    def _meets(self, other: Pass) -> bool:
+        """Whether another pass works on a graph that this one works on."""
+        return not self.graphs or not other.graphs or bool({*self.graphs} & {*other.graphs})
 
     def sites(self, graph: Graph) -> list[fx.Node]:
         """The layers whose input may be scaled, in order of execution."""
@@ -103,6 +125,19 @@ class Awq(Pass):
         scaled = weight * factors
         rounded = fake_quantize(scaled, *weight_qparams(scaled, scheme), scheme)
         return output_error(rounded / factors - weight, gram)
+
+
+def _grid_of(pass_: Quantize) -> Grid:
+    made: Grid = {
+        "bits": pass_.bits,
+        "group": pass_.group,
+        "weight_symmetric": pass_.weight_symmetric,
+    }
+    return made if pass_.dtype == "int" else {**made, "dtype": pass_.dtype}
+
+
+def _words(grid: Grid) -> str:
+    return ", ".join(f"{name}: {json.dumps(value)}" for name, value in grid.items())
 
 
 def scales(sizes: Tensor, strength: float) -> Tensor:

@@ -17,7 +17,7 @@ the same step can be taken again, on other weights, without the data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -115,6 +115,9 @@ class Pass:
     def resolve(self, dialect: Dialect) -> Self:
         """This pass with the options that it leaves to the target filled in."""
         return self
+
+    def agrees(self, behind: Sequence[Pass]) -> None:
+        """Raise PreconditionError where the passes behind it in a recipe are not what it prepares a graph for."""
 
     def requires(self, program: Program) -> None:
         """Raise PreconditionError where the graph is not ready, naming the pass that would help."""

@@ -16,7 +16,7 @@ import effc
 from effc.backends.ort_values import Nodes, _gap
 from effc.blame import first_fault
 from effc.calib.data import Batch
-from effc.case import made_up
+from effc.case import few, made_up
 from effc.ir.align import align
 from effc.ir.edit import insert, insert_after, rebind, refresh, replace, tensor_name, tensor_of
 from effc.ir.gap import Padding
@@ -409,6 +409,37 @@ def test_estimated_shares_are_close_to_those_tried_out():
     for local in case.measured():
         tried = case.alone(local) / case.total
         assert abs(math.log(local.share / tried)) < 1.2 or tried < 0.01
+
+
+def test_few_rows_are_taken_of_the_inputs_that_have_rows():
+    class Net(nn.Module):
+        def forward(self, ids, kept):
+            return ids[:, kept]
+
+    def cut(**dims):
+        feeds = {"ids": torch.zeros(6, 32, dtype=torch.int64), "kept": torch.arange(32)}
+        graph = effc.trace(Net(), feeds, dims=dims).only()
+        return {name: len(value) for name, value in few(graph, feeds, tokens=64).items()}
+
+    kept = {0: "kept"}  # as logits_to_keep of a language model
+    assert cut(ids={0: "batch"}, kept=kept) == {"ids": 2, "kept": 32}
+    assert cut(ids={0: "samples"}, kept=kept) == {"ids": 6, "kept": 32}
+
+
+def test_a_batch_is_left_whole_where_another_input_counts_by_it():
+    class Net(nn.Module):
+        def forward(self, ids, twice):
+            return torch.cat([ids, ids]) + twice
+
+    feeds = {
+        "ids": torch.zeros(6, 32, dtype=torch.int64),
+        "twice": torch.zeros(12, 32, dtype=torch.int64),
+    }
+    graph = effc.trace(Net(), feeds, dims={"ids": {0: "batch"}, "twice": {0: "2*batch"}}).only()
+    assert {name: len(v) for name, v in few(graph, feeds, tokens=64).items()} == {
+        "ids": 6,
+        "twice": 12,
+    }
 
 
 def test_layer_errors_need_no_gradient_of_the_program():

@@ -10,10 +10,16 @@ import onnx_ir as ir
 import pytest
 
 from effc import compiler, gate, metrics, recipe, report, search
-from effc.build import NOTHING, Rollback
+from effc.build import NOTHING, Builder, Rollback
+from effc.cache import Cache
 from effc.errors import CalibrationError, GateRefused, RecipeError, VerifyError
 from effc.gate import checks, is_content, rank, verdict
+from effc.passes import quantize
+from effc.passes.awq import Awq
+from effc.passes.quantize import Quantize
+from effc.progress import Progress
 from effc.recipe import GateSpec, MetricGate
+from effc.samples import Samples
 from effc.trial import Lab, OutOfTime
 from kit import assert_letter, cli, leftovers
 
@@ -300,6 +306,46 @@ def test_what_was_taken_back_is_a_decision_and_is_replayed(gated, place, tmp_pat
     model = (gated.out / "model.onnx").read_bytes()
     assert (again.out / "model.onnx").read_bytes() == model
     assert again.report["gate"]["tried"] == 1
+
+
+def test_a_search_chooses_no_codes_again(place, tmp_path, monkeypatch):
+    """Every weight's codes are computed once, in all the candidates of a search."""
+    chosen, real = [], quantize.gptq
+
+    def count(weight, *args, **options):
+        chosen.append(weight.numpy().tobytes())
+        return real(weight, *args, **options)
+
+    monkeypatch.setattr(quantize, "gptq", count)
+    pass_ = {"pass": "quantize", "bits": 4, "activation_bits": 8, "rounding": "gptq"}
+    found = compiler.run(made(place, passes=[pass_]), tmp_path / "OUT", kept=Cache(None))
+    assert found.report["gate"]["tried"] > 2
+    assert found.report["gate"]["rolled_back"]
+    assert len(chosen) == len(set(chosen)) == 9  # linear layers of the model
+
+
+def test_codes_of_another_weight_are_chosen_for_it(place, tmp_path, monkeypatch):
+    """Where a pass in front is taken back the weight is another, and codes of the first are none for it."""
+    source = compiler.opened(made(place), Progress())
+    builder = Builder(
+        recipe=dataclasses.replace(
+            made(place),
+            passes=(Awq(group=None), Quantize(bits=4, activation_bits=16, rounding="gptq")),
+        ),
+        source=source[0], samples=Samples(source[0], None), original=source[1],
+        progress=Progress(), cache=Cache(None),
+    )  # fmt: skip
+    whole = builder.rewrite("ort")
+    assert whole.steps[0].sites
+    known = {index: record.decisions for index, record in whole.steps.items()}
+    without = Rollback(dropped=frozenset({0}))
+    assert builder.rewrite("ort", without, known).steps[1].decisions == alone(builder, without)
+
+
+def alone(builder, rollback):
+    """What the same builder decides that has seen nothing yet."""
+    fresh = dataclasses.replace(builder, _kept={})
+    return fresh.rewrite("ort", rollback).steps[1].decisions
 
 
 def hopeless(place):

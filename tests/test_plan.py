@@ -1,5 +1,6 @@
 """What a compile will take is said before; what it may take at most is kept to."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,8 +11,10 @@ from torch import nn
 import effc
 from effc import compiler, plan, recipe
 from effc.cache import Cache
+from effc.calib.probe import held_bytes
 from effc.errors import CalibrationError
 from effc.ir.memory import peak_bytes
+from effc.passes.quantize import Quantize
 from effc.progress import Progress, peak_mb, resident_mb
 from effc.room import KERNELS, Room, within
 from kit import assert_letter, cli, made
@@ -167,6 +170,35 @@ def test_the_weights_of_an_engine_count_to_what_is_held():
         within(1 << 40, g, {}) for g in (graph(), effc.trace(Wide(), torch.randn(1, 512)).only())
     )
     assert here.left_bytes - there.left_bytes > 512 * 4096 * 4 / 2
+
+
+def test_what_a_pass_measures_counts_to_what_is_held():
+    program = effc.trace(Chain(), {"x": torch.randn(4, 8)}, dims={"x": {0: "batch"}})
+    probes = list(Quantize(rounding="gptq", activation_bits=16).probes(program.only()))
+    grams = [(8 * 8 + 8) * 8, (32 * 32 + 32) * 8]
+    assert held_bytes([*probes, *probes]) == sum(grams) + max(grams)
+    whole = Room(program.only(), {}, 3000.0 + sum(grams), 1 << 20)
+    feeds = {"x": np.zeros((4, 8), np.float32)}
+    assert (whole.rows(feeds), whole.beside(sum(grams)).rows(feeds)) == (4, 4)
+    assert whole.beside(sum(grams) + 1500).rows(feeds) == 2
+    with pytest.raises(CalibrationError, match="beside 0 MB of statistics") as caught:
+        whole.beside(sum(grams) + 2900).rows(feeds)
+    assert "select" in (caught.value.hint or "")
+
+
+@pytest.mark.slow
+def test_a_compile_leaves_room_for_what_its_passes_measure(tmp_path, monkeypatch):
+    seen, real = [], Room.beside
+
+    def beside(self, statistics_bytes):
+        seen.append(statistics_bytes)
+        return real(self, statistics_bytes)
+
+    monkeypatch.setattr(Room, "beside", beside)
+    weight_only = Quantize(rounding="gptq", activation_bits=16)
+    found = dataclasses.replace(spec(), passes=(weight_only,))
+    compiler.run(found, tmp_path / "A", kept=Cache(None), max_ram_bytes=64 << 30)
+    assert min(seen) > 1000
 
 
 class Wide(nn.Linear):

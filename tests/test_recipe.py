@@ -543,3 +543,36 @@ def test_words_for_weights_that_look_at_data_need_some(word):
         build(data)
     assert "--calib FILE" in told.value.hint
     build({**data, "calib": {"file": "sentences.txt"}})
+
+
+def with_awq(awq, *behind):
+    passes = [
+        {"pass": "awq", **awq},
+        *({"pass": "quantize", "activation_bits": 16, **q} for q in behind),
+    ]
+    data = {"source": {"transformers": "m"}, "passes": passes, "calib": {"file": "sentences.txt"}}
+    return build(data)
+
+
+@pytest.mark.parametrize(
+    ("awq", "behind", "told"),
+    [
+        ({}, {"bits": 8, "group": 32}, "bits: 8"),
+        ({}, {"bits": 4}, "group: null"),
+        ({"group": None}, {"bits": 4, "group": 32}, "group: 32"),
+        ({}, {"bits": 4, "group": 32, "weight_symmetric": False}, "weight_symmetric: false"),
+        ({"bits": 8, "group": None}, {"dtype": "fp8", "activation_bits": 8}, 'dtype: "fp8"'),
+    ],
+)
+def test_awq_for_another_grid_than_that_of_the_quantize_behind_it_is_refused(awq, behind, told):
+    with pytest.raises(RecipeError, match=rf"^passes\[0\]: awq.* has {told}") as refused:
+        with_awq(awq, behind)
+    assert "give awq the bits" in refused.value.hint
+
+
+def test_awq_takes_any_quantize_behind_it_that_is_cut_alike():
+    with_awq({}, {"bits": 4, "group": 32})
+    with_awq({"weight_symmetric": False}, {"bits": 4, "group": 32, "weight_symmetric": False})
+    with_awq({}, {"bits": 8, "select": {"module": "head"}}, {"bits": 4, "group": 32})
+    with_awq({"graphs": ["decode"]}, {"bits": 8, "graphs": ["prefill"]})
+    with_awq({})

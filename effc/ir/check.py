@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,11 @@ class Drift:
         )
 
 
+INFINITE = Drift(max_abs=float("inf"), rel_l2=float("inf"))
+AT_ONCE = 1 << 20
+"""Values that are compared at once."""
+
+
 def drift(a: Mapping[str, Tensor], b: Mapping[str, Tensor], mask: Tensor | None = None) -> Drift:
     """The worst drift over outputs of the same name. A NaN on one side only counts as infinite.
 
@@ -32,19 +39,34 @@ def drift(a: Mapping[str, Tensor], b: Mapping[str, Tensor], mask: Tensor | None 
     """
     worst = Drift()
     for name, left in a.items():
-        x, y = left.to(torch.float64), b[name].to(torch.float64)
-        if x.shape != y.shape or not torch.equal(x.isnan(), y.isnan()):
-            return Drift(max_abs=float("inf"), rel_l2=float("inf"))
-        if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
-            x, y = x[mask.bool()], y[mask.bool()]
-        x, y = torch.nan_to_num(x), torch.nan_to_num(y)
-        gap = x - y
-        if not gap.numel():
-            continue
-        norm = float(x.norm())
-        rel = float(gap.norm()) / norm if norm else float(gap.norm())
-        worst = worst.worst(Drift(max_abs=float(gap.abs().max()), rel_l2=rel))
+        right = b[name]
+        if left.shape != right.shape:
+            return INFINITE
+        masked = mask is not None and left.dim() > 2 and left.shape[:2] == mask.shape
+        most = gaps = norms = 0.0
+        for x, y, kept in _pieces(left, right, mask if masked else None):
+            if not torch.equal(x.isnan(), y.isnan()):
+                return INFINITE
+            x, y = torch.nan_to_num(x[kept]), torch.nan_to_num(y[kept])
+            gap = x - y
+            if gap.numel():
+                most = max(most, float(gap.abs().max()))
+            gaps, norms = gaps + float(gap.square().sum()), norms + float(x.square().sum())
+        worst = worst.worst(Drift(max_abs=most, rel_l2=math.sqrt(gaps / norms if norms else gaps)))
     return worst
+
+
+def _pieces(
+    left: Tensor, right: Tensor, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    """Rows of two tensors in float64 and which of them count, not many at a time: logits are large."""
+    kept = None if mask is None else mask.flatten().bool()
+    rows = [torch.atleast_1d(t if mask is None else t.flatten(0, 1)) for t in (left, right)]
+    step = max(1, AT_ONCE // max(1, rows[0][:1].numel()))
+    for start in range(0, len(rows[0]), step):
+        part = slice(start, start + step)
+        x, y = (t[part].to(torch.float64) for t in rows)
+        yield x, y, slice(None) if kept is None else kept[part]
 
 
 def problems(graph: Graph) -> list[str]:
