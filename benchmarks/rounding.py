@@ -93,7 +93,7 @@ def main() -> int:
                     "by_draw": [round(metric.value(s), 4) for s in seen[name]],
                     "model": told(metric, plain[name], mean),
                 }  # fmt: skip
-                if not arm.endswith("nearest"):
+                if arm.endswith(("awq", "gptq")):
                     row["nearest"] = told(metric, nearest[name], mean)
                 rows.append(row)
                 print(row, flush=True)

@@ -17,6 +17,7 @@ _NAMES = {
     "trace": "effc.ir.trace:trace",
     "apply": "effc.passes.pipeline:apply",
     "show": "effc.ir.show:show",
+    "trainer": "effc.tuning:trainer",
     "Pass": "effc.passes.base:Pass",
     "Probe": "effc.calib.probe:Probe",
     "Select": "effc.ir.select:Select",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from effc.passes.base import Pass as Pass
     from effc.passes.pipeline import apply as apply
     from effc.source import Source as Source
+    from effc.tuning import trainer as trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -8,14 +8,13 @@ repeats what is quick and takes the rest.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from effc.calib.data import Batch
 from effc.calib.probe import held_bytes
 from effc.errors import CalibrationError
 from effc.ir.program import Program
-from effc.ir.show import show
+from effc.ir.show import graph_digest
 from effc.machine import cpu_features, installed
 from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, PassRecord
@@ -41,6 +40,10 @@ from effc.progress import Progress
 from effc.recipe import Recipe
 from effc.samples import Samples
 from effc.source import Source
+
+if TYPE_CHECKING:
+    from effc.checkpoint import Checkpoint
+    from effc.tuning import Tuner
 
 Json = dict[str, Any]
 
@@ -172,6 +175,8 @@ class Builder:
     """Those of an earlier compile that are replayed; None where this one makes its own."""
     roles: tuple[str, ...] = ("main",)
     """Roles of the whole program."""
+    checkpoint: Checkpoint | None = None
+    """What training made before; nothing is trained then."""
     twin: Builder | None = None
     """The builder of another role that has the same graph; exact passes are then done once for both."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
@@ -214,6 +219,16 @@ class Builder:
         return found
 
     @cached_property
+    def tuner(self) -> Tuner:
+        """What trains where a pass of the recipe does."""
+        from effc.tuning import Tuner
+
+        return Tuner(
+            source=self.source, teacher=self.original.only(), calib=self.recipe.calib,
+            cache=self.cache, checkpoint=self.checkpoint,
+        )  # fmt: skip
+
+    @cached_property
     def _probes(self) -> dict[str, list[dict[str, Any]]]:
         return {role: _exact_probes(inputs) for role, inputs in self.source.inputs.items()}
 
@@ -231,13 +246,17 @@ class Builder:
         return dataclasses.replace(built, lowered=tuple(self._lower(built, place)))
 
     def rewrite(
-        self, target: str, rollback: Rollback = NOTHING, known: Mapping[int, Json] | None = None
+        self,
+        target: str,
+        rollback: Rollback = NOTHING,
+        known: Mapping[int, Json] | None = None,
+        first: int | None = None,
     ) -> Built:
-        """All passes of the recipe in the dialect of one target, on a clone; nothing is lowered yet."""
+        """All passes of the recipe, or the `first`, in the dialect of one target, on a clone; nothing is lowered."""
         program, records = self.cleaned(target)
         program, records = program.clone(), list(records)
         steps, before = {}, {}
-        for index, given in enumerate(self.recipe.passes):
+        for index, given in enumerate(self.recipe.passes[:first]):
             pass_ = rollback.apply(index, given)
             if pass_ is None or not pass_.takes(self.role):
                 continue
@@ -285,11 +304,11 @@ class Builder:
         is_replay = replayed is not None
         with self.progress.stage(pass_.name) as step:
             try:
-                record = self._apply(pass_, program, target, recorded, is_replay, kept, step)
+                record = self._apply(pass_, program, target, recorded, is_replay, kept, step, index)
             except CalibrationError:
                 if recorded is None or is_replay:
                     raise
-                record = self._apply(pass_, program, target, None, False, kept, step)
+                record = self._apply(pass_, program, target, None, False, kept, step, index)
         if key is not None and stored is None and known is None:
             self.cache.put(key, record.decisions, {n: _npy(t) for n, t in kept.items()})
         return record
@@ -315,6 +334,7 @@ class Builder:
         replayed: bool,
         kept: dict[str, Tensor],
         step: Any,
+        index: int,
     ) -> PassRecord:
         lossy = pass_.effect == "lossy"
         suffices = recorded is not None and (bool(kept) or not pass_.measures_again)
@@ -334,6 +354,7 @@ class Builder:
             recorded=recorded,
             progress=lambda _, done: step(done, total),
             kept=kept,
+            train=self.tuner.trainer(index, step) if pass_.trains else None,
         )
 
     def _decisions_key(self, pass_: Pass, program: Program, target: str) -> str | None:
@@ -355,7 +376,7 @@ class Builder:
     def recorded(self, target: str, key: str) -> Any:
         """What an earlier compile decided in a step; None where nothing is replayed. Raises CalibrationError."""
         if self.decisions is None:
-            return None
+            return self.checkpoint.decision(f"{self.role}/{key}") if self.checkpoint else None
         for name in names(self.role, target, self.roles, key):
             if name in self.decisions:
                 return self.decisions[name]
@@ -440,17 +461,6 @@ def _exact_probes(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         padded[0, mask.shape[1] // 2 :] = 0
         probes.append({**inputs, MASK: padded})
     return probes
-
-
-def graph_digest(programs: Sequence[Program]) -> str:
-    """sha256 over the text of the graphs and every tensor in them."""
-    total = hashlib.sha256()
-    for graph in (graph for program in programs for graph in program):
-        total.update(show(graph, exact=True).encode())
-        for name, tensor in sorted(graph.tensors().items()):
-            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def versions() -> dict[str, str]:

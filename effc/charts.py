@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 MOST = 1e30
@@ -338,6 +338,18 @@ def profile(name: str, title: str, desc: str, layers: Sequence[Layer]) -> Html:
     parts += _shares(layers, floor)
     parts += _hints(layers, floor)
     return figure(name, title, desc, floor + 4, *parts)
+
+
+def curve(name: str, title: str, desc: str, lines: Mapping[str, Sequence[float | None]]) -> Html:
+    """Values in equal steps across, one line each; `lines` are by tone."""
+    scale = Scale.over(v for values in lines.values() for v in values)
+    parts: list[Html] = []
+    for value in scale.ticks():
+        y = _down(scale, value)
+        parts.append(tag("line", x1="0", x2="100%", y1=y, y2=y, class_="grid"))
+        parts.append(_text(_tick(value, ""), "-8", y + 4, "tick", "end"))
+    parts += [_trace(values, scale, tone) for tone, values in lines.items()]
+    return figure(name, title, desc, PLOT + 4, *parts)
 
 
 def _down(scale: Scale, value: float) -> float:

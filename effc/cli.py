@@ -282,6 +282,21 @@ Threads = Annotated[
 ]
 
 
+MaxRam = Annotated[
+    str | None,
+    typer.Option(
+        "--max-ram",
+        metavar="SIZE",
+        callback=_size,
+        help="What calibration and verification stay within: 4GB. They take fewer rows at a time.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6."),
+]
+
+
 @app.command()
 def compile(
     model: Annotated[str, typer.Argument(help="Model directory, module:factory, or recipe.yaml.")],
@@ -332,24 +347,17 @@ def compile(
             help="How long to search for what to take back where the gate is not met: 90s, 20m.",
         ),
     ] = None,
-    max_ram: Annotated[
-        str | None,
-        typer.Option(
-            "--max-ram",
-            metavar="SIZE",
-            callback=_size,
-            help="What calibration and verification stay within: 4GB. They take fewer rows at a time.",
-        ),
-    ] = None,
+    max_ram: MaxRam = None,
     plan_: Annotated[
         bool, typer.Option("--plan", help="Say what every stage will take, and do nothing.")
     ] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6."),
-    ] = None,
+    set_: Set = None,
     json_: Json = None,
     debug: Debug = False,
+    tuned: Annotated[
+        Path | None,
+        typer.Option("--tuned", help="A checkpoint of effc tune, in the place of training."),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Compile a model into a verified, timed, packaged engine.
@@ -402,11 +410,40 @@ def compile(
         result = compiler.run(
             made, out, threads=threads, decisions=recorded, progress=progress,
             allow_worse=allow_worse, time_budget_s=_seconds_of(time_budget),
-            max_ram_bytes=_size_of(max_ram),
+            max_ram_bytes=_size_of(max_ram), tuned=tuned,
         )  # fmt: skip
     _say(result.text(), json_)
     _say(f"{out} is ready", json_)
     _write_json(json_, result.report)
+
+
+@app.command()
+def tune(
+    recipe_: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that trains.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint to write.")],
+    set_: Set = None,
+    max_ram: MaxRam = None,
+    json_: Json = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run a recipe up to its last pass that trains, and keep what was trained; a killed run goes on where it was.
+
+    \b
+    Examples:
+      effc tune recipe.yaml -o CKPT
+      effc compile recipe.yaml --tuned CKPT -o OUT
+    """
+    _outside(json_, out)
+    from effc import compiler, recipe
+    from effc.report_numbers import curve_words
+
+    made = recipe.read(recipe_, set_ or ())
+    with terminal() as progress:
+        found = compiler.tune(made, out, progress=progress, max_ram_bytes=_size_of(max_ram))
+    for step, curve in found["curves"].items():
+        _say(f"step {step}: {curve_words(curve)}", json_)
+    _say(f"{out} is ready", json_)
+    _write_json(json_, found)
 
 
 @app.command()

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effc import cache, gate, measure, metrics, package, report, search
+from effc import cache, checkpoint, gate, measure, metrics, package, report, search
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered, Port
-from effc.build import Builder, Built, graph_digest, versions
+from effc.build import Builder, Built, versions
 from effc.cache import Cache
 from effc.causal import ROLES
 from effc.errors import GateRefused, LoweringError, RecipeError, UsageError
 from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
+from effc.ir.show import graph_digest
 from effc.ir.trace import trace
 from effc.machine import default_threads
 from effc.progress import Progress
@@ -174,12 +175,14 @@ def run(
     allow_worse: bool = False,
     time_budget_s: float | None = None,
     max_ram_bytes: int | None = None,
+    tuned: Path | None = None,
 ) -> Result:
     """Compile a recipe into `out`; see `compile`. `threads` goes before what the recipe's bench says.
 
-    `kept` is the cache of finished work, the user's own where None. Raises GateRefused where the best that was found
-    does not meet the recipe's gate, unless `allow_worse`. `max_ram_bytes` is what calibration and verification stay
-    within: they take fewer rows at a time where all would need more.
+    `tuned` is a checkpoint of `tune`, whose tensors are taken in the place of training. `kept` is the cache of finished
+    work, the user's own where None. Raises GateRefused where the best that was found does not meet the recipe's gate,
+    unless `allow_worse`. `max_ram_bytes` is what calibration and verification stay within: they take fewer rows at a
+    time where all would need more.
     """
     progress = progress or Progress()
     out = Path(os.path.abspath(out))
@@ -193,21 +196,16 @@ def run(
             metric.check(source.only(role))
     kept = kept or cache.default()
     kept.sweep()
+    builders = _builders(
+        recipe, source, original, progress, kept, decisions=decisions, max_ram_bytes=max_ram_bytes,
+        trained=checkpoint.read(tuned, source, recipe.passes) if tuned is not None else None,
+    )  # fmt: skip
     labs: dict[str, Lab] = {}
     with package.staged(out) as stage:
-        for graph in original:
-            part = source.only(graph.role)
-            dims = source.dims.get(graph.role, {})
-            room = within(max_ram_bytes, graph, dims) if max_ram_bytes is not None else None
-            builder = Builder(
-                recipe=recipe, source=part, samples=Samples(part, recipe.calib, room),
-                original=Program({graph.role: graph}), progress=progress, cache=kept,
-                decisions=decisions, roles=tuple(original.graphs),
-                twin=twin_of(source, graph.role, {r: lab.builder for r, lab in labs.items()}),
-            )  # fmt: skip
-            work = package.engine_dir(stage.work, graph.role, "", builder.roles, ())
+        for role, builder in builders.items():
+            work = package.engine_dir(stage.work, role, "", builder.roles, ())
             work.mkdir(exist_ok=True)
-            labs[graph.role] = Lab(
+            labs[role] = Lab(
                 builder=builder, work=work, threads=threads, metric=metric, spec=recipe.gate
             )
         made: list[_Made] = []
@@ -240,6 +238,64 @@ def run(
         lab.finish()
     content["manifest"] = json.loads((out / package.MANIFEST).read_text(encoding="utf-8"))
     return Result(out=out, report={**content, "out": str(out)})
+
+
+def _builders(
+    recipe: Recipe,
+    source: Source,
+    original: Program,
+    progress: Progress,
+    kept: Cache,
+    *,
+    decisions: Mapping[str, Any] | None = None,
+    trained: checkpoint.Checkpoint | None = None,
+    max_ram_bytes: int | None = None,
+) -> dict[str, Builder]:
+    """What builds each graph of a source, by role."""
+    found: dict[str, Builder] = {}
+    for graph in original:
+        part, dims = source.only(graph.role), source.dims.get(graph.role, {})
+        room = within(max_ram_bytes, graph, dims) if max_ram_bytes is not None else None
+        found[graph.role] = Builder(
+            recipe=recipe, source=part, samples=Samples(part, recipe.calib, room),
+            original=Program({graph.role: graph}), progress=progress, cache=kept,
+            decisions=decisions, checkpoint=trained, roles=tuple(original.graphs),
+            twin=twin_of(source, graph.role, found),
+        )  # fmt: skip
+    return found
+
+
+def tune(
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    kept: Cache | None = None,
+    max_ram_bytes: int | None = None,
+) -> Json:
+    """Run a recipe up to its last pass that trains, and write what was trained into `out`; gives the curves by step.
+
+    A run that was killed goes on where it was. Raises RecipeError where nothing trains, TuneError where training fails.
+    """
+    progress, out = progress or Progress(), Path(os.path.abspath(out))
+    last = max((i for i, pass_ in enumerate(recipe.passes) if pass_.trains), default=None)
+    if last is None:
+        raise RecipeError("the recipe trains nothing", hint="passes: [{pass: tune, file: DATA}]")
+    checkpoint.refuse(out)
+    source, original = opened(recipe, progress)
+    kept = kept or cache.default()
+    kept.sweep()
+    decisions: Json = {}
+    made: dict[str, checkpoint.Made] = {}
+    builders = _builders(recipe, source, original, progress, kept, max_ram_bytes=max_ram_bytes)
+    for role, builder in builders.items():
+        built = builder.rewrite(recipe.targets[0], first=last + 1)
+        decisions |= {f"{role}/{i}:{r.name}": r.decisions for i, r in built.steps.items()}
+        made |= builder.tuner.steps
+    checkpoint.write(
+        out, source, recipe.passes, decisions=decisions, made=made, recipe=recipe.portable()
+    )
+    return {"out": str(out), "curves": {step: curve for step, (_, curve) in sorted(made.items())}}
 
 
 def twin_of(source: Source, role: str, builders: Mapping[str, Builder]) -> Builder | None:

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from effc.backends.dialect import DIALECTS
 from effc.backends.eager import GraphEngine, ports
 from effc.build import Builder
 from effc.cache import Cache
+from effc.calib.data import Batch
 from effc.ir.memory import peak_bytes
 from effc.ir.program import Graph, Program
 from effc.machine import default_threads
@@ -170,6 +171,9 @@ class _Probe:
                 recorded = None  # two batches decide something else than all
             if recorded is not None:
                 data = []
+            if pass_.trains:
+                self._train(pass_, index, program, data)
+                continue
             started = time.perf_counter()
             apply(pass_, program, data or None, dialect=DIALECTS[target], recorded=recorded)
             seconds, need = time.perf_counter() - started, 0.0
@@ -180,6 +184,18 @@ class _Probe:
             self._add(pass_.name, seconds, extra_mb=need, how="probed")
         self._lower("lower", program.only())
         return program.weight_bytes()
+
+    def _train(self, pass_: Any, index: int, program: Program, data: Sequence[Batch]) -> None:
+        """Two steps of a training, for all of them."""
+        few = min(pass_.samples, 2 * pass_.batch)
+        brief = dataclasses.replace(pass_, steps=2, samples=few, held=0)
+        train = self.builder.tuner.trainer(index, lambda done, of: None)
+        record = apply(brief, program, data or None, train=train)
+        (curve,) = record.notes.values()
+        need = 4 * program.weight_bytes() / 1e6  # gradients, moments, and the best
+        need += 2 * max((self._activations_mb(batch.inputs) for batch in data), default=0.0)
+        seconds = 1.1 * pass_.steps * curve[-1]["seconds"] / curve[-1]["step"]
+        self._add(pass_.name, seconds, extra_mb=need, how="probed")
 
     def _lower(self, name: str, graph: Graph) -> None:
         seconds = LOWER_S + LOWER_S_PER_NODE * sum(1 for _ in graph.nodes)

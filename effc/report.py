@@ -19,6 +19,7 @@ from effc.errors import PackageError
 from effc.machine import cpu_features
 from effc.package import dump
 from effc.passes import CANONICAL
+from effc.report_numbers import curve_words
 
 Json = dict[str, Any]
 
@@ -141,6 +142,9 @@ def _passes(content: Mapping[str, Any]) -> list[str]:
             if p["drift"]:
                 text += f", drift {p['drift']['rel_l2']:.2g}"
             lines.append(f"pass      {_of(content, target)}{text}")
+            for name, curve in p.get("notes", {}).items():
+                if name.endswith("/curve"):
+                    lines.append(f"          {curve_words(curve)}")
     return lines
 
 

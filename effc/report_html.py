@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from effc import charts
 from effc.bench import word_of
 from effc.charts import Bar, Html, Layer, Span, Spread, join
 from effc.package import UNHASHED, label
-from effc.report_numbers import FORMATS, At, number
+from effc.report_numbers import FORMATS, At, curve_words, number
 from effc.stats import Interval
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def page(content: Mapping[str, Any], *, files: Mapping[str, str], recipe: str, b
             "shares": _shares(metric),
             "stages": _stages(r),
         },
+        curves=list(_curves(r["passes"])),
         layers=[(t, f, _profile(i, f), _shares_of_error(i, f)) for i, (t, f) in enumerate(layers)],
         files=files,
         unhashed=UNHASHED,
@@ -301,6 +302,20 @@ def _stages(r: At) -> Html | None:
         rows.append(Bar(label=name, value=seconds.raw, words=words))
     desc = "Seconds of every stage of the compile, and where known its peak resident memory."
     return charts.bars("stages", "Stages", desc, rows) if rows else None
+
+
+def _curves(passes: At) -> Iterator[tuple[At, str, Html]]:
+    """Passes that train, what came of it, and the losses along the way."""
+    for place, pass_ in enumerate(passes):
+        for name, points in pass_["notes"].pairs():
+            if not name.endswith("/curve") or not points:
+                continue
+            lines = {
+                "float": [p["loss"].raw for p in points], "engine": [p["held"].raw for p in points],
+            }  # fmt: skip
+            desc = "The mean loss between two points of a training, and the loss of samples that it does not see."
+            figure = charts.curve(f"curve-{place}", "Training", desc, lines)
+            yield pass_, curve_words(points.raw), figure
 
 
 def _profile(place: int, layers: At) -> Html:

@@ -74,6 +74,7 @@ class Pass:
     decisions: Count = 0
     drift: Drift | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

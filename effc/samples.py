@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class Samples:
         elif self.spec.callable is not None:
             yield from _given(self.spec.callable, _function(self.spec.callable))
         else:
-            yield from self._batched(self._records())
+            yield from self._batched(self.records())
 
     def _fitting(self, role: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs that the model takes, cast where nothing is lost but width."""
@@ -102,7 +102,7 @@ class Samples:
         if self.spec is None or self.spec.file is None:
             return []
         (role,) = self.source.inputs
-        fresh = itertools.islice(self._records(left=True), batches * self.spec.batch)
+        fresh = itertools.islice(self.records(left=True), batches * self.spec.batch)
         found = self._batched(fresh)
         return [dataclasses.replace(b, inputs=self._fitting(role, b.inputs)) for b in found]
 
@@ -173,24 +173,30 @@ class Samples:
         path, _ = data.parse(self.spec.file)
         return {**data.digest(path), "samples": self.spec.samples, "seed": self.spec.seed}
 
-    def _records(self, *, left: bool = False) -> Iterator[Record]:
+    def records(self, *, left: bool = False, labelled: bool = False) -> Iterator[Record]:
+        """The samples that are drawn, or those that the same draw leaves. Raises CalibrationError."""
         assert self.spec is not None and self.spec.file is not None
         path, column = data.parse(self.spec.file)
         column = self.spec.column if self.spec.column is not None else column
         return data.read(
-            path, column=column, samples=self.spec.samples, seed=self.spec.seed, left=left
-        )
+            path, column=column, samples=self.spec.samples, seed=self.spec.seed, left=left,
+            labelled=labelled,
+        )  # fmt: skip
 
-    def _batched(self, records: Iterable[Record]) -> Iterator[Batch]:
+    def of_records(self, role: str, records: Sequence[Record]) -> dict[str, Array]:
+        """Samples as one batch of inputs, in the model's own types. Raises CalibrationError where they are none."""
+        (batch,) = self._batched(records, size=len(records))
+        return self._fitting(role, batch.inputs)
+
+    def _batched(self, records: Iterable[Record], size: int | None = None) -> Iterator[Batch]:
         assert self.spec is not None
+        size = size or self.spec.batch
         processor = self.source.processor
         if processor is not None:
-            yield from processor.batches(
-                records, size=self.spec.batch, max_length=self.spec.max_length
-            )
+            yield from processor.batches(records, size=size, max_length=self.spec.max_length)
             return
         records = iter(records)
-        while chunk := list(itertools.islice(records, self.spec.batch)):
+        while chunk := list(itertools.islice(records, size)):
             if chunk[0].arrays is None:
                 raise CalibrationError(
                     "this model comes from a factory and takes ready arrays",

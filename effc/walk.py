@@ -25,7 +25,7 @@ from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import ModuleEngine
 from effc.blame import Blame, Faults, first_fault
-from effc.build import Rollback, graph_digest, names
+from effc.build import Rollback, names
 from effc.calib.calibrator import MASK, tensors_for
 from effc.case import few
 from effc.causal import typed
@@ -33,6 +33,7 @@ from effc.engine import entry_of
 from effc.engine import lowered as lowered_of
 from effc.errors import CalibrationError, PackageError, UsageError, VerifyError
 from effc.ir.program import Graph, Program
+from effc.ir.show import graph_digest
 from effc.layers import Layers
 from effc.machine import default_threads
 from effc.passes import CANONICAL, PASSES

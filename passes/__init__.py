@@ -19,6 +19,7 @@ PASSES = Table(
         "mixed-precision": "effc.passes.mixed_precision:MixedPrecision",
         "quantize-cache": "effc.passes.quantize_cache:QuantizeCache",
         "quantize": "effc.passes.quantize:Quantize",
+        "tune": "effc.passes.tune:Tune",
         "smooth": "effc.passes.smooth:Smooth",
     },
     error=RecipeError,

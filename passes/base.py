@@ -25,7 +25,7 @@ from torch import Tensor
 
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
-from effc.errors import CalibrationError
+from effc.errors import CalibrationError, PreconditionError
 from effc.ir.check import Drift
 from effc.ir.program import Graph, Program
 
@@ -40,11 +40,15 @@ class Stats:
         collectors: dict[str, Any] | None = None,
         recorded: dict[str, Any] | None = None,
         kept: dict[str, Tensor] | None = None,
+        train: Trainer | None = None,
     ) -> None:
         self._collectors = collectors or {}
         self._recorded = recorded
         self._kept = kept if kept is not None else {}
+        self._train = train
         self.decisions: dict[str, Any] = {}
+        self.notes: dict[str, Any] = {}
+        """What a pass has to tell beside its decisions, such as the curve of a training; it decides nothing."""
 
     def __getitem__(self, key: str) -> Any:
         """The collector that watched `key`."""
@@ -83,6 +87,15 @@ class Stats:
         self._kept[digest] = tensor
         return tensor
 
+    def train(self, pass_: Pass, graph: Graph) -> dict[str, Tensor]:
+        """The tensors of a graph by name as training leaves them. Raises PreconditionError where nobody trains."""
+        if self._train is None:
+            raise PreconditionError(
+                f"{pass_.name} trains, and nobody has said on what",
+                hint="`effc tune` and `effc compile` do; in Python, effc.apply(…, train=effc.trainer(model, batches))",
+            )
+        return self._train(pass_, graph, self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -97,6 +110,9 @@ class Pass:
 
     graphs: tuple[str, ...] = ()
     """Roles to work on; all where empty."""
+
+    trains: ClassVar[bool] = False
+    """Whether the pass trains the graph."""
 
     def takes(self, role: str) -> bool:
         """Whether the pass works on the graph of that role."""
@@ -134,6 +150,10 @@ class Pass:
         """Raise PostconditionError where the pass did not do what it is for."""
 
 
+Trainer = Callable[[Pass, Graph, Stats], dict[str, Tensor]]
+"""Trains a graph as a pass asks: its tensors by name, as they are then."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PassRecord:
     """What a pass did: enough to report it, and with `decisions` enough to do it again."""
@@ -147,6 +167,8 @@ class PassRecord:
     bytes: tuple[int, int]
     drift: Drift | None = None
     decisions: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What else there is to tell of it, by graph."""
 
     def line(self) -> str:
         """`fold-batchnorm: 53 sites, 1 204 → 1 151 nodes, 0.4 s`"""

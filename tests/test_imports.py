@@ -33,9 +33,9 @@ LINES = [
     source
     passes backends
     metrics
-    recipe room
+    recipe room checkpoint
     samples verify bench
-    gate case
+    gate case tuning
     package
     engine
     delta charts report_shape
@@ -71,7 +71,7 @@ ASIDE = {
     "train": {"errors", "progress", "table", "quant", "dialect", "ir", "nn", "calib"},
     "zoo": {"errors", "table", "nn", "calib", "processor", "source", "train"},
 }
-IMPORTERS_OF_ASIDE = {"train": {"zoo", "compiler", "cli"}, "zoo": set()}
+IMPORTERS_OF_ASIDE = {"train": {"zoo", "tuning", "compiler", "cli"}, "zoo": set()}
 
 
 def modules() -> dict[str, Path]:

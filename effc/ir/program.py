@@ -70,8 +70,14 @@ class Graph:
         assert isinstance(value, Tensor)
         return value.detach()
 
-    def arguments(self, feeds: Mapping[str, Tensor]) -> list[Any]:
-        """All inputs of the lifted graph, tensors first, then `feeds` in the order of `inputs`."""
+    def arguments(
+        self, feeds: Mapping[str, Tensor], instead: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """All inputs of the lifted graph, tensors first, then `feeds` in the order of `inputs`.
+
+        Tensors that stand in `instead` go before the graph's own of that name.
+        """
+        instead = instead or {}
         missing = [name for name in self.inputs if name not in feeds]
         if missing:
             raise KeyError(f"{self.role} needs the inputs {', '.join(missing)}")
@@ -79,7 +85,8 @@ class Graph:
         values: list[Any] = []
         for spec in self.exported.graph_signature.input_specs:
             if spec.kind in LIFTED and spec.target is not None:
-                values.append(self._tensor(spec.target))
+                own = instead.get(spec.target)
+                values.append(self._tensor(spec.target) if own is None else own)
             else:
                 name = next(user)
                 values.append(self.coded(name, feeds[name]))

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,3 +84,25 @@ def _value(value: Any, lifted: dict[str, str], exact: bool) -> str:
     if isinstance(value, float):
         return repr(value) if exact else f"{value:g}"
     return str(value).removeprefix("torch.")
+
+
+def graph_digest(programs: Iterable[Program]) -> str:
+    """sha256 over the text of the graphs and every tensor in them."""
+    total = hashlib.sha256()
+    for graph in (graph for program in programs for graph in program):
+        total.update(show(graph, exact=True).encode())
+        _add(total, graph.tensors())
+    return total.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors."""
+    total = hashlib.sha256()
+    _add(total, tensors)
+    return total.hexdigest()
+
+
+def _add(total: Any, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

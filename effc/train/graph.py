@@ -1,0 +1,46 @@
+"""A graph whose tensors are parameters: trained where they stand, while the graph's own are left as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from effc.ir.program import Graph
+
+
+class InGraph(nn.Module):
+    """A graph as a module of feeds by name; the tensors of those `names` are its parameters, a shared one once."""
+
+    def __init__(self, graph: Graph, names: Sequence[str]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.places: dict[str, int] = {}
+        by_place: dict[tuple[int, tuple[int, ...]], int] = {}
+        weights: list[nn.Parameter] = []
+        for name, tensor in graph.tensors().items():
+            key = tensor.data_ptr(), tuple(tensor.shape)
+            if name in names and key not in by_place:
+                by_place[key] = len(weights)
+                weights.append(nn.Parameter(tensor.detach().clone()))
+        for name, tensor in graph.tensors().items():
+            if (place := by_place.get((tensor.data_ptr(), tuple(tensor.shape)))) is not None:
+                self.places[name] = place
+        self.weights = nn.ParameterList(weights)
+
+    def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        trained = {name: self.weights[place] for name, place in self.places.items()}
+        values = self.graph.exported.graph_module(*self.graph.arguments(feeds, trained))
+        return dict(zip(self.graph.outputs, values, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by the names of the graph's tensors; one object for those that are shared."""
+        held = [weight.detach() for weight in self.weights]
+        return {name: held[place] for name, place in self.places.items()}
+
+
+def mask_of(feeds: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask of padded positions of feeds, where they have one."""
+    mask = feeds.get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None

@@ -1,0 +1,214 @@
+"""Trains tensors by AdamW along a cosine, and can be killed at any step: what it has lies in files, none of them code.
+
+    lr(step) = peak · min(step / warm-up, (1 + cos(π · (step − warm-up) / (steps − warm-up))) / 2)
+
+Every so many steps the loss on held-out batches is taken, and the tensors that had the least are what comes out: they
+are never worse there than those that went in. Which batch a step sees, and its random numbers, hang on seed and step
+alone, so that a run that goes on after a break is the run that had none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from effc.errors import TuneError
+
+SAVE_S = 30.0
+"""Seconds between two saves."""
+STATE, TENSORS = "state.json", "tensors-{}.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Batch = Any
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast. `warmup` is a share of the steps; `clip` bounds the norm of a step's gradient."""
+
+    steps: int
+    lr: float
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    check_every: int = 50
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        share = (step - warm) / max(1, self.steps - warm)
+        return self.lr * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Losses after so many steps: the mean since the last point, None before the first, and of held-out batches."""
+
+    step: int
+    loss: float | None
+    held: float | None
+    seconds: float
+
+
+@dataclass
+class Run:
+    """Where a training is."""
+
+    step: int = 0
+    points: list[Point] = field(default_factory=list)
+    best: int = 0
+    """The step whose tensors had the least loss on held-out batches."""
+    losses: list[float] = field(default_factory=list)
+    """Since the last point."""
+    seconds: float = 0.0
+
+
+def fit(
+    module: nn.Module,
+    loss: Loss,
+    batch: Callable[[int], Batch],
+    schedule: Schedule,
+    *,
+    held: Sequence[Batch] = (),
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Run:
+    """Train the parameters of a module in place; `batch` gives that of a step.
+
+    `folder` keeps the state, and a run that finds one there goes on from it. Raises TuneError where a loss is no
+    number, with the step.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise TuneError("training needs accelerate", hint="pip install 'effc[train]'") from error
+    accelerator = Accelerator()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise TuneError("there is nothing to train", hint="`tensors` matches none of the graph's")
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    module, optimizer = accelerator.prepare(module, optimizer)
+    run, best = _resumed(folder, parameters, optimizer, schedule)
+    saved = started = time.monotonic()
+    before = run.seconds
+    if not run.points:
+        _check(run, module, loss, held, parameters, best)
+    while run.step < schedule.steps:
+        torch.manual_seed(schedule.seed * 1_000_003 + run.step)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(run.step)
+        value = loss(module, batch(run.step))
+        if not bool(torch.isfinite(value)):
+            raise TuneError(
+                f"the loss is {float(value.detach())} at step {run.step}",
+                hint=f"a lower learning rate may help; it is {schedule.lr:g}",
+            )
+        optimizer.zero_grad()
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(parameters, schedule.clip)
+        optimizer.step()
+        run.losses.append(float(value.detach()))
+        run.step += 1
+        run.seconds = before + time.monotonic() - started
+        if run.step % schedule.check_every == 0 or run.step == schedule.steps:
+            _check(run, module, loss, held, parameters, best)
+        progress(run.step, schedule.steps)
+        if folder is not None and time.monotonic() - saved > SAVE_S and run.step < schedule.steps:
+            _save(folder, run, parameters, best, optimizer, schedule)
+            saved = time.monotonic()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
+    return run
+
+
+def _check(
+    run: Run,
+    module: nn.Module,
+    loss: Loss,
+    held: Sequence[Batch],
+    parameters: Sequence[Tensor],
+    best: list[Tensor],
+) -> None:
+    """A point of the curve; the tensors are kept where none before had less loss."""
+    with torch.no_grad():
+        values = [float(loss(module, batch)) for batch in held]
+    now = sum(values) / len(values) if values else None
+    least = min((p.held for p in run.points if p.held is not None), default=math.inf)
+    mean = sum(run.losses) / len(run.losses) if run.losses else None
+    run.points.append(Point(step=run.step, loss=mean, held=now, seconds=round(run.seconds, 3)))
+    run.losses = []
+    if now is None or now < least:
+        run.best = run.step
+        best[:] = [p.detach().clone() for p in parameters]
+
+
+def _resumed(
+    folder: Path | None, parameters: Sequence[Tensor], optimizer: Any, schedule: Schedule
+) -> tuple[Run, list[Tensor]]:
+    """A run as it was left, its tensors and moments put in place; a new one where there is none, or none whole."""
+    best = [p.detach().clone() for p in parameters]
+    if folder is None or not (folder / STATE).exists():
+        return Run(), best
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if state["schedule"] != dataclasses.asdict(schedule):
+            return Run(), best
+        held = load_file(folder / state["tensors"])
+        points = [Point(**point) for point in state["points"]]
+        values = [held[f"{i}"] for i in range(len(parameters))]
+        kept = [held[f"{i}.best"] for i in range(len(parameters))]
+        moments = [[held[f"{i}.{m}"] for m in MOMENTS] for i in range(len(parameters))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return Run(), best
+    with torch.no_grad():
+        for parameter, value, pair in zip(parameters, values, moments, strict=True):
+            parameter.copy_(value)
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(state["step"])), **dict(zip(MOMENTS, pair, strict=True)),
+            }  # fmt: skip
+    run = Run(
+        step=state["step"], points=points, best=state["best"], losses=state["losses"], seconds=state["seconds"]
+    )  # fmt: skip
+    return run, kept
+
+
+def _save(
+    folder: Path,
+    run: Run,
+    parameters: Sequence[Tensor],
+    best: Sequence[Tensor],
+    optimizer: Any,
+    schedule: Schedule,
+) -> None:
+    """Tensors first, then the state that names them, each by one rename; what was before them goes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = TENSORS.format(run.step)
+    found: dict[str, Tensor] = {}
+    for i, (parameter, kept) in enumerate(zip(parameters, best, strict=True)):
+        found |= {f"{i}": parameter.detach(), f"{i}.best": kept}
+        found |= {f"{i}.{m}": optimizer.state[parameter][m] for m in MOMENTS}
+    save_file({n: t.contiguous() for n, t in found.items()}, folder / f"{name}.part")
+    os.replace(folder / f"{name}.part", folder / name)
+    state: Mapping[str, Any] = {
+        **dataclasses.asdict(run), "tensors": name, "schedule": dataclasses.asdict(schedule),
+    }  # fmt: skip
+    (folder / f"{STATE}.part").write_text(json.dumps(state), encoding="utf-8")
+    os.replace(folder / f"{STATE}.part", folder / STATE)
+    for old in folder.glob(TENSORS.format("*")):
+        if old.name != name:
+            old.unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""What trains a graph in a compile: its samples, its teacher, and where the state of an unfinished run lies.
+
+A run is looked for under what decides it: the graph, the model, the options and the data. It is taken from a checkpoint
+that `effc tune` wrote, or from the cache, or made; an unfinished one goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from effc.cache import Cache, key_of
+from effc.calib import data
+from effc.calib.calibrator import tensors_for
+from effc.calib.data import Record
+from effc.checkpoint import AGAIN, Checkpoint, Made, apart
+from effc.errors import TuneError
+from effc.ir.program import Graph, Program
+from effc.ir.show import graph_digest
+from effc.machine import installed
+from effc.passes.base import Pass, Stats, Trainer
+from effc.passes.pipeline import options_of
+from effc.passes.tune import Tune
+from effc.recipe import CalibSpec
+from effc.samples import Samples
+from effc.source import Source
+from effc.train import losses
+from effc.train.graph import InGraph, mask_of
+from effc.train.loop import Schedule, fit
+
+MOST_BYTES = 4 << 30
+"""Samples are held in memory while they are trained on; more than this is refused."""
+Step = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A batch on its way to a loss: inputs by name, and the labels of its samples where they have any."""
+
+    feeds: Mapping[str, Tensor]
+    labels: Tensor | None = None
+
+
+Drawn = tuple[Callable[[int], Example], list[Example]]
+"""What gives the batch of a step, and the batches that judge."""
+
+
+@dataclass(kw_only=True)
+class Tuner:
+    """Trains graphs of one role of a source; what it made is given again where the same is asked."""
+
+    source: Source
+    teacher: Graph
+    calib: CalibSpec | None
+    cache: Cache
+    checkpoint: Checkpoint | None = None
+    """Where tensors are taken from, and nothing is trained."""
+    made: dict[str, Made] = field(default_factory=dict)
+    """Tensors and curve by key."""
+    steps: dict[str, Made] = field(default_factory=dict)
+    """The same by step and role, as `1.main`."""
+
+    def trainer(self, index: int, progress: Step) -> Trainer:
+        """What trains for the pass at `index` of the recipe."""
+
+        def train(pass_: Pass, graph: Graph, stats: Stats) -> dict[str, Tensor]:
+            assert isinstance(pass_, Tune)
+            key = self._key(pass_, graph)
+            if key not in self.made:
+                found = self._taken(index, pass_, graph) or self._cached(key)
+                self.made[key] = found or self._trained(key, pass_, graph, progress)
+            tensors, stats.notes["curve"] = self.steps[f"{index}.{graph.role}"] = self.made[key]
+            return tensors
+
+        return train
+
+    def _key(self, pass_: Tune, graph: Graph) -> str:
+        spec = self._spec(pass_)
+        return key_of(
+            "tune", graph=graph_digest([Program({graph.role: graph})]), role=graph.role,
+            teacher=graph_digest([Program({graph.role: self.teacher})]),
+            options={k: v for k, v in options_of(pass_).items() if k != "file"},
+            calib=None if spec is None else {**dataclasses.asdict(spec), "file": None},
+            data=None if spec is None else data.digest(data.parse(str(spec.file))[0]),
+            torch=installed("torch"), threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _taken(self, index: int, pass_: Tune, graph: Graph) -> Made | None:
+        if self.checkpoint is None:
+            return None
+        held, curve = self.checkpoint.tensors(index, graph.role)
+        shapes = {name: tuple(t.shape) for name, t in graph.tensors().items()}
+        given = {name: tuple(t.shape) for name, t in held.items()}
+        if given != {name: shapes[name] for name in InGraph(graph, pass_.trained(graph)).places}:
+            raise TuneError(f"{self.checkpoint.place} was trained in another graph", hint=AGAIN)
+        return held, curve
+
+    def _cached(self, key: str) -> Made | None:
+        entry = self.cache.get(key)
+        if entry is None:
+            return None
+        return load_file(entry.directory / "tensors.safetensors"), list(entry.value)
+
+    def _trained(self, key: str, pass_: Tune, graph: Graph, progress: Step) -> Made:
+        module = InGraph(graph, pass_.trained(graph))
+        drawn, held = self._examples(pass_, graph)
+        folder = self.cache.root / "train" / key[:32] if self.cache.root is not None else None
+        run = fit(
+            module, _loss(pass_, self.teacher), drawn, _schedule(pass_), held=held, folder=folder,
+            progress=progress,
+        )  # fmt: skip
+        tensors = module.tensors()
+        curve = [dataclasses.asdict(point) for point in run.points]
+        self.cache.put(key, curve, {"tensors.safetensors": save(apart(tensors))})
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return tensors, curve
+
+    def _spec(self, pass_: Tune) -> CalibSpec | None:
+        """What the samples are drawn from: the file of the pass, else that of the calibration; None for neither."""
+        calib = self.calib or CalibSpec()
+        own = pass_.file is not None
+        file = pass_.file if own else calib.file
+        if file is None:
+            return None
+        return CalibSpec(
+            file=file, column=pass_.column if own or pass_.column is not None else calib.column,
+            samples=pass_.samples, seed=pass_.seed, batch=pass_.batch,
+            max_length=pass_.max_length or calib.max_length,
+        )  # fmt: skip
+
+    def _examples(self, pass_: Tune, graph: Graph) -> Drawn:
+        spec = self._spec(pass_)
+        if spec is None:
+            if pass_.task == "labels":
+                raise TuneError("labels are read from a file", hint="name one: `file: DATA`")
+            batches = Samples(self.source, self.calib)(graph.role)
+            return _of_batches(
+                pass_, [Example(feeds=tensors_for(graph, b.inputs)) for b in batches]
+            )
+        samples, labelled = Samples(self.source, spec), pass_.task == "labels"
+        records = _bounded(samples.records(labelled=labelled))
+        held = list(itertools.islice(samples.records(left=True, labelled=labelled), pass_.held))
+        if not held and pass_.held and len(records) > 1:  # the file has no more than was drawn
+            count = min(pass_.held, max(1, len(records) // 8))
+            records, held = records[:-count], records[-count:]
+
+        def example(chosen: Sequence[Record]) -> Example:
+            inputs = tensors_for(graph, samples.of_records(graph.role, chosen))
+            marks = torch.tensor([r.label for r in chosen]) if labelled else None
+            return Example(feeds=inputs, labels=marks)
+
+        def drawn(step: int) -> Example:
+            return example([records[i] for i in _chosen(len(records), pass_, step)])
+
+        return drawn, [example(held[i : i + pass_.batch]) for i in range(0, len(held), pass_.batch)]
+
+
+def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
+    """Who trains in `effc.apply(Tune(…), program, train=…)`: towards a program's outputs, on batches of inputs by name.
+
+    The last batch judges where there are several.
+    """
+    given = [{name: np.asarray(value) for name, value in batch.items()} for batch in batches]
+
+    def train(pass_: Pass, graph: Graph, stats: Stats) -> dict[str, Tensor]:
+        assert isinstance(pass_, Tune)
+        if pass_.task == "labels":
+            raise TuneError("batches of inputs have no labels", hint="leave `task` out")
+        module = InGraph(graph, pass_.trained(graph))
+        drawn, held = _of_batches(pass_, [Example(feeds=tensors_for(graph, b)) for b in given])
+        run = fit(module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held)
+        stats.notes["curve"] = [dataclasses.asdict(point) for point in run.points]
+        return module.tensors()
+
+    return train
+
+
+def _schedule(pass_: Tune) -> Schedule:
+    return Schedule(
+        steps=pass_.steps, lr=pass_.lr, warmup=pass_.warmup, weight_decay=pass_.weight_decay,
+        seed=pass_.seed, check_every=max(1, min(50, pass_.steps // 8)),
+    )  # fmt: skip
+
+
+def _loss(pass_: Tune, teacher: Graph) -> Callable[[Any, Example], Tensor]:
+    def loss(module: Any, example: Example) -> Tensor:
+        feeds = example.feeds
+        outputs, mask, terms = module(feeds), mask_of(feeds), []
+        if pass_.distill:
+            far = losses.distillation(outputs, teacher.run(feeds), mask, pass_.temperature)
+            terms.append(pass_.distill * far)
+        if pass_.task == "labels":
+            assert example.labels is not None
+            terms.append(losses.labels(outputs, example.labels))
+        if pass_.task == "tokens":
+            terms.append(losses.tokens(outputs, feeds["input_ids"], mask))
+        return torch.stack(terms).sum()
+
+    return loss
+
+
+def _of_batches(pass_: Tune, examples: list[Example]) -> Drawn:
+    """Batches as they were given, in an order of its own every epoch; the last of them judges."""
+    if not examples:
+        raise TuneError("there is nothing to train on", hint="name a file: `file: DATA`")
+    judges = examples[-1:] if len(examples) > 1 and pass_.held else []
+    rest = examples[: len(examples) - len(judges)]
+
+    def drawn(step: int) -> Example:
+        epoch, place = divmod(step, len(rest))
+        return rest[int(_order(pass_.seed, epoch, len(rest))[place])]
+
+    return drawn, judges
+
+
+def _chosen(count: int, pass_: Tune, step: int) -> list[int]:
+    """The samples of a step: every epoch sees all of them once, in an order of its own."""
+    found: list[int] = []
+    size = min(pass_.batch, count)
+    while len(found) < size:
+        epoch, first = divmod(step * size + len(found), count)
+        order = _order(pass_.seed, epoch, count)
+        found += order[first : first + size - len(found)].tolist()
+    return found
+
+
+def _order(seed: int, epoch: int, count: int) -> Any:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def _bounded(records: Iterable[Record]) -> list[Record]:
+    """All samples in memory. Raises TuneError where that is too much of it."""
+    found: list[Record] = []
+    total = 0
+    for record in records:
+        arrays = [record.pixels, *(record.arrays or {}).values()]
+        total += sum(a.nbytes for a in arrays if a is not None) + len(record.text or "")
+        if total > MOST_BYTES:
+            raise TuneError(
+                f"the first {len(found)} samples are {total / 1e9:.0f} GB already",
+                hint="train on fewer: `samples`",
+            )
+        found.append(record)
+    return found

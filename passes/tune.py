@@ -1,0 +1,99 @@
+"""Short training of the graph as it stands, so that it gets back what passes before it took.
+
+The tensors of the graph are trained in the graph itself, towards the outputs of the model as it was (distillation), to
+the labels of its samples, or to the tokens of its texts. Dropout and the statistics of batch norms are as they are when
+the model is used. What comes out is never worse on held-out samples than what went in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from effc.errors import CalibrationError, PreconditionError
+from effc.ir.edit import rebind, tensor_name
+from effc.ir.program import Graph, Program
+from effc.ir.select import op_name
+from effc.ir.show import tensors_digest
+from effc.passes.base import Pass, Stats
+from effc.quant.ops import DEQUANTIZE
+
+LAYERS = ("linear", "conv1d", "conv2d", "embedding")
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Pass):
+    """Trains the tensors of the graph that match `tensors`, `steps` of AdamW with a warm-up and a cosine.
+
+    The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
+    `labels` of the samples, the next of their `tokens`, or none. `file` has the samples, those of `calib` where None;
+    `samples` of them are drawn by `seed`, and `held` others judge.
+    """
+
+    name = "tune"
+    effect = "lossy"
+    trains: ClassVar[bool] = True
+
+    steps: Count = 200
+    lr: Positive = 1e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Share = 0.0
+    batch: Count = 16
+    distill: Share = 1.0
+    temperature: Positive = 1.0
+    task: Literal["none", "labels", "tokens"] = "none"
+    file: str | None = None
+    column: str | int | None = None
+    max_length: Count | None = None
+    samples: Count = 2048
+    held: Annotated[int, Field(ge=0)] = 128
+    seed: int = 0
+    tensors: str | tuple[str, ...] = "*"
+
+    def requires(self, program: Program) -> None:
+        if self.task == "none" and not self.distill:
+            raise PreconditionError(
+                "tune: there is nothing to train towards", hint="set distill or task"
+            )
+        for graph in program:
+            if self.takes(graph.role) and any(n.target is DEQUANTIZE for n in graph.nodes):
+                raise PreconditionError(
+                    "tune trains floats, and the graph is on integers already",
+                    where=f"graph {graph.role!r}",
+                    hint="put `tune` in front of `quantize`",
+                )
+
+    def trained(self, graph: Graph) -> list[str]:
+        """Names of the tensors that are trained: parameters of the model, and what passes made of them, that match."""
+        words = (self.tensors,) if isinstance(self.tensors, str) else self.tensors
+        layers = {
+            tensor_name(graph, n)
+            for node in graph.nodes if op_name(node) in LAYERS
+            for n in node.all_input_nodes
+        }  # fmt: skip
+        held = graph.exported.state_dict
+        return [
+            name
+            for name, tensor in graph.tensors().items()
+            if tensor.is_floating_point() and any(fnmatchcase(name, word) for word in words)
+            and (isinstance(held.get(name), torch.nn.Parameter) or name in layers)
+        ]  # fmt: skip
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        found = stats.train(self, graph)
+        key, made = f"{graph.role}/tensors", tensors_digest(found)
+        if stats.decide(key, lambda: made) != made:
+            raise CalibrationError(
+                "training comes out differently from the recorded decisions",
+                hint="it hangs on weights, samples and processor; keep what was trained: effc tune, and --tuned",
+            )
+        for name, tensor in found.items():
+            rebind(graph, name, tensor, "tuned")
+        return len(found)

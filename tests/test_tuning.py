@@ -1,0 +1,401 @@
+"""Training in the graph gives back what passes took, survives being killed, and is kept in one piece."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import effc
+from effc import checkpoint, recipe
+from effc.errors import CalibrationError, PreconditionError, TuneError
+from effc.passes.quantize import Quantize
+from effc.passes.tune import Tune
+from effc.train import losses
+from effc.train.graph import InGraph
+from effc.train.loop import STATE, Schedule, fit
+from effc.tuning import _chosen
+from kit import assert_letter, cli
+
+FACTORY = """
+import torch
+from torch import nn
+
+def other():
+    return net(5)
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)]
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+    return Net(*layers), {"x": torch.ones(2, 6)}
+"""
+HARM = '''
+from dataclasses import dataclass
+import torch
+import effc
+from effc.ir.edit import rebind
+
+@effc.register
+@dataclass(frozen=True, kw_only=True)
+class Harm(effc.Pass):
+    """Takes a third of the first layer away."""
+    name = "harm"
+    effect = "lossy"
+
+    def rewrite(self, graph, stats):
+        for name, tensor in graph.tensors().items():
+            if tensor.dim() == 2:
+                kept = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+                rebind(graph, name, tensor * kept, "harmed")
+        return 1
+'''
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def harmed(program):
+    """The program with noise on its weights."""
+    from effc.ir.edit import rebind
+
+    made = program.clone()
+    draw = torch.Generator().manual_seed(3)
+    for name, tensor in made.only().tensors().items():
+        rebind(
+            made.only(), name, tensor + 0.1 * torch.randn(tensor.shape, generator=draw), "harmed"
+        )
+    return made
+
+
+def inputs(count=8, rows=32):
+    draw = np.random.default_rng(0)
+    return [{"input": draw.standard_normal((rows, 6)).astype(np.float32)} for _ in range(count)]
+
+
+def test_what_a_pass_took_comes_back():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    worse = harmed(program)
+    record = effc.apply(Tune(steps=150, lr=1e-2), worse, train=effc.trainer(program, inputs()))
+    curve = record.notes["main/curve"]
+    assert record.sites == 4 and curve[-1]["step"] == 150
+    assert min(p["held"] for p in curve) < 0.1 * curve[0]["held"]
+    fresh = torch.randn(64, 6, generator=torch.Generator().manual_seed(9))
+    (name,) = program.only().outputs
+    gaps = [
+        float((p.run(input=fresh)[name] - program.run(input=fresh)[name]).norm())
+        for p in (worse, harmed(program))
+    ]
+    assert gaps[0] < 0.35 * gaps[1]
+
+
+def test_the_model_that_was_traced_is_left_as_it_was():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    before = {n: t.clone() for n, t in program.only().tensors().items()}
+    worse = program.clone()
+    effc.apply(
+        Tune(steps=3, task="none", distill=1.0, lr=0.1),
+        worse,
+        train=effc.trainer(harmed(program), inputs(2)),
+    )
+    assert all(torch.equal(before[n], t) for n, t in program.only().tensors().items())
+    assert not all(torch.equal(before[n], t) for n, t in worse.only().tensors().items())
+
+
+def test_what_comes_out_is_never_worse_than_what_went_in():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    made = program.clone()
+    record = effc.apply(Tune(steps=20, lr=50.0), made, train=effc.trainer(program, inputs(3)))
+    assert record.notes["main/curve"][0]["held"] == 0
+    before = program.only().tensors()
+    assert all(torch.equal(before[n], t) for n, t in made.only().tensors().items())
+
+
+def test_only_tensors_that_match_are_trained():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    worse = harmed(program)
+    before = worse.clone().only().tensors()
+    record = effc.apply(
+        Tune(steps=5, lr=0.01, tensors="2.*"), worse, train=effc.trainer(program, inputs(2))
+    )
+    changed = {n for n, t in worse.only().tensors().items() if not torch.equal(before[n], t)}
+    assert record.sites == 2 and changed == {"2.weight", "2.bias"}
+    assert worse.only().origins["2.weight"].transforms[-1] == "tuned"
+
+
+def test_a_shared_tensor_is_trained_once():
+    from graphs import Tied
+
+    program = effc.trace(Tied(), {"ids": torch.zeros(2, 3, dtype=torch.int64)})
+    graph = program.only()
+    module = InGraph(graph, list(graph.tensors()))
+    assert len(module.weights) == 1 and len(module.places) == 2
+    found = module.tensors()
+    assert len({t.data_ptr() for t in found.values()}) == 1
+
+
+def test_nobody_trains_unasked():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    with pytest.raises(PreconditionError, match="nobody has said on what"):
+        effc.apply(Tune(), program)
+    with pytest.raises(PreconditionError, match="nothing to train towards"):
+        effc.apply(Tune(distill=0), program, train=effc.trainer(program, inputs(2)))
+    effc.apply(Quantize(activation_bits=16), program)
+    with pytest.raises(PreconditionError, match="on integers already"):
+        effc.apply(Tune(), program, train=effc.trainer(program, inputs(2)))
+
+
+def test_a_loss_that_is_no_number_is_said():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    bad = [{"input": np.full((4, 6), np.nan, np.float32)}]
+    with pytest.raises(TuneError, match="loss is nan at step 0"):
+        effc.apply(Tune(steps=2), harmed(program), train=effc.trainer(program, bad))
+    with pytest.raises(TuneError, match="nothing to train on"):
+        effc.apply(Tune(steps=2), harmed(program), train=effc.trainer(program, []))
+    with pytest.raises(TuneError, match="nothing to train"):
+        effc.apply(
+            Tune(steps=2, tensors="none.*"), harmed(program), train=effc.trainer(program, inputs(2))
+        )
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    from effc.train import loop
+
+    monkeypatch.setattr(loop, "SAVE_S", 0.0)
+    data = [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    schedule = Schedule(steps=12, lr=0.05, check_every=4, weight_decay=0.01)
+
+    def loss(module, x):
+        return (module(x) - 1).square().mean() + 0.1 * module(
+            nn.functional.dropout(x, 0.5)
+        ).square().mean()
+
+    def run(folder, die_at=None):
+        module = net(1)
+
+        def progress(done, of):
+            if done == die_at:
+                raise KeyboardInterrupt
+
+        try:
+            made = fit(
+                module,
+                loss,
+                lambda s: data[s % 4],
+                schedule,
+                held=data[4:],
+                folder=folder,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            return None, None
+        return made, [p.detach().clone() for p in module.parameters()]
+
+    whole, expected = run(tmp_path / "a")
+    assert run(tmp_path / "b", die_at=7) == (None, None)
+    assert json.loads((tmp_path / "b" / STATE).read_text())["step"] == 6
+    again, found = run(tmp_path / "b")
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    assert [(p.step, p.loss, p.held) for p in again.points] == [
+        (p.step, p.loss, p.held) for p in whole.points
+    ]
+    run(tmp_path / "c", die_at=7)
+    (tmp_path / "c" / STATE).write_text("{")  # what was damaged is made anew
+    again, found = run(tmp_path / "c")
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+
+
+def test_the_rate_rises_and_falls():
+    schedule = Schedule(steps=100, lr=1.0, warmup=0.1)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.01
+
+
+def test_every_epoch_sees_all_samples_once():
+    pass_ = Tune(batch=4)
+    seen = [i for step in range(5) for i in _chosen(10, pass_, step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_distillation_is_the_divergence_of_what_both_say():
+    draw = torch.Generator().manual_seed(0)
+    mine, theirs = (torch.randn(5, 7, generator=draw, dtype=torch.float64) for _ in range(2))
+    t = 2.0
+    p, q = (torch.softmax(v / t, -1) for v in (theirs, mine))
+    expected = t * t * float((p * (p.log() - q.log())).sum(-1).mean())
+    found = losses.distillation({"logits": mine}, {"logits": theirs}, temperature=t)
+    assert float(found) == pytest.approx(expected)
+    assert float(losses.distillation({"logits": mine}, {"logits": mine})) == pytest.approx(
+        0, abs=1e-12
+    )
+
+
+def test_padding_counts_for_nothing():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x, y = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    y[0, 2] = 100
+    for name in ("logits", "hidden"):
+        assert float(losses.distillation({name: y}, {name: x}, mask)) == pytest.approx(0)
+    ids = torch.tensor([[1, 2, 0], [3, 0, 0]])
+    logits = torch.zeros(2, 3, 4)
+    logits[0, 0, 2] = 50.0  # the one token that comes next
+    assert float(losses.tokens({"logits": logits}, ids, mask)) == pytest.approx(0)
+
+
+def test_losses_refuse_what_they_are_not_for():
+    with pytest.raises(TuneError, match="no output left"):
+        losses.distillation({"a": torch.ones(2, 3)}, {"a": torch.ones(2, 4)})
+    with pytest.raises(TuneError, match="labels are for"):
+        losses.labels({"hidden": torch.ones(2, 3)}, torch.tensor([0, 1]))
+    with pytest.raises(TuneError, match="a label is 7"):
+        losses.labels({"logits": torch.ones(2, 3)}, torch.tensor([0, 7]))
+    with pytest.raises(TuneError, match="tokens are for"):
+        losses.tokens({"logits": torch.ones(2, 3)}, torch.ones(2, 5, dtype=torch.int64))
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """A pass of one's own, which a process takes from one file alone."""
+    file = tmp_path_factory.mktemp("plugin") / "harm.py"
+    file.write_text(HARM)
+    return file
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, plugin):
+    """A factory, labelled data, and a recipe that harms, trains and quantises."""
+    monkeypatch.setenv("EFFC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.py").write_text(FACTORY)
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((200, 6)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, label=draw.integers(0, 4, 200))
+    (tmp_path / "r.yaml").write_text(yaml.dump({
+        "source": {"python": f"{tmp_path / 'model.py'}:net"}, "plugins": [str(plugin)],
+        "calib": {"file": str(tmp_path / "data.npz"), "samples": 64},
+        "passes": [
+            {"pass": "harm"},
+            {"pass": "tune", "steps": 40, "lr": 0.01, "samples": 128, "held": 32, "batch": 32},
+            {"pass": "quantize"},
+        ],
+        "bench": False, "gate": False,
+    }))  # fmt: skip
+    return tmp_path
+
+
+def drift(out):
+    report = json.loads((out / "report.json").read_text())
+    return report["verify"]["ort"]["held out"]["logits"]["rel_l2"], report
+
+
+@pytest.mark.slow
+def test_harm_train_quantise_in_one_recipe(place):
+    ran = cli("compile", place / "r.yaml", "-o", place / "out")
+    assert ran.code == 0, ran.err
+    assert "held-out loss" in ran.out and "Training" in (place / "out" / "report.html").read_text()
+    without = cli("compile", place / "r.yaml", "-o", place / "harmed", "--set", "passes.1.steps=1")
+    assert without.code == 0
+    assert drift(place / "out")[0] < 0.7 * drift(place / "harmed")[0]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_takes_the_place_of_training(place):
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck", "--json", place / "tune.json")
+    assert ran.code == 0 and "held-out loss" in ran.out, ran.err
+    assert set(json.loads((place / "tune.json").read_text())["curves"]) == {"1.main"}
+    again = cli("tune", place / "r.yaml", "-o", place / "ck")
+    assert again.code == 0
+    shutil.rmtree(place / "cache")
+    ran = cli("compile", place / "r.yaml", "-o", place / "one", "--tuned", place / "ck")
+    assert ran.code == 0, ran.err
+    ran = cli("compile", place / "r.yaml", "-o", place / "two", "--tuned", place / "ck")
+    assert ran.code == 0
+    engines = [
+        json.loads((place / n / "manifest.json").read_text())["engines"][0]["sha256"]
+        for n in ("one", "two")
+    ]
+    assert engines[0] == engines[1]
+    assert drift(place / "one")[1]["passes"][-2]["notes"]["main/curve"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_something_else_is_refused(place):
+    assert cli("tune", place / "r.yaml", "-o", place / "ck").code == 0
+    words = ("--tuned", place / "ck", "-o", place / "out")
+    ran = cli("compile", place / "r.yaml", *words, "--set", "passes.1.steps=41")
+    assert_letter(ran, "TuneError", 13, "trained by other passes")
+    ran = cli(
+        "compile", place / "r.yaml", *words, "--set", f"source.python={place / 'model.py'}:other"
+    )
+    assert_letter(ran, "TuneError", 13, "another model")
+    file = place / "ck" / "1.main.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    ran = cli("compile", place / "r.yaml", *words)
+    assert_letter(ran, "TuneError", 13, "not what it was written as")
+    ran = cli("compile", place / "r.yaml", "-o", place / "out", "--tuned", place)
+    assert_letter(ran, "TuneError", 13, "is no checkpoint")
+    ran = cli("tune", place / "r.yaml", "-o", place)
+    assert_letter(ran, "TuneError", 13, "something else")
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck2", "--set", "passes=[{pass: quantize}]")
+    assert_letter(ran, "RecipeError", 3, "trains nothing")
+    assert not (place / "out").exists() and not (place / "ck2").exists()
+
+
+@pytest.mark.slow
+def test_labels_may_be_what_is_trained_towards(place):
+    words = (
+        "--set",
+        "passes.1.task=labels",
+        "--set",
+        "passes.1.distill=0",
+        "--set",
+        "passes.1.steps=60",
+    )
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck", *words, "--json", place / "t.json")
+    assert ran.code == 0, ran.err
+    curve = json.loads((place / "t.json").read_text())["curves"]["1.main"]
+    assert (
+        curve[-1]["loss"] < curve[1]["loss"]
+    )  # random labels: learnt by heart, and held-out ones not
+    np.savez(place / "data.npz", x=np.ones((20, 6), np.float32))
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck2", *words)
+    assert_letter(ran, "CalibrationError", 7, "without a label")
+
+
+@pytest.mark.slow
+def test_recorded_decisions_hold_what_training_made(place):
+    assert cli("compile", place / "r.yaml", "-o", place / "out").code == 0
+    decisions = json.loads((place / "out" / "decisions.json").read_text())
+    ran = cli(
+        "compile",
+        place / "r.yaml",
+        "-o",
+        place / "again",
+        "--decisions",
+        place / "out" / "decisions.json",
+    )
+    assert ran.code == 0, ran.err
+    decisions["1:tune"]["main/tensors"] = "0" * 64
+    made = recipe.read(place / "r.yaml")
+    with pytest.raises(CalibrationError, match="comes out differently"):
+        effc.compile(made, place / "other", decisions=decisions)
+
+
+def test_steps_name_no_folder_of_this_machine():
+    (step,) = checkpoint.steps_of([Tune(file="/somewhere/data.npz")])
+    assert step["file"] == "data.npz" and step["pass"] == "tune"
+
+
+@pytest.mark.slow
+def test_a_plan_tries_two_steps(place):
+    ran = cli("compile", place / "r.yaml", "-o", place / "out", "--plan")
+    assert ran.code == 0 and "tune" in ran.out, ran.err
+    assert not (place / "out").exists() and not (place / "cache" / "train").exists()
