@@ -16,13 +16,16 @@ Size = Annotated[int, Field(ge=1)]
 class OpenVinoOptions:
     """`precision` is the type of what is not quantised; `auto` is bf16 beside integers where the processor has it.
 
-    `hint` is what the runtime is asked for: one request as fast as can be, or many beside each other.
+    `hint` is what the runtime is asked for: one request as fast as can be, or many beside each other. `cache` is where
+    keys and values of a language model are: they go in and out through `ports`, or the runtime holds them, in the type
+    of what is not quantised (`inside`) or in 8 bit (`u8`); `auto` is ports where an engine only reads prompts.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     precision: Literal["auto", "f32", "bf16"] = "auto"
     hint: Literal["latency", "throughput"] = "latency"
+    cache: Literal["auto", "ports", "inside", "u8"] = "auto"
 
 
 Capability = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]

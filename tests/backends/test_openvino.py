@@ -212,7 +212,7 @@ def test_float_can_be_asked_for_where_the_processor_has_bfloat16(monkeypatch, tm
     program, _ = quantised(nn.Sequential(nn.Linear(16, 8)), 4, 16)
     exact = OpenVino(OpenVinoOptions(precision="f32")).lower(program.only(), tmp_path / "f32")
     assert exact.options["precision"] == "f32"
-    assert OpenVino()._options(is_quantised=True)["precision"] == "bf16"
+    assert OpenVino()._options(program.only(), is_quantised=True)["precision"] == "bf16"
 
 
 @pytest.mark.slow
@@ -327,7 +327,11 @@ def _documented():
     from pathlib import Path
 
     text = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
-    code = text.partition("<!-- run by")[2].partition("```python\n")[2].partition("```")[0]
+    code = (
+        text.partition("<!-- run by tests/backends/test_openvino.py")[2]
+        .partition("```python\n")[2]
+        .partition("```")[0]
+    )
     found = {}
     exec(code, found)
     return found
