@@ -13,12 +13,14 @@ from typing import ClassVar
 
 import onnx_ir as ir
 import openvino
+from torch import fx
 
 from effc.backends.alone import peak_rss_mb
 from effc.backends.base import Array, BackendBase, Lowered, Site, Unsupported, at_least
 from effc.backends.dialect import OPENVINO
 from effc.backends.eager import described
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.onnx_match import only_consumer
 from effc.backends.onnx_narrow import drop_zeros, store_int4
 from effc.backends.openvino_engine import (
     PORTS,
@@ -36,7 +38,9 @@ from effc.backends.options import OpenVinoOptions
 from effc.causal import PREFILL
 from effc.dialect import Dialect
 from effc.ir.program import Graph
+from effc.ir.select import op_name
 from effc.progress import Step, silent
+from effc.quant.ops import DEQUANTIZE
 
 _PASS_THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Reshape", "Identity")
 _INTEGERS = ("i8", "u8", "i4", "u4")
@@ -89,6 +93,8 @@ class OpenVino(BackendBase):
         held: str = self._asked.cache
         kind = precision(is_quantised) if kind == "auto" else kind
         found: dict[str, str] = {"precision": kind, "hint": self._asked.hint}
+        if any(map(_is_weight_only, graph.nodes)):
+            found["products"] = self._asked.products
         if not pairs(graph.inputs):
             return found
         if held == "auto":  # a prompt is read faster with ports, a token written faster without
@@ -121,6 +127,14 @@ run = lambda feeds: engine.carry(feeds, ("logits",))
 """
 
 
+def _is_weight_only(node: fx.Node) -> bool:
+    """Whether a layer has a quantised weight, and an input that is not."""
+    if op_name(node) != "linear":
+        return False
+    value, weight = (part.target if isinstance(part, fx.Node) else None for part in node.args[:2])
+    return weight is DEQUANTIZE and value is not DEQUANTIZE
+
+
 def _readers(model: ir.Model) -> dict[str, list[str]]:
     """Names of a tensor, and of the nodes that compute with it behind those that only unpack it.
 
@@ -138,7 +152,18 @@ def _behind(value: ir.Value) -> Iterator[str]:
             for output in use.node.outputs:
                 yield from _behind(output)
         else:
-            yield use.node.name or ""
+            yield from _called(use.node)
+
+
+def _called(node: ir.Node) -> Iterator[str]:
+    """What a layer may be called by: its node, the addition of a constant behind it, or the output that it is."""
+    yield node.name or ""
+    (made, *others) = node.outputs
+    if made.is_graph_output():
+        yield made.name or ""
+    add = None if others else only_consumer(made, "Add")
+    if add is not None and any(v is not None and v.const_value is not None for v in add.inputs):
+        yield from _called(add)
 
 
 def _site(name: str, word: str, known: list[str], kernels: Mapping[str, list[Layer]]) -> Site:

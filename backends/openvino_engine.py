@@ -22,6 +22,8 @@ from effc.machine import cpu_features
 
 PORTS = "ports"
 """The cache of a language model that goes in and out."""
+GROUP = 32
+"""Activations that share a scale where they are rounded to 8 bit as an engine runs: what openvino does by itself."""
 UNKEPT = ("RoPE",)
 """Layers that openvino 2026.4 exports without all of their settings: they compute something else when imported."""
 _UNPACKING = ("Const", "Convert", "Reorder", "Transpose", "Output")
@@ -53,6 +55,8 @@ def config(options: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
         found["INFERENCE_NUM_THREADS"] = threads
     if is_held(options):
         found["KV_CACHE_PRECISION"] = options["cache"]
+    if "products" in options:
+        found["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP if options["products"] == "int8" else 0
     return found
 
 

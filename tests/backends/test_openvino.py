@@ -86,6 +86,27 @@ def test_layers_run_in_integers_and_agree_with_the_graph(module, shape, tmp_path
         assert distance(value, found[name]) < 0.02
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_alone_in_4_bit_stay_so_in_the_compiled_model(symmetric, tmp_path):
+    """Activations are rounded as it runs unless asked not to be; the manifest has it."""
+    program = traced(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 16)), 4, 64)
+    quantize(
+        program, dialect=OPENVINO, bits=4, activation_bits=16, group=32, weight_symmetric=symmetric
+    )
+    x, found = normal(4, 64, seed=3), {}
+    (wanted,) = program.run({"x": x}).values()
+    for products in ("int8", "float"):
+        asked = OpenVinoOptions(products=products, precision="f32")
+        lowered = OpenVino(asked).lower(program.only(), tmp_path / products)
+        assert [(site.kernel, site.int8) for site in lowered.sites] == [
+            ("FullyConnected i4", True)
+        ] * 2
+        assert lowered.options["products"] == products
+        found[products] = distance(wanted, next(iter(run(lowered, x=x.numpy()).values())))
+    assert found["float"] < 1e-5
+    assert found["float"] <= found["int8"] < 0.02
+
+
 def test_an_embedding_is_looked_up_as_integers(tmp_path):
     table = Call(lambda self, x: self.table(x), table=nn.Embedding(50, 16))
     ids = torch.arange(6).reshape(2, 3)
