@@ -35,7 +35,7 @@ from effc.backends.openvino_engine import (
 )
 from effc.backends.openvino_state import StatefulEngine, pairs
 from effc.backends.options import OpenVinoOptions
-from effc.causal import PREFILL
+from effc.causal import DECODE
 from effc.dialect import Dialect
 from effc.ir.program import Graph
 from effc.ir.select import op_name
@@ -98,7 +98,7 @@ class OpenVino(BackendBase):
         if not pairs(graph.inputs):
             return found
         if held == "auto":  # a prompt is read faster with ports, a token written faster without
-            held = PORTS if graph.role == PREFILL else "inside"
+            held = "inside" if graph.role == DECODE else PORTS
         return {**found, "cache": kind if held == "inside" else held}
 
     def open(

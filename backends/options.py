@@ -18,7 +18,7 @@ class OpenVinoOptions:
 
     `hint` is what the runtime is asked for: one request as fast as can be, or many beside each other. `cache` is where
     keys and values of a language model are: they go in and out through `ports`, or the runtime holds them, in the type
-    of what is not quantised (`inside`) or in 8 bit (`u8`); `auto` is ports where an engine only reads prompts.
+    of what is not quantised (`inside`) or in 8 bit (`u8`); `auto` is inside for an engine that only writes.
     `products` says what weights that are quantised alone are multiplied with: activations rounded to 8 bit as the
     engine runs, a scale for every 32, or as they are.
     """

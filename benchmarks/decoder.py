@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -267,10 +268,10 @@ def on_openvino(spec: Json, out: Path) -> dict[str, Callable[[], Any]]:
         common.run_cli("compile", out.with_suffix(".yaml"), "-o", out)
     (entry,) = package.read(out).engines
     low = lowered_of(out, entry)
-    ported = {**low.options, "cache": "ports"}
+    held = dataclasses.replace(low, options={**low.options, "cache": low.options["precision"]})
     return {
-        "effc on OpenVINO, cache held": lambda: opened(low, threads=THREADS),
-        "effc on OpenVINO, ports": lambda: Viewed(low.path, ported, threads=THREADS),
+        "effc on OpenVINO, cache held": lambda: opened(held, threads=THREADS),
+        "effc on OpenVINO, ports": lambda: Viewed(low.path, low.options, threads=THREADS),
     }
 
 

@@ -40,7 +40,7 @@ class Model:
         self.cache = shapes(self.source.module.config)
         self.lowered = {}
 
-    def open(self, cache="auto"):
+    def open(self, cache="inside"):
         if cache not in self.lowered:
             asked = OpenVinoOptions(cache=cache)
             self.lowered[cache] = OpenVino(asked).lower(self.graph, self.place / cache)
@@ -120,7 +120,7 @@ def test_attention_and_the_growing_of_its_cache_are_one_layer(models, family):
 
 
 def test_the_manifest_says_where_the_cache_is_and_in_which_type(llama):
-    for asked, told in (("auto", "f32"), ("inside", "f32"), ("u8", "u8"), ("ports", "ports")):
+    for asked, told in (("auto", "ports"), ("inside", "f32"), ("u8", "u8"), ("ports", "ports")):
         llama.open(asked).close()
         assert llama.lowered[asked].options == {
             "precision": "f32",
@@ -234,8 +234,9 @@ def place(tmp_path_factory):
     """Packages for openvino: of one engine, and of one that reads and one that writes."""
     found = tmp_path_factory.mktemp("packages")
     source = {"transformers": str(saved(found / "model", eos_token_id=None))}
-    for name, more in (("one", {}), ("two", {"roles": list(ROLES)})):
-        content = {"source": {**source, **more}, "targets": ["openvino"], "bench": False}
+    held = {"openvino": {"cache": "inside"}}
+    for name, more, target in (("one", {}, held), ("two", {"roles": list(ROLES)}, "openvino")):
+        content = {"source": {**source, **more}, "targets": [target], "bench": False}
         effc.compile(recipe.build(content), found / name)
     return found
 
