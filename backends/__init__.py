@@ -39,7 +39,14 @@ BACKENDS = _Backends(
     error=RecipeError,
 )
 
-OPENERS = _Backends("target", {"ort": "effc.backends.ort_engine:opened"}, error=RecipeError)
+OPENERS = _Backends(
+    "target",
+    {
+        "ort": "effc.backends.ort_engine:opened",
+        "openvino": "effc.backends.openvino_engine:opened",
+    },
+    error=RecipeError,
+)
 """By target: what opens an engine without loading all that makes one. Other targets are opened by their backend."""
 
 TARGETS = tuple(word for word in BACKENDS if word != "eager")

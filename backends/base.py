@@ -86,7 +86,8 @@ class Lowered:
     @property
     def is_float(self) -> bool:
         """Whether everything that is not quantised is computed in float32."""
-        return bool(self.options.get("precision", "f32") == "f32")
+        kinds = self.options.get("precision", "f32"), self.options.get("cache", "f32")
+        return kinds[0] == "f32" and kinds[1] in ("f32", "ports")
 
 
 class Engine(Protocol):
@@ -98,6 +99,8 @@ class Engine(Protocol):
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
     def carry(self, feeds: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]: ...
+
+    def ready(self, feeds: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
     def close(self) -> None: ...
 
@@ -120,6 +123,10 @@ class EngineBase:
     def carry(self, feeds: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Any]:
         """As a call, with arrays for what is `wanted`. The rest may be values of the runtime, to be fed again."""
         return self(feeds)  # type: ignore[operator,no-any-return]
+
+    def ready(self, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What to call it with, for a clock to see a run as it is where the cache is carried on."""
+        return feeds
 
     def close(self) -> None:
         """Give back what the engine holds."""

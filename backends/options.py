@@ -16,13 +16,19 @@ Size = Annotated[int, Field(ge=1)]
 class OpenVinoOptions:
     """`precision` is the type of what is not quantised; `auto` is bf16 beside integers where the processor has it.
 
-    `hint` is what the runtime is asked for: one request as fast as can be, or many beside each other.
+    `hint` is what the runtime is asked for: one request as fast as can be, or many beside each other. `cache` is where
+    keys and values of a language model are: they go in and out through `ports`, or the runtime holds them, in the type
+    of what is not quantised (`inside`) or in 8 bit (`u8`); `auto` is inside for an engine that only writes.
+    `products` says what weights that are quantised alone are multiplied with: activations rounded to 8 bit as the
+    engine runs, a scale for every 32, or as they are.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     precision: Literal["auto", "f32", "bf16"] = "auto"
     hint: Literal["latency", "throughput"] = "latency"
+    cache: Literal["auto", "ports", "inside", "u8"] = "auto"
+    products: Literal["int8", "float"] = "int8"
 
 
 Capability = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]

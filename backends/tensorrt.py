@@ -8,7 +8,7 @@ Without a GPU that ONNX stands in for the engine when it is compared with the mo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from effc.backends.base import Array, BackendBase, Lowered, Site, Unsupported, a
 from effc.backends.dialect import TENSORRT
 from effc.backends.eager import described, ports
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.onnx_narrow import store_int4
 from effc.backends.onnx_widen import NARROW, between_casts
 from effc.backends.options import TensorRtOptions
 from effc.backends.tensorrt_profile import profile_of, written
@@ -208,41 +209,6 @@ def widen_softmax(model: ir.Model) -> int:
     for node in found:
         between_casts(model, node)
     return len(found)
-
-
-def store_int4(model: ir.Model) -> None:
-    """Write codes of 4 bit as INT4: block-wise weights whose codes all fit."""
-    for node in model.graph:
-        if node.op_type != "DequantizeLinear" or not node.attributes.get_int("block_size", 0):
-            continue
-        parts = [v for v in (node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None) if v]
-        tensors = [part.const_value for part in parts]
-        if any(t is None or t.dtype != ir.DataType.INT8 for t in tensors):
-            continue
-        arrays = [t.numpy() for t in tensors if t is not None]
-        if any(a.size and (a.min() < -8 or a.max() > 7) for a in arrays):
-            continue
-        if any(use.node is not node for part in parts for use in part.uses() if part is parts[0]):
-            continue
-        _retype(model, node, parts, arrays)
-
-
-def _retype(
-    model: ir.Model, node: ir.Node, parts: Sequence[ir.Value], arrays: Sequence[Array]
-) -> None:
-    for part, array in zip(parts, arrays, strict=True):
-        narrow = array.astype(ir.DataType.INT4.numpy())
-        name = f"{part.name}.int4"
-        known = model.graph.initializers.get(name)
-        if known is None:
-            known = ir.Value(
-                name=name, type=ir.TensorType(ir.DataType.INT4), shape=ir.Shape(array.shape),
-                const_value=ir.Tensor(narrow, name=name, dtype=ir.DataType.INT4),
-            )  # fmt: skip
-            model.graph.initializers[name] = known
-        node.replace_input_with(list(node.inputs).index(part), known)
-        if not part.uses() and part.name and part.name in model.graph.initializers:
-            del model.graph.initializers[part.name]
 
 
 def _site(name: str, word: str) -> Site:

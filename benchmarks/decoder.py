@@ -7,14 +7,16 @@ MODEL is a GGUF file or a directory of a causal language model, TEXT what it is 
 engines of the one model: `prefill`, 8 bit on both sides of a product, reads, and `decode`, 4-bit weights, writes.
 Beside them: the plain float export on ONNX Runtime, which gives the logits of every position, as it does for everybody;
 NNCF's int4 on OpenVINO, which gives those of the last as effc's does; the int4 that the model builder of
-onnxruntime-genai writes; and each of effc's engines at what the other is for. All take turns in shuffled blocks on two
-threads; a ratio is peer ÷ effc's engine with its 99 % interval.
+onnxruntime-genai writes; effc's 4-bit weights on OpenVINO, which holds the cache or has it as ports; and each of effc's
+engines at what the other is for. All take turns in shuffled blocks on two threads; a ratio is peer ÷ effc's engine with
+its 99 % interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -31,7 +33,7 @@ import onnxruntime
 
 from effc import bench, causal, measure, package
 from effc.backends.base import EngineBase
-from effc.backends.openvino import OpenVinoEngine
+from effc.backends.openvino_engine import OpenVinoEngine, opened
 from effc.backends.ort_engine import OrtEngine, session_options
 from effc.compiler import trace_source
 from effc.engine import lowered as lowered_of
@@ -88,6 +90,10 @@ class Adapted(EngineBase):
         given = {**feeds, **self.instead}
         found: dict[str, Any] = self.engine({p.name: given[p.name] for p in self.inputs})
         return found
+
+    def ready(self, feeds: Arrays) -> Arrays:
+        given: Arrays = self.engine.ready({**feeds, **self.instead})
+        return given
 
     def close(self) -> None:
         self.engine.close()
@@ -206,6 +212,7 @@ def run(given: argparse.Namespace, place: Path) -> Json:
             left_out[name] = f"{type(error).__name__}: {error}"[:200]
             continue
         peers[name] = opener(target)
+    peers |= on_openvino(spec, place / "openvino")
     found = {}
     for word, role, length, past in (
         ("prefill", causal.PREFILL, PROMPT, 0), ("decode", causal.DECODE, 1, PAST),
@@ -242,6 +249,30 @@ def run(given: argparse.Namespace, place: Path) -> Json:
             **{role: path.stat().st_size for role, path in mine.items()},
         },
     }  # fmt: skip
+
+
+def on_openvino(spec: Json, out: Path) -> dict[str, Callable[[], Any]]:
+    """effc's 4-bit weights on OpenVINO, with either way to keep the cache."""
+    if not (out / "manifest.json").exists():
+        quantize = {
+            "pass": "quantize",
+            "bits": 4,
+            "activation_bits": 16,
+            "group": 32,
+            "weight_range": "mse",
+        }
+        made = {
+            "source": spec, "passes": [quantize], "targets": ["openvino"], "gate": False, "bench": False,
+        }  # fmt: skip
+        out.with_suffix(".yaml").write_text(json.dumps(made))
+        common.run_cli("compile", out.with_suffix(".yaml"), "-o", out)
+    (entry,) = package.read(out).engines
+    low = lowered_of(out, entry)
+    held = dataclasses.replace(low, options={**low.options, "cache": low.options["precision"]})
+    return {
+        "effc on OpenVINO, cache held": lambda: opened(held, threads=THREADS),
+        "effc on OpenVINO, ports": lambda: Viewed(low.path, low.options, threads=THREADS),
+    }
 
 
 class Viewed(OpenVinoEngine):

@@ -295,7 +295,7 @@ def plain(
 ) -> Lowered:
     """A plain float export that lies in a directory already, made to be opened as an engine with those options is."""
     shared = {
-        k: v for k, v in (options or {}).items() if k != "precision"
+        k: v for k, v in (options or {}).items() if k not in ("precision", "cache")
     }  # but for what is to gain
     exported = described(graph, target, place, files, PLAIN_OPSET, options=shared)
     found: Lowered = BACKENDS[target]().plain(graph, exported)

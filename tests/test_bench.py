@@ -56,6 +56,9 @@ class Stub:
         self.clock.spins_until = self.clock.now + self.spin_s
         return {}
 
+    def ready(self, feeds):
+        return feeds
+
     def close(self):
         self.log.append(("close", self.name))
 

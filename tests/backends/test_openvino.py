@@ -86,6 +86,27 @@ def test_layers_run_in_integers_and_agree_with_the_graph(module, shape, tmp_path
         assert distance(value, found[name]) < 0.02
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_alone_in_4_bit_stay_so_in_the_compiled_model(symmetric, tmp_path):
+    """Activations are rounded as it runs unless asked not to be; the manifest has it."""
+    program = traced(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 16)), 4, 64)
+    quantize(
+        program, dialect=OPENVINO, bits=4, activation_bits=16, group=32, weight_symmetric=symmetric
+    )
+    x, found = normal(4, 64, seed=3), {}
+    (wanted,) = program.run({"x": x}).values()
+    for products in ("int8", "float"):
+        asked = OpenVinoOptions(products=products, precision="f32")
+        lowered = OpenVino(asked).lower(program.only(), tmp_path / products)
+        assert [(site.kernel, site.int8) for site in lowered.sites] == [
+            ("FullyConnected i4", True)
+        ] * 2
+        assert lowered.options["products"] == products
+        found[products] = distance(wanted, next(iter(run(lowered, x=x.numpy()).values())))
+    assert found["float"] < 1e-5
+    assert found["float"] <= found["int8"] < 0.02
+
+
 def test_an_embedding_is_looked_up_as_integers(tmp_path):
     table = Call(lambda self, x: self.table(x), table=nn.Embedding(50, 16))
     ids = torch.arange(6).reshape(2, 3)
@@ -212,7 +233,7 @@ def test_float_can_be_asked_for_where_the_processor_has_bfloat16(monkeypatch, tm
     program, _ = quantised(nn.Sequential(nn.Linear(16, 8)), 4, 16)
     exact = OpenVino(OpenVinoOptions(precision="f32")).lower(program.only(), tmp_path / "f32")
     assert exact.options["precision"] == "f32"
-    assert OpenVino()._options(is_quantised=True)["precision"] == "bf16"
+    assert OpenVino()._options(program.only(), is_quantised=True)["precision"] == "bf16"
 
 
 @pytest.mark.slow
@@ -327,7 +348,11 @@ def _documented():
     from pathlib import Path
 
     text = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
-    code = text.partition("<!-- run by")[2].partition("```python\n")[2].partition("```")[0]
+    code = (
+        text.partition("<!-- run by tests/backends/test_openvino.py")[2]
+        .partition("```python\n")[2]
+        .partition("```")[0]
+    )
     found = {}
     exec(code, found)
     return found
