@@ -183,6 +183,9 @@ class Heads:
         most = float(self.most.max()) if self.most.size else 0.0
         return -most, most
 
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return shape[1] * shape[3] * FLOAT64
+
 
 class Gram:
     """Σ x xᵀ over rows x of the last axis, and the mean magnitude of every channel; memory is channels² float64.

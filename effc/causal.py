@@ -126,11 +126,16 @@ STEPS = 32
 """Codes a unit, of a cache that is made up."""
 
 
-def typed(feeds: Mapping[str, Array], dtypes: Mapping[str, str]) -> dict[str, Array]:
+def typed(feeds: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, Any]:
     """Feeds with a cache of codes where an engine takes one: any codes will do for one that is empty or made up."""
+
+    def is_meant(name: str, value: Any) -> bool:
+        is_coded = name.startswith(f"{PAST}.") and dtypes.get(name) == "int8"
+        return is_coded and isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
     return {
         name: np.clip(np.round(value * STEPS), -128, 127).astype(np.int8)
-        if name.startswith(f"{PAST}.") and value.dtype.kind == "f" and dtypes.get(name) == "int8"
+        if is_meant(name, value)
         else value
         for name, value in feeds.items()
     }
