@@ -17,6 +17,7 @@ PASSES = Table(
         "fold-batchnorm": "effc.passes.fuse:FoldBatchNorm",
         "fuse-projections": "effc.passes.fuse:FuseProjections",
         "mixed-precision": "effc.passes.mixed_precision:MixedPrecision",
+        "prune-dims": "effc.passes.prune_dims:PruneDims",
         "quantize": "effc.passes.quantize:Quantize",
         "smooth": "effc.passes.smooth:Smooth",
     },
