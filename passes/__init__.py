@@ -16,6 +16,7 @@ PASSES = Table(
         "fuse-rmsnorm": "effc.passes.fuse:FuseRMSNorm",
         "fold-batchnorm": "effc.passes.fuse:FoldBatchNorm",
         "fuse-projections": "effc.passes.fuse:FuseProjections",
+        "layernorm-to-rmsnorm": "effc.passes.layernorm:LayerNormToRMSNorm",
         "mixed-precision": "effc.passes.mixed_precision:MixedPrecision",
         "prune-dims": "effc.passes.prune_dims:PruneDims",
         "quantize": "effc.passes.quantize:Quantize",

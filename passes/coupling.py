@@ -156,6 +156,7 @@ def _placeholders(graph: Graph, reading: Reading) -> dict[str, fx.Node]:
             name = next(user)
             why = Stop(reason=f"the input {name!r} has it")
             reading.dims[node] = [made(s, why) for s in value.shape]
+            reading.inputs.append(node)
             continue
         constants[spec.target] = node
         found = reading.dims[node] = [made(s) for s in value.shape]

@@ -53,6 +53,7 @@ class Reading:
     names: dict[fx.Node, str]
     dims: dict[fx.Node, Any] = field(default_factory=dict)
     """Axes of every tensor, one a dimension; a list of them where a call makes several tensors."""
+    inputs: list[fx.Node] = field(default_factory=list)
     literals: list[Literal] = field(default_factory=list)
     cuts: list[tuple[fx.Node, Axes]] = field(default_factory=list)
     """Calls that cut a dimension into equal parts, which may become unequal."""
