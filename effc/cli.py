@@ -160,6 +160,10 @@ def _report_place(value: str | None) -> str | None:
     return _place("-o", value)
 
 
+def _drawing_place(value: str | None) -> str | None:
+    return _place("--svg", value)
+
+
 def _place(option: str, value: str | None) -> str | None:
     """Refuse a place that cannot be written before the work, not after it; `-` stands for every name of stdout."""
     if value is None:
@@ -675,6 +679,21 @@ def inspect(
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the graph, one line per node.")
     ] = False,
+    coupling: Annotated[
+        bool,
+        typer.Option(
+            "--coupling", help="Print which dimensions move together, and what pruning them saves."
+        ),
+    ] = False,
+    svg: Annotated[
+        str | None,
+        typer.Option(
+            "--svg",
+            metavar="FILE",
+            callback=_drawing_place,
+            help="With --coupling: draw who writes and who reads each group.",
+        ),
+    ] = None,
     json_: Json = None,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -685,14 +704,24 @@ def inspect(
     Examples:
       effc inspect OUT
       effc inspect MODEL_DIR --graph
+      effc inspect MODEL_DIR --coupling --svg groups.svg
     """
     from effc import inspection
 
+    if svg is not None and not coupling:
+        raise UsageError("--svg draws what --coupling finds", hint="add --coupling")
     if inspection.is_package(model):
         _outside(json_, model)
-    found = inspection.inspect(model, target=target, graph=graph)
+        if coupling:
+            raise UsageError(
+                f"{model} is a package, and dimensions are coupled in a model",
+                hint="name the model directory or the factory that it was made from",
+            )
+    found = inspection.inspect(model, target=target, graph=graph, coupling=coupling)
     for line in inspection.inspect_lines(found):
-        _say(line, json_)
+        _say(line, svg if svg == "-" else json_)
+    if svg is not None:
+        _write("--svg", svg, inspection.drawing(found))
     _write_json(json_, found)
 
 

@@ -292,13 +292,13 @@ def is_package(model: str) -> bool:
     return os.path.lexists(Path(model) / package.MANIFEST)
 
 
-def inspect(model: str, *, target: str, graph: bool) -> Json:
+def inspect(model: str, *, target: str, graph: bool, coupling: bool = False) -> Json:
     """What a package holds, or what effc sees in a model: sites that quantize would take, by operator."""
     path = Path(model)
     if is_package(model):
         manifest = package.read(path)
         return {"package": dataclasses.asdict(manifest), "bytes": manifest.model_bytes(path)}
-    from effc import compiler
+    from effc import compiler, coupled
     from effc.backends.dialect import DIALECTS
     from effc.ir.select import op_name, site_names
     from effc.ir.show import show
@@ -326,6 +326,8 @@ def inspect(model: str, *, target: str, graph: bool) -> Json:
         }
         if graph:
             roles[item.role]["graph"] = show(item)
+        if coupling:
+            roles[item.role]["coupling"] = coupled.describe(item)
     rules = {k: v for k, v in dataclasses.asdict(dialect).items() if k != "reasons"}
     return {
         "kind": source.kind,
@@ -360,6 +362,8 @@ def inspect_lines(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"{p['name']}: {p['sites']} sites, {p['effect']}")
         return lines
     lines = [f"{found['name']}, {found['kind']}"]
+    if any("coupling" in r for r in found["roles"].values()):
+        return [*lines, *_coupling_lines(found)]
     for rule, reason in found["reasons"].items():
         lines.append(f"{found['target']} {rule}: {_rule(found['dialect'].get(rule))} — {reason}")
     for role, r in found["roles"].items():
@@ -371,6 +375,23 @@ def inspect_lines(found: Mapping[str, Any]) -> list[str]:
         if "graph" in r:
             lines.append(r["graph"])
     return lines
+
+
+def _coupling_lines(found: Mapping[str, Any]) -> list[str]:
+    from effc import coupled
+
+    return [
+        line
+        for role, r in found["roles"].items()
+        for line in (*coupled.lines(role, r["coupling"]), *([r["graph"]] if "graph" in r else []))
+    ]
+
+
+def drawing(found: Mapping[str, Any]) -> str:
+    """The groups of an inspected model as SVG."""
+    from effc import coupled
+
+    return coupled.drawing({role: r["coupling"] for role, r in found["roles"].items()})
 
 
 def _rule(value: Any) -> str:

@@ -39,7 +39,7 @@ LINES = [
     package
     engine
     delta charts report_shape
-    report_numbers
+    report_numbers coupled
     report_html
     report
     measure build blame layers elsewhere

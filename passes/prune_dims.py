@@ -1,0 +1,259 @@
+"""Removes units of coupled dimensions: channels, heads, the width of a residual stream.
+
+    rms_norm(x) over n of N:   √(n/N) · x / √(Σx²/N + ε)  =  x / √(Σx²/n + ε·N/n),   so   g' = √(N/n)·g,   ε' = ε·N/n
+
+What is left has the same operators with smaller constants, and computes what the masked graph does (`coupling`): no
+gather, no mask. Sizes that stand in calls are written anew, RMSNorms get the gain and the epsilon that make up for the
+shorter mean, and attention that takes its scale from the size of a head is told the one that it had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from effc.calib.probe import Probe
+from effc.errors import CalibrationError, PreconditionError
+from effc.ir import axes
+from effc.ir.axes import Axis, Keep
+from effc.ir.edit import rebind
+from effc.ir.program import Graph, Program
+from effc.ir.select import Words, op_name
+from effc.passes.base import Pass, Stats
+from effc.passes.coupling import Coupling, Group, coupled_dims
+from effc.passes.coupling_rules import Call, Path
+from effc.passes.importance import IMPORTANCES
+from effc.table import unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneDims(Pass):
+    """Removes channels, heads or residual width from every tensor; `effc inspect MODEL --coupling` lists them.
+
+    `keep` names the units that stay, by group. With a `ratio` that part of every group of `groups` goes, the least
+    important units first.
+    """
+
+    name = "prune-dims"
+    effect = "lossy"
+
+    keep: dict[str, tuple[int, ...]] | None = None
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    groups: Words = "*"
+    importance: str = "magnitude"
+
+    def requires(self, program: Program) -> None:
+        if (self.keep is None) == (self.ratio is None):
+            raise PreconditionError(
+                f"{self.name} needs either a keep-set or a ratio",
+                hint="ratio: 0.25, or keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` names the groups",
+            )
+        IMPORTANCES[self.importance]  # a word that nobody knows is refused before any work
+        couplings = [coupled_dims(graph) for graph in program if self.takes(graph.role)]
+        for word, units in (self.keep or {}).items():
+            _hold(word, units, couplings)
+        if self.ratio is not None and not any(self._chosen(c) for c in couplings):
+            raise PreconditionError(
+                f"no group of {self.groups!r} can lose a unit",
+                hint=_refusals(couplings, self.groups),
+            )
+
+    def probes(self, graph: Graph) -> Iterable[Probe]:
+        if self.ratio is None:
+            return
+        coupling = coupled_dims(graph)
+        for group in self._chosen(coupling):
+            yield from IMPORTANCES[self.importance]().probes(coupling, group)
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        coupling = coupled_dims(graph)
+        chosen = {}
+        for group in self._chosen(coupling):
+            key = f"{graph.role}/{group.name}"
+            units = stats.decide(key, partial(self._units, coupling, group, stats))
+            if not units or not _fits(units, group):
+                raise CalibrationError(
+                    f"the recorded units of {key!r} are none of this model's {group.size}",
+                    hint="the record is of another model; prune again without it",
+                )
+            if len(units) < group.size:
+                chosen[group.name] = units
+        if chosen:
+            remove(coupling, coupling.keep(chosen))
+        return len(chosen)
+
+    def _chosen(self, coupling: Coupling) -> list[Group]:
+        """The groups that lose units."""
+        if self.keep is not None:
+            return [coupling.groups[word] for word in self.keep if word in coupling.groups]
+        words = (self.groups,) if isinstance(self.groups, str) else self.groups
+        return [
+            group
+            for group in coupling.prunable()
+            if any(fnmatchcase(group.name, word) for word in words)
+            and self._count(group) < group.size
+        ]
+
+    def _count(self, group: Group) -> int:
+        """How many units stay."""
+        assert self.ratio is not None
+        return max(1, round(group.size * (1 - self.ratio)))
+
+    def _units(self, coupling: Coupling, group: Group, stats: Stats) -> list[int]:
+        if self.keep is not None:
+            return sorted(self.keep[group.name])
+        scores = IMPORTANCES[self.importance]().scores(coupling, group, stats)
+        best = torch.sort(scores, descending=True, stable=True).indices[: self._count(group)]
+        return sorted(best.tolist())
+
+
+def _fits(units: Iterable[Any], group: Group) -> bool:
+    found = list(units)
+    return len(set(found)) == len(found) and all(
+        isinstance(u, int) and 0 <= u < group.size for u in found
+    )
+
+
+def _hold(word: str, units: tuple[int, ...], couplings: list[Coupling]) -> None:
+    """Raise PreconditionError where a keep-set does not fit the groups of that name."""
+    found = [c.groups[word] for c in couplings if word in c.groups]
+    known = [name for c in couplings for name in c.groups]
+    if not found:
+        raise PreconditionError(
+            unknown("group", word, known), hint="`effc inspect MODEL --coupling` lists the groups"
+        )
+    for group in found:
+        if group.stop is not None:
+            raise PreconditionError(
+                f"{word} cannot lose a unit: {group.stop}",
+                hint=group.stop.hint or "leave it out of the keep-sets",
+            )
+        if not units:
+            raise PreconditionError(
+                f"the keep-set of {word} is empty", hint="at least one unit must stay"
+            )
+        if not _fits(units, group):
+            raise PreconditionError(
+                f"the keep-set of {word} is of another model: it has {group.size} units",
+                hint=f"numbers from 0 to {group.size - 1}, each once",
+            )
+
+
+def _refusals(couplings: list[Coupling], words: Words) -> str:
+    """Why the groups that were meant cannot be pruned, in a line."""
+    patterns = (words,) if isinstance(words, str) else words
+    found = [
+        f"{group.name}: {group.stop}" + (f" ({group.stop.hint})" if group.stop.hint else "")
+        for coupling in couplings
+        for group in coupling.groups.values()
+        if group.stop is not None and any(fnmatchcase(group.name, word) for word in patterns)
+    ]
+    return "; ".join(found[:3]) or "`effc inspect MODEL --coupling` lists the groups"
+
+
+# -- removal
+
+
+def remove(coupling: Coupling, keep: Keep) -> None:
+    """Take out of the graph what `keep` does not keep; the caller refreshes."""
+    sizes = {axis: int(flags.sum()) for axis, flags in keep.items()}
+    _constants(coupling, keep, _gains(coupling, sizes))
+    for node, axis in coupling.reading.norms:
+        _norm(node, axis, sizes)
+    for node, axis in coupling.reading.scales:
+        if axes.size_of(axis, sizes) != axes.size_of(axis, {}):
+            node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(axes.size_of(axis, {}))}
+    for literal in coupling.reading.literals:
+        old, new = (sum(axes.size_of(a, s) for a in literal.axes) for s in ({}, sizes))
+        if old != new:
+            write(literal.node, literal.path, new + literal.plus)
+    for node, ends in coupling.reading.cuts:
+        _cut(node, ends, sizes)
+
+
+def _gains(coupling: Coupling, sizes: Mapping[Axis, int]) -> dict[fx.Node, float]:
+    """By gain of an RMSNorm, what it is multiplied by."""
+    found = {}
+    for node, axis in coupling.reading.norms:
+        old, new = axes.size_of(axis, {}), axes.size_of(axis, sizes)
+        if old != new:
+            found[Call(node)["weight"]] = math.sqrt(old / new)
+    return found
+
+
+def _norm(node: fx.Node, axis: Axis, sizes: Mapping[Axis, int]) -> None:
+    old, new = axes.size_of(axis, {}), axes.size_of(axis, sizes)
+    if old == new:
+        return
+    call = Call(node)
+    eps = call["eps"]
+    if eps is None:
+        eps = torch.finfo(node.meta["val"].dtype).eps
+    assert call.places["weight"] is not None  # else the axis is stopped
+    place = call.places["eps"]
+    write(node, (3 if place is None and len(node.args) == 3 else place or "eps",), eps * old / new)
+
+
+def _constants(coupling: Coupling, keep: Keep, gains: Mapping[fx.Node, float]) -> None:
+    """Slice every tensor; names of one tensor stay names of one tensor."""
+    tensors = coupling.graph.tensors()
+    made: dict[Any, Tensor] = {}
+    for name, node in coupling.constants.items():
+        dims = coupling.reading.of(node)
+        flags = [axes.kept(axis, keep) for axis in dims]
+        if all(f.all() for f in flags):
+            continue
+        tensor, factor = tensors[name], gains.get(node, 1.0)
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), factor)
+        if key not in made:
+            made[key] = _sliced(tensor, flags, factor)
+        rebind(coupling.graph, name, made[key], "prune-dims")
+
+
+def _sliced(tensor: Tensor, flags: list[Any], factor: float) -> Tensor:
+    for dim, stay in enumerate(flags):
+        if not stay.all():
+            tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(stay)))
+    if factor != 1:
+        tensor = (tensor.to(torch.float64) * factor).to(tensor.dtype)
+    return tensor.contiguous()
+
+
+def _cut(node: fx.Node, ends: list[Axis], sizes: Mapping[Axis, int]) -> None:
+    """A call that cuts into parts says their sizes where they are others now."""
+    old, new = ([axes.size_of(end, s) for end in ends] for s in ({}, sizes))
+    if old == new:
+        return
+    if op_name(node) == "chunk" and len(set(new)) == 1:
+        return
+    dim = Call(node)["dim"] or 0
+    node.target = torch.ops.aten.split_with_sizes.default
+    node.args, node.kwargs = (node.args[0], new, dim), {}
+
+
+def write(node: fx.Node, path: Path, value: Any) -> None:
+    """Put a literal into a call."""
+    first, *rest = path
+    if isinstance(first, str):
+        node.kwargs = {**node.kwargs, first: _put(node.kwargs.get(first), rest, value)}
+        return
+    args = list(node.args) + [None] * (first + 1 - len(node.args))
+    args[first] = _put(args[first], rest, value)
+    node.args = tuple(args)
+
+
+def _put(old: Any, path: list[Any], value: Any) -> Any:
+    if not path:
+        return value
+    found = list(old)
+    found[path[0]] = _put(found[path[0]], path[1:], value)
+    return found
