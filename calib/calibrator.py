@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from effc import heap
 from effc.calib.data import Array, Batch
 from effc.calib.probe import Probe
+from effc.calib.slopes import SlopeProbe, SlopeWatcher
 from effc.errors import CalibrationError
 from effc.ir.program import Graph
 
@@ -83,21 +84,29 @@ def collect(
     """
     wanted: dict[fx.Node, list[Probe]] = {}
     collectors: dict[str, Any] = {}
+    sloped: list[SlopeProbe] = []
     for probe in probes:
-        if probe.key not in collectors:
+        if isinstance(probe, SlopeProbe):
+            collectors[probe.key] = probe.collector
+            sloped.append(probe)
+        elif probe.key not in collectors:
             collectors[probe.key] = probe.collector
             wanted.setdefault(probe.node, []).append(probe)
-    if not wanted:
+    if not collectors:
         return {}
-    watcher = _Watcher(graph.exported.graph_module, wanted)
+    watcher = _Watcher(graph.exported.graph_module, wanted) if wanted else None
+    slopes = SlopeWatcher(graph, sloped) if sloped else None
     seen = 0
     with torch.no_grad():
         for batch in batches:
             feeds = tensors_for(graph, batch.inputs)
             mask = feeds.get(MASK)
-            watcher.mask = mask.bool() if mask is not None else None
-            watcher.run(*graph.arguments(feeds))
-            watcher.env.clear()
+            if watcher is not None:
+                watcher.mask = mask.bool() if mask is not None else None
+                watcher.run(*graph.arguments(feeds))
+                watcher.env.clear()
+            if slopes is not None:
+                slopes.run(feeds, mask)
             seen += 1
             heap.trim()  # the next batch is of another length
             if on_batch is not None:

@@ -10,11 +10,11 @@ shorter mean, and attention that takes its scale from the size of a head is told
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Annotated, Any
+from functools import cache, partial
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ class PruneDims(Pass):
     """Removes channels, heads or residual width from every tensor; `effc inspect MODEL --coupling` lists them.
 
     `keep` names the units that stay, by group. With a `ratio` that part of every group of `groups` goes, the least
-    important units first.
+    important units first; with the `budget` global that part of the multiplications of all of them together, wherever
+    they are worth least, and no group loses more than nine tenths.
     """
 
     name = "prune-dims"
@@ -50,6 +51,11 @@ class PruneDims(Pass):
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     groups: Words = "*"
     importance: str = "magnitude"
+    budget: Literal["group", "global"] = "group"
+
+    @property
+    def measures(self) -> bool:
+        return self.ratio is not None and bool(IMPORTANCES[self.importance].measures)
 
     def requires(self, program: Program) -> None:
         if (self.keep is None) == (self.ratio is None):
@@ -76,10 +82,11 @@ class PruneDims(Pass):
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         coupling = coupled_dims(graph)
-        chosen = {}
-        for group in self._chosen(coupling):
+        chosen, groups = {}, self._chosen(coupling)
+        kept = cache(partial(self._kept, coupling, groups, stats))
+        for group in groups:
             key = f"{graph.role}/{group.name}"
-            units = stats.decide(key, partial(self._units, coupling, group, stats))
+            units = stats.decide(key, partial(_at, kept, group.name))
             if not units or not _fits(units, group):
                 raise CalibrationError(
                     f"the recorded units of {key!r} are none of this model's {group.size}",
@@ -108,12 +115,57 @@ class PruneDims(Pass):
         assert self.ratio is not None
         return max(1, round(group.size * (1 - self.ratio)))
 
-    def _units(self, coupling: Coupling, group: Group, stats: Stats) -> list[int]:
+    def _kept(self, coupling: Coupling, groups: list[Group], stats: Stats) -> dict[str, list[int]]:
+        """The units that stay, by group."""
         if self.keep is not None:
-            return sorted(self.keep[group.name])
-        scores = IMPORTANCES[self.importance]().scores(coupling, group, stats)
-        best = torch.sort(scores, descending=True, stable=True).indices[: self._count(group)]
-        return sorted(best.tolist())
+            return {group.name: sorted(self.keep[group.name]) for group in groups}
+        importance = IMPORTANCES[self.importance]()
+        scores = {g.name: importance.scores(coupling, g, stats) for g in groups}
+        if self.budget == "global":
+            assert self.ratio is not None
+            counts = spread(groups, scores, self.ratio, is_of_loss=importance.is_of_loss)
+        else:
+            counts = {group.name: self._count(group) for group in groups}
+        return {name: _best(scores[name], count) for name, count in counts.items()}
+
+
+def _at(kept: Callable[[], dict[str, list[int]]], name: str) -> list[int]:
+    return kept()[name]
+
+
+def _best(scores: Tensor, count: int) -> list[int]:
+    found = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
+    return sorted(found)
+
+
+LEAST = 0.1
+"""The part of a group that a global budget leaves of it at least."""
+
+
+def spread(
+    groups: Sequence[Group], scores: Mapping[str, Tensor], ratio: float, *, is_of_loss: bool
+) -> dict[str, int]:
+    """How many units of every group stay where that part of all multiplications goes, the cheapest loss first.
+
+    Scores that are of another scale in every group are first divided by their mean there.
+    """
+    costs = {g.name: max(g.macs, g.parameters, 1) for g in groups}
+    left = {g.name: g.size for g in groups}
+    least = {g.name: max(1, math.ceil(LEAST * g.size)) for g in groups}
+    wanted = ratio * sum(costs[g.name] * g.size for g in groups)
+    order = []
+    for group in groups:
+        values = scores[group.name]
+        if not is_of_loss:
+            values = values / values.mean().clamp_min(1e-300)
+        order += [(float(v) / costs[group.name], group.name) for v in values]
+    for _, name in sorted(order):
+        if wanted <= 0:
+            break
+        if left[name] > least[name]:
+            left[name] -= 1
+            wanted -= costs[name]
+    return left
 
 
 def _fits(units: Iterable[Any], group: Group) -> bool:
