@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from effc.stats import student
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
@@ -341,6 +345,53 @@ def decoder() -> list[str]:
         for name, why in sorted(found["left_out"].items()):
             lines += [f"`{name}` could not be made: {why}", ""]
     return lines
+
+
+def pruned() -> list[str]:
+    lines = ["## What pruning costs in accuracy (benchmarks/pruning.py)", ""]
+    for found in results("pruning"):
+        units = found["units"]
+        lines += [
+            "Every group that can be pruned loses that part of its units; then "
+            f"{found['steps']} steps of distillation in batches of {found['batch']}, then int8. Accuracy on "
+            f"{found['tested']:,} test pictures, the mean of three seeds; in brackets the 95 % interval of the paired "
+            "difference from random units, Student's over seeds. "
+            + circumstances(found), "",
+        ]  # fmt: skip
+        names = [key.removesuffix(" whole") for key in units if key.endswith(" whole")]
+        for name in names:
+            mine = [key.split(", ") for key in units if key.startswith(f"{name}, ")]
+            rows = []
+            for ratio in dict.fromkeys(key[2] for key in mine):
+                for ranking in dict.fromkeys(key[1] for key in mine if key[2] == ratio):
+                    seeds = [key[3] for key in mine if key[1:3] == [ranking, ratio]]
+                    cells = []
+                    for stage in ("pruned", "tuned", "int8"):
+                        own, chance = (
+                            np.array([units[f"{name}, {r}, {ratio}, {s}"][stage] for s in seeds])
+                            for r in (ranking, "random")
+                        )
+                        gap = student(own - chance)
+                        beside = (
+                            "" if ranking == "random" else f" ({gap.low:+.3f}, {gap.high:+.3f})"
+                        )
+                        cells.append(f"{own.mean():.4f}{beside}")
+                    share = units[f"{name}, {ranking}, {ratio}, {seeds[0]}"]["share"]
+                    rows.append([ratio, ranking, f"{100 * share:.0f} %", *cells])
+            whole = units[f"{name} whole"]["accuracy"]
+            lines += [f"{name}, {whole:.4f} whole:", ""]
+            lines += table(["ratio", "ranking", "parameters gone", "pruned", "tuned", "int8"], rows)
+            for ratio in dict.fromkeys(key[2] for key in mine):
+                timed = units.get(f"{name} latency {ratio}")
+                if timed:
+                    words = ", ".join(f"{word} {ratio_of(of)}" for word, of in timed.items())
+                    lines += [f"Time of the whole ÷ pruned by {ratio}, one picture: {words}.", ""]
+    return lines
+
+
+def ratio_of(shape: dict[str, Any]) -> str:
+    other = shape["against"]["whole"]
+    return ratio(other, other["n"])
 
 
 def cached() -> list[str]:
@@ -762,6 +813,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     peers: ("peers",),
     decoder: ("decoder",),
     cached: ("cache",),
+    pruned: ("pruning",),
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),
     kernels: ("kernels",),

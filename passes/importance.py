@@ -84,7 +84,7 @@ class Activation:
 
 
 class Wanda:
-    """√ Σ E[x²] w², over all weights that read a unit (Sun et al. 2024, their squares summed over outputs)."""
+    """√ Σ E[x²] w² over the weights that read a unit (Sun et al. 2024, squares summed over outputs); E[x²] without any."""
 
     measures, is_of_loss = True, False
 
@@ -98,6 +98,8 @@ class Wanda:
         for place in read(coupling, group):
             seen = stats[place.key]
             squares = torch.from_numpy(seen.squares / max(seen.count, 1))
+            if not place.uses:
+                found += _by_unit(squares, place, group)
             for use in place.uses:
                 dims = coupling.reading.of(use.weight)
                 if use.weight not in names or use.reads not in dims:
@@ -154,23 +156,27 @@ class Place:
 
 
 def read(coupling: Coupling, group: Group) -> list[Place]:
-    """The values that hold a group where layers read it; each once."""
+    """The values that hold a group where layers read it, each once; of what no layer reads, where layers write it.
+
+    Queries and keys are read by attention alone.
+    """
     by: dict[tuple[fx.Node, int], list[Use]] = {}
+    made: dict[tuple[fx.Node, int], list[Use]] = {}
     for use in coupling.reading.uses:
-        if group.unit not in leaves(use.reads):
-            continue
-        value = use.node.args[0]
-        dims = coupling.reading.of(value)
-        dim = next((d for d, axis in enumerate(dims) if group.unit in leaves(axis)), None)
-        if isinstance(value, fx.Node) and dim is not None:
-            by.setdefault((value, dim), []).append(use)
+        for found, axis, value, mine in (
+            (by, use.reads, use.node.args[0], [use]), (made, use.writes, use.node, []),
+        ):  # fmt: skip
+            dims = coupling.reading.of(value)
+            dim = next((d for d, held in enumerate(dims) if group.unit in leaves(held)), None)
+            if group.unit in leaves(axis) and isinstance(value, fx.Node) and dim is not None:
+                found.setdefault((value, dim), []).extend(mine)
     names = coupling.reading.names
     return [
         Place(
             key=f"{coupling.graph.role}/{names.get(node, node.name)}:{dim}", node=node, dim=dim,
             units=axes.places(coupling.reading.of(node)[dim], group.unit), uses=tuple(uses),
         )
-        for (node, dim), uses in by.items()
+        for (node, dim), uses in (by or made).items()
     ]  # fmt: skip
 
 

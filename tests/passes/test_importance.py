@@ -161,3 +161,18 @@ def test_a_replay_needs_no_data():
     record = effc.apply(pass_, first, data())
     effc.apply(pass_, again, recorded=record.decisions)
     assert all(torch.equal(t, again.only().tensors()[n]) for n, t in first.only().tensors().items())
+
+
+def test_channels_that_attention_alone_reads_are_ranked_too():
+    from graphs import Attention
+
+    program = effc.trace(Attention(), {"x": torch.ones(2, 4, 32)})
+    x = np.random.default_rng(0).standard_normal((8, 4, 32)).astype(np.float32)
+    coupling = coupled_dims(program.only())
+    names = {group.name for group in coupling.prunable()}
+    assert {"q:0", "q:1"} <= names
+    for word in ("activation", "wanda", "taylor"):
+        record = effc.apply(
+            PruneDims(ratio=0.5, importance=word), program.clone(), [Batch(inputs={"x": x})]
+        )
+        assert len(record.decisions["main/q:1"]) == 4
