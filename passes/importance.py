@@ -84,7 +84,7 @@ class Activation:
 
 
 class Wanda:
-    """√ Σ E[x²] w² over the weights that read a unit (Sun et al. 2024, squares summed over outputs); E[x²] without any."""
+    """√ Σ E[x²] w² over the weights that read a unit (Sun et al. 2024, squares summed over outputs); else E[x²]."""
 
     measures, is_of_loss = True, False
 
