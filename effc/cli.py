@@ -295,6 +295,10 @@ MaxRam = Annotated[
         help="What calibration and verification stay within: 4GB. They take fewer rows at a time.",
     ),
 ]
+Tuned = Annotated[
+    Path | None,
+    typer.Option("--tuned", help="A checkpoint of effc tune, in the place of training."),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.bits=6."),
@@ -323,6 +327,10 @@ def compile(
             help="What a language model's cache of keys and values is: float32 or int8.",
         ),
     ] = "float32",
+    ratio: Annotated[
+        float | None,
+        typer.Option("--ratio", help="Prune that part of every group of units, between 0 and 1."),
+    ] = None,
     calib: Calib = None,
     samples: Annotated[
         int | None,
@@ -358,10 +366,7 @@ def compile(
     set_: Set = None,
     json_: Json = None,
     debug: Debug = False,
-    tuned: Annotated[
-        Path | None,
-        typer.Option("--tuned", help="A checkpoint of effc tune, in the place of training."),
-    ] = None,
+    tuned: Tuned = None,
     verbose: Verbose = False,
 ) -> None:
     """Compile a model into a verified, timed, packaged engine.
@@ -379,6 +384,7 @@ def compile(
         if (
             quantize != "none"
             or kv_cache != "float32"
+            or ratio is not None
             or calib
             or metric
             or target
@@ -391,8 +397,8 @@ def compile(
         made = recipe.read(Path(model), set_ or (), replayed=decisions is not None)
     else:
         data = compiler.from_flags(
-            model, target=target or "ort", quantize=quantize, kv_cache=kv_cache, calib=calib,
-            metric=metric, samples=samples or 128,
+            model, target=target or "ort", quantize=quantize, kv_cache=kv_cache, ratio=ratio,
+            calib=calib, metric=metric, samples=samples or 128,
         )  # fmt: skip
         made = recipe.build(data, overrides=set_ or (), replayed=decisions is not None)
     if not bench:
@@ -647,6 +653,7 @@ def explain(
         typer.Option("--target", help="Whose engine [default: the first of the package]."),
     ] = None,
     calib: Calib = None,
+    tuned: Tuned = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many layers to show.")] = 5,
     threads: Threads = None,
     json_: Json = None,
@@ -665,7 +672,7 @@ def explain(
     with terminal() as progress:
         found = walk.walk(
             out, model=model, trust_code=trust_code, calib=calib, target=target, threads=threads,
-            top=top, progress=progress,
+            top=top, progress=progress, tuned=tuned,
         )  # fmt: skip
     for line in walk.lines(found):
         _say(line, json_)

@@ -59,6 +59,7 @@ def compile(
     target: str | Sequence[str] = "ort",
     quantize: str = "none",
     kv_cache: str = "float32",
+    ratio: float | None = None,
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
@@ -80,9 +81,10 @@ def compile(
     """
     replayed = decisions is not None
     if isinstance(model, Recipe) or str(model).endswith((".yaml", ".yml")):
-        if quantize != "none" or kv_cache != "float32" or calib is not None or metric is not None:
+        flags = quantize != "none" or kv_cache != "float32" or ratio is not None
+        if flags or calib is not None or metric is not None:
             raise UsageError(
-                "a recipe says itself what to do; quantize, kv_cache, calib and metric do not go with it",
+                "a recipe says itself what to do; quantize, calib, metric and their like do not go with it",
                 hint="write them into the recipe",
             )
         recipe = model if isinstance(model, Recipe) else read(Path(model), replayed=replayed)
@@ -92,6 +94,7 @@ def compile(
             target=target,
             quantize=quantize,
             kv_cache=kv_cache,
+            ratio=ratio,
             calib=calib,
             metric=metric,
             samples=samples,
@@ -114,6 +117,7 @@ def from_flags(
     target: str | Sequence[str] = "ort",
     quantize: str = "none",
     kv_cache: str = "float32",
+    ratio: float | None = None,
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
@@ -130,7 +134,12 @@ def from_flags(
         data["source"]["roles"] = list(words)
     if calib is not None:
         data["calib"] = {"file": str(calib), "samples": samples}
-    passes: list[Any] = ["quantize-cache"] if kv_cache == "int8" else []
+    passes: list[Any] = []
+    if ratio is not None:
+        word = "taylor" if calib is not None else "magnitude"
+        passes.append({"pass": "prune-dims", "ratio": ratio, "importance": word})
+    if kv_cache == "int8":
+        passes.append("quantize-cache")
     for role, word in words.items():
         of = passes_of(word, data["targets"], checks=calib is not None)
         passes += [_on(pass_, role) for pass_ in of] if len(words) > 1 else of

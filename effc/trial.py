@@ -122,7 +122,10 @@ class Lab:
 
     def layers(self, built: Built) -> list[Json]:
         """Every quantised layer with the error that it makes, over one batch; see `layers.layer_errors`."""
-        first = next((i for i, r in built.steps.items() if r.effect == "lossy" and r.sites), None)
+        passes = self.builder.recipe.passes
+        last = max((i for i in built.steps if passes[i].renews), default=-1)
+        changed = (i for i, r in built.steps.items() if i > last and r.effect == "lossy")
+        first = next((i for i in changed if built.steps[i].sites), None)
         if first is None:
             return []
         before, after = built.before[first].only(), built.program.only()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 
-from effc import bounded, inspection, measure, package, recipe, scratch
+from effc import bounded, checkpoint, inspection, measure, package, recipe, scratch
 from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import ModuleEngine
@@ -37,7 +37,7 @@ from effc.ir.show import graph_digest
 from effc.layers import Layers
 from effc.machine import default_threads
 from effc.passes import CANONICAL, PASSES
-from effc.passes.base import Pass
+from effc.passes.base import Pass, Trainer
 from effc.passes.pipeline import apply
 from effc.progress import Progress
 from effc.recipe import Recipe
@@ -108,8 +108,11 @@ def walk(
     threads: int | None,
     top: int,
     progress: Progress,
+    tuned: Path | None = None,
 ) -> Json:
     """Every step from the model to the engine of a package, the first fault, and the layers that cost most.
+
+    `tuned` is the checkpoint whose tensors a package with a pass that trains was made of.
 
     Raises VerifyError where the package is not whole, and no code is run that it names unless it is trusted.
     """
@@ -125,7 +128,10 @@ def walk(
     with measure._torch_threads(threads):
         with ModuleEngine(source.module, original.only()) as engine:
             module = engine(feeds)
-        way = _Way(feeds=feeds, module=module, is_made_up=is_made_up, progress=progress)
+        trained = checkpoint.read(tuned, source, asked.passes) if tuned is not None else None
+        way = _Way(
+            feeds=feeds, module=module, is_made_up=is_made_up, progress=progress, trained=trained
+        )
         roles = [engine.role for engine in manifest.engines]
         program, before = way.graphs(
             original, asked, entry.target, decisions, Samples(source, asked.calib), roles
@@ -201,10 +207,16 @@ class _Way:
     """The steps so far, on one batch."""
 
     def __init__(
-        self, *, feeds: dict[str, Array], module: Outputs, is_made_up: bool, progress: Progress
+        self,
+        *,
+        feeds: dict[str, Array],
+        module: Outputs,
+        is_made_up: bool,
+        progress: Progress,
+        trained: checkpoint.Checkpoint | None = None,
     ) -> None:
         self.feeds, self.module, self.is_made_up = feeds, module, is_made_up
-        self.progress = progress
+        self.progress, self.trained = progress, trained
         self.tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in feeds.items()}
         self.last: Outputs = module
         self.steps: list[Step] = []
@@ -242,23 +254,44 @@ class _Way:
                 )
             if found is None and pass_.effect == "lossy":
                 found = program.clone()
-            self.passed(pass_, program, target, decisions[known(key)[0]], samples)
+            train = self._trainer(index, pass_) if pass_.trains else None
+            self.passed(pass_, program, target, decisions[known(key)[0]], samples, train)
+            if pass_.renews:
+                found = None
         return program, found or program
 
+    def _trainer(self, index: int, pass_: Pass) -> Trainer:
+        """What gives the tensors of a checkpoint where a pass trains."""
+        if self.trained is None:
+            raise UsageError(
+                f"{pass_.name} was trained, and the package has no more of that than a sha256",
+                hint="name the checkpoint that it was made of: --tuned CKPT",
+            )
+        held = self.trained
+        return lambda _, graph, stats: held.tensors(index, graph.role)[0]
+
     def passed(
-        self, pass_: Pass, program: Program, target: str, recorded: Any, samples: Samples | None
+        self,
+        pass_: Pass,
+        program: Program,
+        target: str,
+        recorded: Any,
+        samples: Samples | None,
+        train: Trainer | None = None,
     ) -> None:
         """One pass, and what of its nodes is off; `samples` are for one that measures again."""
         before = program.clone()
         data = samples if pass_.measures_again else None
         with self.progress.stage(pass_.name):
-            made = apply(pass_, program, data, dialect=DIALECTS[target], recorded=recorded)
+            made = apply(
+                pass_, program, data, dialect=DIALECTS[target], recorded=recorded, train=train
+            )
             if not made.sites:
                 return
             is_exact = made.effect == "exact"
 
             def judge(moved: float) -> Judgement:
-                if is_exact and moved <= pass_.tolerance:
+                if pass_.renews or (is_exact and moved <= pass_.tolerance):
                     return Judgement()
                 case = Faults(
                     before.only(), program.only(), self.tensors, is_made_up=self.is_made_up

@@ -113,6 +113,8 @@ class Pass:
 
     trains: ClassVar[bool] = False
     """Whether the pass trains the graph."""
+    renews: ClassVar[bool] = False
+    """Whether values behind the pass are others, or of other sizes, than those before it: no node answers for that."""
 
     def takes(self, role: str) -> bool:
         """Whether the pass works on the graph of that role."""

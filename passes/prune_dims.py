@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class PruneDims(Pass):
 
     name = "prune-dims"
     effect = "lossy"
+    renews: ClassVar[bool] = True
 
     keep: dict[str, tuple[int, ...]] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -40,6 +40,7 @@ class Tune(Pass):
     name = "tune"
     effect = "lossy"
     trains: ClassVar[bool] = True
+    renews: ClassVar[bool] = True
 
     steps: Count = 200
     lr: Positive = 1e-4

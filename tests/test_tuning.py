@@ -399,3 +399,28 @@ def test_a_plan_tries_two_steps(place):
     ran = cli("compile", place / "r.yaml", "-o", place / "out", "--plan")
     assert ran.code == 0 and "tune" in ran.out, ran.err
     assert not (place / "out").exists() and not (place / "cache" / "train").exists()
+
+
+@pytest.mark.slow
+def test_prune_train_quantise_for_two_targets_in_one_recipe(place):
+    words = (
+        "--set", "passes.0={pass: prune-dims, ratio: 0.25, importance: taylor}",
+        "--set", "targets=[ort, openvino]", "--set", "plugins=[]",
+    )  # fmt: skip
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck", *words)
+    assert ran.code == 0, ran.err
+    ran = cli("compile", place / "r.yaml", "-o", place / "out", *words, "--tuned", place / "ck")
+    assert ran.code == 0, ran.err
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert [p["sites"] for p in report["passes"] if p["name"] == "prune-dims"] == [1, 1]
+    assert all(
+        layer["site"] for target in ("ort", "openvino") for layer in report["layers"][target]
+    )
+    model = ("--model", f"{place / 'model.py'}:net")
+    ran = cli("explain", place / "out", *model)
+    assert_letter(ran, "UsageError", 2, "--tuned CKPT")
+    ran = cli(
+        "explain", place / "out", *model, "--tuned", place / "ck", "--calib", place / "data.npz"
+    )
+    assert ran.code == 0, ran.err
+    assert "a node is off" not in ran.out and "prune-dims" in ran.out
