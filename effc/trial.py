@@ -208,18 +208,18 @@ class Lab:
         if entry is not None:
             try:
                 with np.load(entry.directory / "columns.npz", allow_pickle=False) as arrays:
-                    found = metrics.Samples({name: arrays[name] for name in arrays.files})
+                    columns = {name: arrays[name] for name in arrays.files}
             except (OSError, ValueError):
                 pass  # it was dropped meanwhile
             else:
                 self.progress.reuse("metric")
-                return found
+                return metrics.Samples(columns, unit=entry.value)
         with self.progress.stage("metric") as step:
             made = make(step)
         if not own:
             file = self.work / "columns.npz"
             np.savez(file, **made.columns)  # type: ignore[arg-type]
-            self.cache.put(key, None, {"columns.npz": file})
+            self.cache.put(key, made.unit, {"columns.npz": file})
         return made
 
     # Time

@@ -9,8 +9,10 @@ import yaml
 from test_generate import PROMPTS, expected, saved
 
 import effc
-from effc import package, recipe
+from effc import compiler, package, recipe
+from effc.cache import Cache
 from effc.causal import PAST, PRESENT, ROLES
+from effc.progress import Progress
 from kit import assert_letter, cli, forge
 
 pytestmark = pytest.mark.slow
@@ -121,6 +123,21 @@ def test_a_compile_with_recorded_decisions_is_the_same(place, tmp_path):
         [e.sha256 for e in package.read(out).engines] for out in (place / "out", tmp_path / "out")
     ]
     assert engines[0] == engines[1]
+
+
+def test_what_an_interval_draws_again_is_said_of_results_from_the_cache_too(place, tmp_path):
+    data = {
+        "source": {"transformers": str(place / "model")},
+        "metric": {"perplexity": str(place / "text.txt")},
+        "bench": False,
+    }
+    kept = Cache(tmp_path / "cache")
+    first, again = (
+        compiler.run(recipe.build(data), tmp_path / name, kept=kept, progress=Progress())
+        for name in ("A", "B")
+    )
+    assert first.report["metric"]["unit"] == "window"  # the text is one document
+    assert again.report["metric"] == first.report["metric"]
 
 
 def test_a_plan_has_the_stages_of_both(place):
