@@ -191,6 +191,13 @@ def broadcast(r: Reading, node: fx.Node, operands: Sequence[Axes], shape: Sequen
     return found
 
 
+def _prelu(r: Reading, node: fx.Node, call: Call) -> Axes:
+    found, (slope,) = list(r.of(call["self"])), r.of(call["weight"])
+    if slope is not ONE:
+        unify(found[min(1, len(found) - 1)], slope, r.why(node, "slopes are grouped otherwise"))
+    return found
+
+
 def _same(r: Reading, node: fx.Node, call: Call) -> Axes:
     return list(r.of(node.args[0]))
 
@@ -418,7 +425,7 @@ def _group_norm(r: Reading, node: fx.Node, call: Call) -> Axes:
         for mine in r.of(call[name]):
             unify(channels, mine, why)
     inner = channels.size // count
-    parts = axes.split(channels, count, inner)
+    parts = axes.split(channels, count, inner, why)
     if parts is not None:
         stop(parts[1], replace(why, is_plain=True))  # its whole groups are what can be removed
         r.literal(call, "num_groups", None, parts[0])
@@ -442,9 +449,11 @@ def _whole_groups(r: Reading, node: fx.Node, channels: Axis, inner: int) -> tupl
             ends.append((first, last))
     groups, whole = [], 0
     for first, last in ends:
-        rest = axes.cut(channels, first)[1]
-        middle = axes.cut(rest, last - first)[0] if rest is not None else None
-        parts = axes.split(middle, (last - first) // inner, inner) if middle is not None else None
+        rest = axes.cut(channels, first, why)[1]
+        middle = axes.cut(rest, last - first, why)[0] if rest is not None else None
+        if middle is None:
+            continue
+        parts = axes.split(middle, (last - first) // inner, inner, why)
         if parts is None:
             continue
         stop(parts[1], replace(why, is_plain=True))
@@ -476,6 +485,12 @@ def _reduces(reason: str | None, hint: str = "") -> Callable[[Reading, fx.Node, 
     return rule
 
 
+def _vector_norm(r: Reading, node: fx.Node, call: Call) -> Any:
+    order = call["ord"]
+    adds_nothing = isinstance(order, int | float) and order > 0
+    return _reduces(None if adds_nothing else "zeros count in this norm")(r, node, call)
+
+
 # -- places of values
 
 
@@ -502,6 +517,13 @@ def _view(r: Reading, node: fx.Node, call: Call) -> Axes | None:
     name = next(n for n in ("size", "shape", "sizes") if n in call.values)
     start = _position(call["dim"], len(x)) if op_name(node) == "unflatten" else 0
     _sizes(r, call, name, sizes, found[start : start + len(sizes)])
+    return found
+
+
+def _view_as(r: Reading, node: fx.Node, call: Call) -> Axes:
+    found = list(r.of(call["other"]))
+    why = r.why(node, "dimensions are merged and split in unlike ways")
+    axes.align(r.of(node.args[0]), found, why)
     return found
 
 
@@ -639,9 +661,10 @@ def _split(r: Reading, node: fx.Node, call: Call) -> list[Axes]:
         return [[*x[:dim], made(v.shape[dim], FREE), *x[dim + 1 :]] for v in values]
     ends: Axes = []
     rest: Axis | None = x[dim]
+    why = r.why(node, "it is cut inside a group")
     for each in sizes:
         assert rest is not None
-        end, rest = axes.cut(rest, each)
+        end, rest = axes.cut(rest, each, why)
         ends.append(end if end is not None else ONE)
     r.cuts.append((node, ends))
     return [[*x[:dim], ONE if axes.is_one(e.size) else e, *x[dim + 1 :]] for e in ends]
@@ -685,7 +708,7 @@ def _slice(r: Reading, node: fx.Node, call: Call) -> Axes:
         stop(whole, why)
         found[dim] = made(_value(call).shape[dim], why)
         return found
-    parts = axes.split(whole, n // step, step)
+    parts = axes.split(whole, n // step, step, why)
     if parts is None:
         stop(whole, why)
         found[dim] = made(_value(call).shape[dim], why)
@@ -697,8 +720,9 @@ def _slice(r: Reading, node: fx.Node, call: Call) -> Axes:
 
 def _part(r: Reading, call: Call, found: Axes, dim: int, low: int, high: int) -> Axes:
     """Indices from `low` to `high` of a dimension."""
-    before, rest = axes.cut(found[dim], low)
-    middle, behind = axes.cut(rest, high - low) if rest is not None else (None, None)
+    why = r.why(call.node, "it is cut inside a group")
+    before, rest = axes.cut(found[dim], low, why)
+    middle, behind = axes.cut(rest, high - low, why) if rest is not None else (None, None)
     if before is not None:
         r.literal(call, "start", None, before)
     if behind is not None and middle is not None:
@@ -733,6 +757,17 @@ def _index_select(r: Reading, node: fx.Node, call: Call) -> Axes:
     stop(found[dim], r.why(node, "it is looked up by number"))
     found[dim] = next(iter(r.of(call["index"])), ONE)
     return found
+
+
+def _gather(r: Reading, node: fx.Node, call: Call) -> Axes:
+    """Every index of the result picks along one dimension, and keeps to its place in the others."""
+    x, index = r.of(node.args[0]), r.of(call["index"])
+    for dim, (mine, axis) in enumerate(zip(index, x, strict=True)):
+        if dim == _position(call["dim"], len(x)):
+            stop(axis, r.why(node, "it is looked up by number"))
+        elif not (axes.is_one(mine.size) and axes.is_one(axis.size)):
+            unify(mine, axis, r.why(node, "part of it is looked up"))
+    return list(index)
 
 
 def _pad(r: Reading, node: fx.Node, call: Call) -> Axes:
@@ -804,9 +839,10 @@ def _pixel_unshuffle(r: Reading, node: fx.Node, call: Call) -> Axes:
 def _glu(r: Reading, node: fx.Node, call: Call) -> Axes:
     found = list(r.of(node.args[0]))
     dim = _position(-1 if call["dim"] is None else call["dim"], len(found))
-    a, b = axes.cut(found[dim], found[dim].size // 2)
+    why = r.why(node, "value and gate are grouped in unlike ways")
+    a, b = axes.cut(found[dim], found[dim].size // 2, why)
     assert a is not None and b is not None
-    unify(a, b, r.why(node, "value and gate are grouped in unlike ways"))
+    unify(a, b, why)
     found[dim] = a
     return found
 
@@ -825,9 +861,10 @@ def _numbered(r: Reading, node: fx.Node, call: Call) -> Axes:
 Rule = Callable[[Reading, fx.Node, Call], Any]
 
 _TABLE: dict[str, Rule] = {
-    "to _to_copy clone contiguous dropout feature_dropout alpha_dropout alias detach lift_fresh_copy type_as "
-    "zeros_like ones_like full_like empty_like fill masked_fill clamp_min nan_to_num": _same,
-    "masked_fill where": _elementwise,
+    "to _to_copy clone contiguous dropout feature_dropout alpha_dropout alias detach lift_fresh_copy "
+    "zeros_like ones_like full_like empty_like fill": _same,
+    "where masked_fill hardswish log_sigmoid rsub type_as floor_divide": _elementwise,
+    "prelu": _prelu,
     "softmax _softmax log_softmax _log_softmax softmin": _stops("a softmax runs over it", "dim"),
     "cumsum cumprod argsort logcumsumexp": _stops("the order along it counts", "dim"),
     "roll flip": _stops("places along it are moved", "dims"),
@@ -847,10 +884,12 @@ _TABLE: dict[str, Rule] = {
         "a mean is taken over it", "put fuse-rmsnorm first if it is one of an RMSNorm"
     ),
     "sum": _reduces(None),
-    "amax amin max min argmax argmin prod any all var std var_mean std_mean logsumexp norm linalg_vector_norm": (
+    "linalg_vector_norm": _vector_norm,
+    "amax amin max min argmax argmin prod any all var std var_mean std_mean logsumexp norm": (
         _reduces("what is taken over it hangs on how many there are")
     ),
     "view reshape _unsafe_view flatten unflatten": _view,
+    "view_as reshape_as": _view_as,
     "permute": _permute,
     "transpose swapaxes swapdims": _transpose,
     "movedim moveaxis": _movedim,
@@ -869,6 +908,7 @@ _TABLE: dict[str, Rule] = {
     "slice": _slice,
     "index": _index,
     "index_select": _index_select,
+    "gather": _gather,
     "pad constant_pad_nd": _pad,
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool2d max_pool2d_with_indices upsample_nearest1d upsample_nearest2d "

@@ -231,6 +231,23 @@ def remove(coupling: Coupling, keep: Keep) -> None:
             write(literal.node, literal.path, new + literal.plus)
     for node, ends in coupling.reading.cuts:
         _cut(node, ends, sizes)
+    for node in coupling.graph.nodes:
+        if op_name(node) in VIEWS and any(axis in keep for axis in _leaves(coupling, node)):
+            _make_reshape(node)
+
+
+VIEWS = ("view", "_unsafe_view")
+
+
+def _leaves(coupling: Coupling, node: fx.Node) -> set[Axis]:
+    return {x for axis in coupling.reading.of(node) for x in axes.leaves(axis)}
+
+
+def _make_reshape(node: fx.Node) -> None:
+    """A view of what was turned hangs on strides, which kernels of attention choose by the sizes they get."""
+    source = node.args[0]
+    if isinstance(source, fx.Node) and op_name(source) in ("transpose", "permute"):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _gains(coupling: Coupling, sizes: Mapping[Axis, int]) -> dict[fx.Node, float]:

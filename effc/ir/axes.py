@@ -168,7 +168,7 @@ def _from_left(a: list[Axis], b: list[Axis], why: Stop) -> None:
     """Unify factors from the outermost on and take them off the lists, as far as it goes."""
     while a and b:
         a[:1], b[:1] = factors(a[0]), factors(b[0])  # what was unified before may have split them
-        parts = _common(a[0], b[0], outermost=True)
+        parts = _common(a[0], b[0], why, outermost=True)
         if parts is None:
             return
         xs, ys = parts
@@ -180,7 +180,7 @@ def _from_right(a: list[Axis], b: list[Axis], why: Stop) -> None:
     """The same from the innermost on; the lists are innermost first."""
     while a and b:
         a[:1], b[:1] = factors(a[0])[::-1], factors(b[0])[::-1]
-        parts = _common(a[0], b[0], outermost=False)
+        parts = _common(a[0], b[0], why, outermost=False)
         if parts is None:
             return
         xs, ys = parts
@@ -188,7 +188,9 @@ def _from_right(a: list[Axis], b: list[Axis], why: Stop) -> None:
         unify(xs[-1], ys[-1], why)
 
 
-def _common(x: Axis, y: Axis, *, outermost: bool) -> tuple[list[Axis], list[Axis]] | None:
+def _common(
+    x: Axis, y: Axis, why: Stop, *, outermost: bool
+) -> tuple[list[Axis], list[Axis]] | None:
     """Both in two parts, or whole, so that their outermost (or innermost) parts have one size."""
     shared = x.size if x.size == y.size else _shared(x.size, y.size)
     if shared is None:
@@ -199,7 +201,8 @@ def _common(x: Axis, y: Axis, *, outermost: bool) -> tuple[list[Axis], list[Axis
         if is_one(rest):
             found.append([axis])
             continue
-        made = split(axis, shared, rest) if outermost else split(axis, rest, shared)
+        outer, inner = (shared, rest) if outermost else (rest, shared)
+        made = split(axis, outer, inner, why)
         if made is None:
             return None
         found.append(list(made))
@@ -227,10 +230,9 @@ def quotient(a: Size, b: Size) -> Size | None:
     return found if found.as_numer_denom()[1] == 1 else None
 
 
-def split(axis: Axis, outer: Size, inner: Size) -> tuple[Axis, Axis] | None:
+def split(axis: Axis, outer: Size, inner: Size, why: Stop) -> tuple[Axis, Axis] | None:
     """The axis as a product of two; None where a part of a sum is no multiple of `inner`, and then nothing changes."""
     axis = of(axis)
-    why = Stop(reason="its parts are grouped in unlike ways")
     if axis.kind == "leaf":
         parts = leaf(outer, axis.stop), leaf(inner, axis.stop)
         axis.kind, axis.parts = "product", [p for p in parts if p is not ONE]
@@ -243,7 +245,7 @@ def split(axis: Axis, outer: Size, inner: Size) -> tuple[Axis, Axis] | None:
     rest = [quotient(s.size, inner) for s in found]
     if None in rest:
         return None
-    pairs = [split(s, r, inner) for s, r in zip(found, rest, strict=True)]
+    pairs = [split(s, r, inner, why) for s, r in zip(found, rest, strict=True)]
     outers, inners = zip(*(pair for pair in pairs if pair is not None), strict=True)
     for other in inners[1:]:
         unify(inners[0], other, why)
@@ -252,7 +254,7 @@ def split(axis: Axis, outer: Size, inner: Size) -> tuple[Axis, Axis] | None:
     return made, inners[0]
 
 
-def cut(axis: Axis, at: int) -> tuple[Axis | None, Axis | None]:
+def cut(axis: Axis, at: int, why: Stop) -> tuple[Axis | None, Axis | None]:
     """The first `at` indices and the rest, None for nothing; a product is stopped where it is cut inside a part."""
     axis = of(axis)
     if at in (0, axis.size):
@@ -266,30 +268,29 @@ def cut(axis: Axis, at: int) -> tuple[Axis | None, Axis | None]:
         first: list[Axis] = []
         for number, part in enumerate(found):
             if at < part.size:
-                low, high = cut(part, at)
+                low, high = cut(part, at, why)
                 return total([*first, *_some(low)]), total([*_some(high), *found[number + 1 :]])
             first.append(part)
             at -= part.size
             if not at:
                 return total(first), total(found[number + 1 :])
-    return _cut_product(axis, at)
+    return _cut_product(axis, at, why)
 
 
 def _some(part: Axis | None) -> list[Axis]:
     return [] if part is None else [part]
 
 
-def _cut_product(axis: Axis, at: int) -> tuple[Axis, Axis]:
+def _cut_product(axis: Axis, at: int, why: Stop) -> tuple[Axis, Axis]:
     outer, *rest = factors(axis)
     inner = product(rest)
     whole, over = divmod(at, inner.size)
-    low, high = cut(outer, whole)
+    low, high = cut(outer, whole, why)
     if not over:
         return product([*_some(low), inner]), product([*_some(high), inner])
-    why = Stop(reason="it is cut inside a group")
     stop(inner, why)
     assert high is not None
-    middle, high = cut(high, 1)
+    middle, high = cut(high, 1, why)
     assert middle is not None
     stop(middle, why)
     ends = Axis(over, stop=why), Axis(inner.size - over, stop=why)
@@ -304,8 +305,8 @@ def _lay(a: Axis, b: Axis, why: Stop) -> None:
     rest_b: Axis | None = b
     while rest_a is not None and rest_b is not None:
         size = min(segments(rest_a)[0].size, segments(rest_b)[0].size)
-        first_a, rest_a = cut(rest_a, size)
-        first_b, rest_b = cut(rest_b, size)
+        first_a, rest_a = cut(rest_a, size, why)
+        first_b, rest_b = cut(rest_b, size, why)
         assert first_a is not None and first_b is not None
         unify(first_a, first_b, why)
 

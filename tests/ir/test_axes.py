@@ -47,7 +47,7 @@ def test_groupings_without_common_parts_are_stopped():
 
 def test_halves_that_change_places_are_one():
     whole = leaf(8)
-    first, second = cut(whole, 4)
+    first, second = cut(whole, 4, WHY)
     unify(whole, total([second, first]), WHY)
     assert sizes(whole) == [4, 4]
     assert of(first) is of(second)
@@ -57,7 +57,7 @@ def test_halves_that_change_places_are_one():
 def test_a_cut_inside_a_group_stops_that_group_alone():
     channels = leaf(24)
     unify(channels, product([leaf(4), leaf(6)]), WHY)
-    low, high = cut(channels, 9)
+    low, high = cut(channels, 9, WHY)
     assert (low.size, high.size) == (9, 15)
     assert sizes(channels) == [1, 1, 2, 6]
     assert free(channels) == [1, 2]  # groups before and behind the one that is cut
@@ -65,10 +65,10 @@ def test_a_cut_inside_a_group_stops_that_group_alone():
 
 def test_a_sum_is_grouped_where_each_part_is():
     both = total([leaf(8), leaf(4)])
-    outer, inner = axes.split(both, 6, 2)
+    outer, inner = axes.split(both, 6, 2, WHY)
     assert sizes(outer) == [4, 2]
     assert inner.size == 2
-    assert axes.split(total([leaf(9), leaf(3)]), 6, 2) is None
+    assert axes.split(total([leaf(9), leaf(3)]), 6, 2, WHY) is None
 
 
 def test_what_is_stopped_stays_stopped_when_it_is_split():
@@ -93,7 +93,7 @@ def test_a_free_dimension_is_split_off():
 
 @pytest.mark.parametrize("at", [0, 5])
 def test_an_empty_part_is_none(at):
-    low, high = cut(leaf(5), at)
+    low, high = cut(leaf(5), at, WHY)
     assert (low is None, high is None) == (at == 0, at == 5)
 
 

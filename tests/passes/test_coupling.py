@@ -10,9 +10,11 @@ from graphs import Attention, Call, LlamaNorm, Tied, normal
 from torch import nn
 
 import effc
+from effc.ir.check import drift
 from effc.ir.edit import rebind
-from effc.passes.coupling import coupled_dims
+from effc.passes.coupling import coupled_dims, masked_run
 from effc.passes.fuse import FuseRMSNorm
+from effc.passes.prune_dims import PruneDims
 from kit import Perceptron, write_factories
 
 
@@ -182,6 +184,56 @@ def test_a_gain_that_something_else_reads_stops_the_norm():
 
     module = Call(norm, a=nn.Linear(4, 6), b=nn.Linear(6, 2), g=nn.Parameter(torch.rand(6)))
     assert "no gain of its own" in stopped(coupling(module, normal(2, 4)))["a"]
+
+
+@pytest.mark.parametrize(
+    ("function", "free"),
+    [
+        (lambda y: nn.functional.hardswish(y), True),
+        (lambda y: nn.functional.normalize(y, dim=-1), True),
+        (lambda y: torch.where(y > 0, y, 0.5), True),
+        (lambda y: y - y.amax(-1, keepdim=True), False),
+        (lambda y: y - y.mean(-1, keepdim=True), False),
+        (lambda y: y.roll(1, -1), False),
+        (lambda y: y[:, [0, 2, 1, 3, 4, 5]], False),
+        (lambda y: y.cumsum(-1), False),
+        (lambda y: torch.stack([y, 2 * y], 1).sum(1), True),
+        (lambda y: y.repeat(1, 2)[:, :6], True),
+        (lambda y: y.repeat_interleave(2, -1)[:, ::2], True),
+        (lambda y: y.movedim(-1, 0).t(), True),
+        (lambda y: torch.einsum("bi,bi->b", y, y)[:, None] * y, True),
+        (lambda y: torch.einsum("bi,bj->bij", y, y).amax(1), False),
+        (lambda y: y.gather(0, torch.zeros_like(y, dtype=torch.long)), True),
+    ],
+    ids=[
+        "hardswish",
+        "normalize",
+        "where",
+        "amax",
+        "mean",
+        "roll",
+        "index",
+        "cumsum",
+        "stack",
+        "repeat",
+        "interleave",
+        "movedim",
+        "einsum",
+        "outer",
+        "gather",
+    ],
+)
+def test_an_operator_frees_or_stops_a_width(function, free):
+    """And where it is freed, what is left computes what the masked graph does."""
+    module = Call(lambda self, x: self.b(function(self.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    x = normal(3, 4)
+    program = effc.trace(module.eval(), x, dims={})
+    found = coupled_dims(program.only())
+    assert ("a" in prunable(found)) == free
+    if free:
+        wanted = masked_run(found, {"a": (0, 2, 3)}, {"x": x})
+        effc.apply(PruneDims(keep={"a": (0, 2, 3)}), program)
+        assert drift(wanted, program.run(x=x)).rel_l2 < 1e-6
 
 
 def test_names_of_one_tensor_lose_the_same_units():

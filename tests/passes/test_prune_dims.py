@@ -141,6 +141,26 @@ def test_parts_that_become_unequal_are_cut_by_their_sizes(cut):
     assert "split_with_sizes" in ops(program)
 
 
+def test_a_view_that_hung_on_the_strides_of_attention_becomes_a_reshape():
+    """Its kernel lays heads of 8 side by side, and heads of 5 one after the other."""
+
+    class Turned(Attention):
+        def forward(self, x):
+            batch, length, size = x.shape
+            q, k, v = (
+                f(x).view(batch, length, self.heads, -1).transpose(1, 2)
+                for f in (self.q, self.k, self.v)
+            )
+            y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return self.o(torch.ops.aten.view.default(y, [batch, length, size]))
+
+    module = nn.Sequential(nn.Linear(32, 32), Turned())
+    x = normal(2, 5, 32)
+    keep = {"1.q:1": tuple(range(5)), "1.v:1": tuple(range(5))}
+    error, _ = gap(effc.trace(module.eval(), x), {"input": x}, keep)
+    assert error < 1e-6
+
+
 def test_names_of_one_tensor_stay_one_tensor():
     built = architectures.llama(random.Random(1))
     built[0].body.tie_weights()
