@@ -77,6 +77,10 @@ def _cut(x: Any, axis: int, start: int, end: int, step: int) -> Any:
     return op.Slice(x, *bounds)
 
 
+def _select(x: Any, dim: int, places: Any) -> Any:
+    return op.Gather(x, places, axis=dim)
+
+
 def cut(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
     """A slice whose bounds are numbers."""
     found: Tensor = aten.slice(x, axis, start, end, step)
@@ -100,6 +104,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     aten.linear.default: _linear,
+    aten.index_select.default: _select,
 }
 
 SAME: dict[Any, Any] = {
@@ -150,8 +155,22 @@ def settle(graph: fx.Graph) -> None:
             _pass_by(node)
         elif node.target is aten.view.default and was_contiguous:
             node.target = aten.reshape.default
+        elif node.target is aten.index.Tensor and (chosen := _chosen(node)) is not None:
+            node.target, node.args = aten.index_select.default, (node.args[0], *chosen)
         elif node.meta.get("val") is None and not node.users:  # an assertion
             graph.erase_node(node)
+
+
+def _chosen(node: fx.Node) -> tuple[int, fx.Node] | None:
+    """The dimension that an indexing chooses along, and the places; None where it does more than that."""
+    places: Any = node.args[1]
+    given = [(dim, place) for dim, place in enumerate(places) if place is not None]
+    if len(given) != 1:
+        return None
+    ((dim, place),) = given
+    value = place.meta["val"]
+    is_list = value.dim() == 1 and value.dtype in (torch.int64, torch.int32)
+    return (dim, place) if is_list else None
 
 
 def _pass_by(node: fx.Node) -> None:

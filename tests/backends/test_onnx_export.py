@@ -185,3 +185,27 @@ def test_a_view_behind_a_copy_in_order_needs_no_copy(tmp_path):
     with engine(program, tmp_path) as opened:
         found = opened({"x": x.numpy()})["output"]
     assert distance(program.run(x=x)["output"], found) < 1e-6
+
+
+class Chosen(nn.Module):
+    """Places along one dimension."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x, places):
+        return x[(slice(None),) * self.dim + (places,)]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_places_along_one_dimension_are_one_gather(dim):
+    feeds = {"x": normal(3, 4, 5), "places": torch.tensor([2, 0, 1, 2])}
+    agrees(Chosen(dim), feeds)
+    model = to_onnx(effc.trace(Chosen(dim), feeds).only(), 21)
+    assert Counter(node.op_type for node in model.graph) == {"Gather": 1}
+
+
+def test_a_choice_by_mask_is_left_to_torch():
+    feeds = {"x": normal(3, 4), "places": torch.tensor([True, False, True])}
+    agrees(Chosen(0), feeds)
