@@ -278,9 +278,14 @@ def test_removed_is_masked(family, data):
     assert drift(wanted, smaller.run(feeds)).rel_l2 <= 1e-5
     assert record.sites == sum(len(keep[g.name]) < g.size for g in chosen)
     assert problems(smaller.only()) == []
-    before, after = (Counter(ops(p)) for p in (program, smaller))
-    assert after - before <= Counter({"split_with_sizes": after["split_with_sizes"]})
+    before, after = (Counter(_kind(op) for op in ops(p)) for p in (program, smaller))
+    assert before == after
     _has_smaller_constants(coupling, smaller.only(), keep)
+
+
+def _kind(op):
+    """What a part or a shape is called does not matter."""
+    return {"chunk": "split", "split_with_sizes": "split", "view": "reshape"}.get(op, op)
 
 
 def _has_smaller_constants(coupling, graph, keep):
