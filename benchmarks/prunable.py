@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from effc.errors import PreconditionError
 from effc.ir.check import drift
 from effc.ir.program import Program
+from effc.machine import installed
 from effc.passes.coupling import coupled_dims, masked_run
 from effc.passes.layernorm import LayerNormToRMSNorm
 from effc.passes.pipeline import apply
@@ -82,8 +83,6 @@ def _measured(program: Program, feeds: dict[str, Tensor]) -> Json:
 
 def theirs(built: Built) -> Json:
     """The same of Torch-Pruning: parameters on groups that run, and on those that are exact."""
-    import torch_pruning
-
     module, inputs, _ = built
     try:
         count = len(_groups(copy.deepcopy(module), inputs)[1])
@@ -102,7 +101,7 @@ def theirs(built: Built) -> Json:
                 flags[word][name].index_fill_(dim, torch.tensor(idxs), True)
     total = sum(p.numel() for p in module.parameters())
     shares = {w: sum(int(f.sum()) for f in each.values()) / total for w, each in flags.items()}
-    return {"groups": count, **verdicts, "shares": shares, "version": torch_pruning.__version__}
+    return {"groups": count, **verdicts, "shares": shares, "version": installed("torch-pruning")}
 
 
 def _groups(module: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, list[Any]]:

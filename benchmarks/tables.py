@@ -146,6 +146,61 @@ def coverage() -> list[str]:
     return lines
 
 
+def prunable() -> list[str]:
+    lines = ["## What can be pruned with nothing said about the model (benchmarks/prunable.py)", ""]
+    lines += [
+        "The part of all parameters that lies on a dimension which can lose units, found without any hint, and how "
+        "many groups that is. Error: removed against masked, half of every group removed at random, the largest "
+        "relative L2 of three. Torch-Pruning was given no hint either: its groups run where the net still gives "
+        "outputs of the same shape after half of one is removed, and are exact where these are those of the net with "
+        "the same channels set to 0, to a thousandth. Random weights; transformers have four layers.",
+        "",
+    ]
+    for found in results("prunable"):
+        lines += [circumstances(found), ""]
+        versions = {(r["torch_pruning"] or {}).get("version") for r in found["rows"]} - {None}
+        other = f"Torch-Pruning {min(versions)}" if versions else "Torch-Pruning"
+        rows = []
+        for r in found["rows"]:
+            mine = r["effc"]
+            last = mine.get("converted", mine)
+            worst = max(mine["rel_l2"], last["rel_l2"])
+            rows.append(
+                [
+                    f"{r['name']}, {r['parameters'] / 1e6:.1f} M"
+                    if r["parameters"] > 1e5
+                    else r["name"],
+                    f"{mine['share']:.1%}, {mine['prunable']}/{mine['groups']}",
+                    f"{last['share']:.1%}" if last is not mine else "—",
+                    f"{worst:.1e}",
+                    *_theirs(r["torch_pruning"]),
+                    f"{mine['seconds']:.2f}",
+                ]
+            )
+        lines += table(
+            [
+                "network",
+                "prunable, groups",
+                "after layernorm-to-rmsnorm",
+                "error",
+                f"{other}: runs",
+                "exact",
+                "seconds",
+            ],
+            rows,
+        )
+    return lines
+
+
+def _theirs(found: Json | None) -> list[str]:
+    if found is None:
+        return ["not measured", ""]
+    if "reason" in found:
+        return [found["reason"], ""]
+    count = found["groups"]
+    return [f"{found['shares'][word]:.1%}, {found[word]}/{count}" for word in ("running", "exact")]
+
+
 def gpuless() -> list[str]:
     lines = ["## Engines for GPUs, built without one (benchmarks/gpuless.py)", ""]
     lines += [
@@ -805,6 +860,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     models: ("models",),
     gated: ("gate",),
     coverage: ("coverage",),
+    prunable: ("prunable",),
     lowering: ("lowering",),
     rules: ("opset",),
     exact: ("exact",),

@@ -53,6 +53,7 @@ def _described(group: Group) -> Json:
         ],
         "writers": list(group.writers),
         "readers": list(group.readers),
+        "rewritten": list(group.rewritten),
     }
 
 

@@ -62,6 +62,8 @@ class Group:
     writers: tuple[str, ...]
     """Layers whose output is the group, by site name."""
     readers: tuple[str, ...]
+    rewritten: tuple[str, ...]
+    """Calls in which a size stands that changes with the group, by site name."""
     parameters: int
     """How many numbers of the model one unit takes with it."""
     macs: int
@@ -185,6 +187,10 @@ def _groups(coupling: Coupling) -> dict[str, Group]:
                 members.setdefault(unit, []).append(member)
     writers, readers = _sides(reading)
     macs = _macs(reading)
+    sizes: dict[Axis, list[fx.Node]] = {}
+    for literal in reading.literals:
+        for unit in {x for axis in literal.axes for x in leaves(axis)}:
+            sizes.setdefault(unit, []).append(literal.node)
     names = {node: name for name, node in coupling.constants.items()}
     origins = coupling.graph.origins
     found: dict[str, Group] = {}
@@ -202,6 +208,7 @@ def _groups(coupling: Coupling) -> dict[str, Group]:
             members=tuple(mine),
             writers=_sites(reading, writers.get(unit, [])),
             readers=_sites(reading, readers.get(unit, [])),
+            rewritten=tuple(dict.fromkeys(reading.names[n] for n in sizes.get(unit, ()))),
             parameters=_parameters(coupling, unit, mine),
             macs=macs.get(unit, 0),
             stop=unit.stop,

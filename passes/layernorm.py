@@ -186,7 +186,9 @@ def _behind(reading: Reading, node: fx.Node, dim: int, stream: Stream) -> Found 
         if all(d is not None for _, d in found):
             return [(o, d) for o, d in found if d is not None]
     if word == "layer_norm":
-        return reading.why(node, "the stream is written by a norm (post-LN)")
+        return reading.why(
+            node, "the stream is written by a norm (post-LN, or one behind the embedding)"
+        )
     if word.startswith("conv"):
         return reading.why(node, "the stream is written by a convolution in groups")
     return reading.why(node, f"the stream is written by {word}")

@@ -243,9 +243,15 @@ def _leaves(coupling: Coupling, node: fx.Node) -> set[Axis]:
     return {x for axis in coupling.reading.of(node) for x in axes.leaves(axis)}
 
 
+MOVES = ("reshape", "unsqueeze", "squeeze", "alias", "detach", "slice", "select", *VIEWS)
+"""What may leave its values where they lie."""
+
+
 def _make_reshape(node: fx.Node) -> None:
     """A view of what was turned hangs on strides, which kernels of attention choose by the sizes they get."""
     source = node.args[0]
+    while isinstance(source, fx.Node) and op_name(source) in MOVES:
+        source = source.args[0]
     if isinstance(source, fx.Node) and op_name(source) in ("transpose", "permute"):
         node.target = torch.ops.aten.reshape.default
 

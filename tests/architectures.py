@@ -152,6 +152,26 @@ def bert(draw: random.Random) -> Built:
     return shaken(Text(BertModel(config), "pooler_output")), tokens(), TEXT
 
 
+def siglip(draw: random.Random) -> Built:
+    """A pre-LN encoder of text."""
+    from transformers import SiglipTextConfig, SiglipTextModel
+
+    heads = draw.choice([2, 4])
+    width = heads * draw.choice([8, 12])
+    config = SiglipTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        projection_size=7,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        intermediate_size=draw.choice([40, 64]),
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return shaken(Text(SiglipTextModel(config), "pooler_output")), tokens(), TEXT
+
+
 def vit(draw: random.Random) -> Built:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -314,6 +334,7 @@ FAMILIES: dict[str, Callable[[random.Random], Built]] = {
     "llama with cache": llama_with_cache,
     "gpt2": gpt2,
     "bert": bert,
+    "siglip text": siglip,
     "vit": vit,
     "swin": swin,
     "resnet": resnet,
@@ -323,5 +344,7 @@ FAMILIES: dict[str, Callable[[random.Random], Built]] = {
     "unet with text": unet_with_text,
     "mixed": mixed,
 }
+CONVERTED = ("gpt2", "siglip text", "vit", "swin")
+"""Families with a stream whose LayerNorms can become RMSNorms."""
 NEEDS = {"unet": "diffusers", "unet with text": "diffusers"}
 """What must be installed beside effc for a family."""

@@ -56,6 +56,7 @@ def test_heads_and_their_size_are_two_groups_of_one_dimension():
         *((f"1.{w}.bias", 0, 8) for w in "qkv"),
         ("1.o.weight", 1, 8),
     }
+    assert heads.rewritten == ("1:view", "1:view.1", "1:view.2", "1:reshape")
     assert found.groups["1.q:1"].size == found.groups["1.v:1"].size == 8
     assert {m.tensor for m in found.groups["1.v:1"].members} == {"1.v.weight", "1.v.bias", "1.o.weight"}  # fmt: skip
 

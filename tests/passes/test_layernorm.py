@@ -78,7 +78,7 @@ def test_then_its_width_can_be_pruned():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "vit", "swin"])
+@pytest.mark.parametrize("family", architectures.CONVERTED)
 def test_real_models_compute_the_same(family):
     torch.manual_seed(0)
     program, feeds = architectures.program_of(architectures.FAMILIES[family](random.Random(0)))
