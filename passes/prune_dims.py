@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from effc.calib.probe import Probe
 from effc.errors import CalibrationError, PreconditionError
 from effc.ir import axes
 from effc.ir.axes import Axis, Keep
-from effc.ir.edit import rebind
+from effc.ir.edit import rebind, refresh
 from effc.ir.program import Graph, Program
 from effc.ir.select import Words, op_name
+from effc.passes import sizes
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
 from effc.passes.coupling_rules import Call, Path
@@ -40,7 +41,8 @@ class PruneDims(Pass):
     """Removes channels, heads or residual width from every tensor; `effc inspect MODEL --coupling` lists them.
 
     `keep` names the units that stay, by group. With a `ratio` that part of every group of `groups` goes, the least
-    important units first.
+    important units first. `align` rounds what stays to multiples of a number, or to sizes that are faster on the target
+    (`auto`); with a `latency_budget` as much goes as brings the time down to that share.
     """
 
     name = "prune-dims"
@@ -48,27 +50,38 @@ class PruneDims(Pass):
 
     keep: dict[str, tuple[int, ...]] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    latency_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    align: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     groups: Words = "*"
     importance: str = "magnitude"
 
     def requires(self, program: Program) -> None:
-        if (self.keep is None) == (self.ratio is None):
+        if [self.keep, self.ratio, self.latency_budget].count(None) != 2:
             raise PreconditionError(
-                f"{self.name} needs either a keep-set or a ratio",
-                hint="ratio: 0.25, or keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` names the groups",
+                f"{self.name} needs either a keep-set or a ratio or a latency budget",
+                hint="ratio: 0.25, latency_budget: 0.7, or keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` "
+                "names the groups",
+            )
+        if self.keep is not None and self.align is not None:
+            raise PreconditionError(
+                f"{self.name}: a keep-set says which units stay, and leaves nothing to align",
+                hint="leave `align` out",
             )
         IMPORTANCES[self.importance]  # a word that nobody knows is refused before any work
         couplings = [coupled_dims(graph) for graph in program if self.takes(graph.role)]
         for word, units in (self.keep or {}).items():
             _hold(word, units, couplings)
-        if self.ratio is not None and not any(self._chosen(c) for c in couplings):
+        if isinstance(self.align, int):
+            for coupling in couplings:
+                sizes.refuse_unaligned(self._matching(coupling), self.align)
+        if self.keep is None and not any(self._chosen(c) for c in couplings):
             raise PreconditionError(
                 f"no group of {self.groups!r} can lose a unit",
                 hint=_refusals(couplings, self.groups),
             )
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
-        if self.ratio is None:
+        if self.keep is not None:
             return
         coupling = coupled_dims(graph)
         for group in self._chosen(coupling):
@@ -76,10 +89,12 @@ class PruneDims(Pass):
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         coupling = coupled_dims(graph)
-        chosen = {}
-        for group in self._chosen(coupling):
+        groups, chosen = self._chosen(coupling), {}
+        counts = self._counts(coupling, groups, stats) if self.keep is None else {}
+        for group in groups:
             key = f"{graph.role}/{group.name}"
-            units = stats.decide(key, partial(self._units, coupling, group, stats))
+            count = counts.get(group.name, 0)
+            units = stats.decide(key, partial(self._units, coupling, group, stats, count))
             if not units or not _fits(units, group):
                 raise CalibrationError(
                     f"the recorded units of {key!r} are none of this model's {group.size}",
@@ -91,28 +106,74 @@ class PruneDims(Pass):
             remove(coupling, coupling.keep(chosen))
         return len(chosen)
 
+    @property
+    def times(self) -> bool:
+        return self.align == "auto" or self.latency_budget is not None
+
+    def untimed(self) -> Self:
+        ratio = self.ratio if self.latency_budget is None else 1 - self.latency_budget
+        align = None if self.align == "auto" else self.align
+        return replace(self, ratio=ratio, latency_budget=None, align=align)
+
     def _chosen(self, coupling: Coupling) -> list[Group]:
         """The groups that lose units."""
         if self.keep is not None:
             return [coupling.groups[word] for word in self.keep if word in coupling.groups]
+        found = self._matching(coupling)
+        if self.ratio is None:
+            return found
+        counts = self._wanted(found, self.ratio)
+        return [group for group in found if counts[group.name] < group.size]
+
+    def _matching(self, coupling: Coupling) -> list[Group]:
         words = (self.groups,) if isinstance(self.groups, str) else self.groups
         return [
             group
             for group in coupling.prunable()
             if any(fnmatchcase(group.name, word) for word in words)
-            and self._count(group) < group.size
         ]
 
-    def _count(self, group: Group) -> int:
-        """How many units stay."""
-        assert self.ratio is not None
-        return max(1, round(group.size * (1 - self.ratio)))
+    def _wanted(self, groups: Iterable[Group], ratio: float) -> dict[str, int]:
+        """How many units stay where nothing is measured."""
+        found = {}
+        for group in groups:
+            count = max(1, round(group.size * (1 - ratio)))
+            step = sizes.step_of(group, self.align) if isinstance(self.align, int) else 1
+            found[group.name] = sizes.aligned(group, count, step)
+        return found
 
-    def _units(self, coupling: Coupling, group: Group, stats: Stats) -> list[int]:
+    def _counts(self, coupling: Coupling, groups: list[Group], stats: Stats) -> dict[str, int]:
+        """How many units stay."""
+        if not self.times:
+            assert self.ratio is not None
+            return self._wanted(groups, self.ratio)
+        made = stats.decide(
+            f"{coupling.graph.role}/sizes", partial(self._timed, coupling, groups, stats)
+        )
+        found = sizes.read(made, groups)
+        stats.notes["sizes"] = found.to_json()
+        return found.counts
+
+    def _timed(self, coupling: Coupling, groups: list[Group], stats: Stats) -> dict[str, Any]:
+        shrink = partial(shrunk, coupling.graph)
+        chooser = sizes.Chooser(coupling=coupling, shrink=shrink, clock=stats.clock)
+        share = self.latency_budget
+        if share is None:
+            assert self.ratio is not None
+            return chooser.near(self._wanted(groups, self.ratio)).to_json()
+        steps = chooser.steps(self._wanted(groups, 1 - share)) if self.align == "auto" else {}
+
+        def counts_at(ratio: float) -> dict[str, int]:
+            wanted = self._wanted(groups, ratio)
+            return {g.name: sizes.aligned(g, wanted[g.name], steps.get(g.name, 1)) for g in groups}
+
+        return chooser.within(share, counts_at).to_json()
+
+    def _units(self, coupling: Coupling, group: Group, stats: Stats, count: int) -> list[int]:
         if self.keep is not None:
             return sorted(self.keep[group.name])
         scores = IMPORTANCES[self.importance]().scores(coupling, group, stats)
-        best = torch.sort(scores, descending=True, stable=True).indices[: self._count(group)]
+        best = torch.sort(scores, descending=True, stable=True).indices[:count]
         return sorted(best.tolist())
 
 
@@ -161,6 +222,15 @@ def _refusals(couplings: list[Coupling], words: Words) -> str:
 
 
 # -- removal
+
+
+def shrunk(graph: Graph, counts: Mapping[str, int]) -> Graph:
+    """A copy of a graph with the first units of some groups alone: what it takes does not hang on which they are."""
+    smaller = graph.clone()
+    coupling = coupled_dims(smaller)
+    remove(coupling, coupling.keep({name: range(count) for name, count in counts.items()}))
+    refresh(smaller)
+    return smaller
 
 
 def remove(coupling: Coupling, keep: Keep) -> None:
