@@ -407,7 +407,7 @@ class Builder:
         return {
             "threads": clock.threads, "shape": list(self._clocked), "cpu": [cpu_name(), *cpu_features()],
             "behind": [(pass_.name, options_of(pass_)) for pass_ in clock.behind],
-            "options": options, "tool": installed(DISTRIBUTIONS[target][0]), "gpu": BACKENDS[target]().gpu(),
+            "target_options": options, "tool": installed(DISTRIBUTIONS[target][0]), "gpu": BACKENDS[target]().gpu(),
         }  # fmt: skip
 
     def key_of_pass(

@@ -121,8 +121,15 @@ class Lab:
         return made
 
     def layers(self, built: Built) -> list[Json]:
-        """Every quantised layer with the error that it makes, over one batch; see `layers.layer_errors`."""
-        first = next((i for i, r in built.steps.items() if r.effect == "lossy" and r.sites), None)
+        """Every quantised layer with the error that it makes, over one batch; see `layers.layer_errors`.
+
+        Its reference is the graph before the first lossy pass, or the first behind one that changed sizes: values of
+        other sizes have no difference.
+        """
+        lossy = [i for i, r in built.steps.items() if r.effect == "lossy" and r.sites]
+        passes = self.builder.recipe.passes
+        resized = max((i for i in lossy if passes[i].resizes), default=-1)
+        first = next((i for i in lossy if i > resized), None)
         if first is None:
             return []
         before, after = built.before[first].only(), built.program.only()

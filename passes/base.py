@@ -126,6 +126,9 @@ class Pass:
     trains: ClassVar[bool] = False
     """Whether the pass trains the graph."""
 
+    resizes: ClassVar[bool] = False
+    """Whether values inside of the graph have other sizes behind the pass."""
+
     @property
     def times(self) -> bool:
         """Whether the pass asks how long graphs take."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class PruneDims(Pass):
 
     name = "prune-dims"
     effect = "lossy"
+    resizes: ClassVar[bool] = True
 
     keep: dict[str, tuple[int, ...]] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
