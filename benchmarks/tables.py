@@ -470,6 +470,38 @@ def cached() -> list[str]:
     return lines
 
 
+def sized() -> list[str]:
+    lines = ["## What pruning buys, with and without sizes that pay (benchmarks/sizes.py)", ""]
+    for found in results("sizes"):
+        lines += [
+            f"Nets of random weights on ONNX Runtime, batch 1, threads: {found['threads']}. The ratio is unpruned ÷ "
+            "pruned in the same precision, in brackets its 99 % interval; the last column is sizes as the ratio says ÷ "
+            "those of `align: auto`, so above 1 aligned sizes are faster. " + circumstances(found), "",
+        ]  # fmt: skip
+        by_key: dict[tuple[Any, ...], Json] = {}
+        for row in found["rows"]:
+            by_key.setdefault((row["net"], row["kind"], row["pruned"]), {})[row["align"]] = row
+        rows = [
+            [
+                f"{net}, {kind}", f"{share:.0%}", f"{of['plain']['whole_ms']:.2f} ms",
+                *(f"{ratio(of[a], of[a]['n'])}; {of[a]['parameters']:.0%}" for a in ("plain", "auto")),
+                _moved(of["auto"]), ratio(of["plain ÷ auto"], of["plain ÷ auto"]["n"]),
+            ]
+            for (net, kind, share), of in by_key.items()
+        ]  # fmt: skip
+        lines += table(
+            ["net", "pruned", "unpruned", "as the ratio says; parameters left", "align: auto; parameters left",
+             "sizes that it changed", "ratio ÷ auto"], rows,
+        )  # fmt: skip
+    return lines
+
+
+def _moved(row: Json) -> str:
+    """`922 → 896` of so many kinds of groups, and what it took to choose them."""
+    words = [f"{wanted} → {kept}" for _, wanted, kept in row["moved"]]
+    return f"{', '.join(words) or 'none'} of {row['kinds']}; {row['seconds']:.0f} s"
+
+
 def peers() -> list[str]:
     lines = [
         "## Beside other tools (benchmarks/peers.py)", "",
@@ -870,6 +902,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     decoder: ("decoder",),
     cached: ("cache",),
     pruned: ("pruning",),
+    sized: ("sizes",),
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),
     kernels: ("kernels",),

@@ -16,6 +16,7 @@ _NAMES = {
     "compile": "effc.compiler:compile",
     "trace": "effc.ir.trace:trace",
     "apply": "effc.passes.pipeline:apply",
+    "clock": "effc.timing:clock",
     "show": "effc.ir.show:show",
     "trainer": "effc.tuning:trainer",
     "Pass": "effc.passes.base:Pass",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from effc.passes.base import Pass as Pass
     from effc.passes.pipeline import apply as apply
     from effc.source import Source as Source
+    from effc.timing import clock as clock
     from effc.tuning import trainer as trainer
 
 

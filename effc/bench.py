@@ -416,11 +416,15 @@ def warm_up(once: Callable[[], float], budget_s: float, window_s: float = 0.02) 
 
 def ratio_of(reference: Timing, engine: Timing) -> Ratio:
     """Geometric mean over sessions of reference ÷ engine, and its interval; both sides share their sessions."""
-    logs = np.array(
-        [_log_ratio(*both) for both in zip(reference.sessions, engine.sessions, strict=True)]
-    )
+    logs = log_ratios(reference, engine)
     found = stats.student(logs, LEVEL)
     return Ratio(ratio=math.exp(logs.mean()), low=math.exp(found.low), high=math.exp(found.high))
+
+
+def log_ratios(reference: Timing, engine: Timing) -> Array:
+    """log(reference ÷ engine) of every session."""
+    both = zip(reference.sessions, engine.sessions, strict=True)
+    return np.array([_log_ratio(*pair) for pair in both])
 
 
 def _log_ratio(reference: Sequence[Block], engine: Sequence[Block]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,29 +21,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effc import package
+from effc import measure, package
 from effc.backends import BACKENDS, DISTRIBUTIONS
 from effc.backends.base import Lowered, Port, Site
 from effc.backends.dialect import DIALECTS
+from effc.bench import Case, cpu_name
 from effc.cache import Cache, Entry, key_of
 from effc.calib import data
 from effc.calib.calibrator import MASK, tensors_for
 from effc.calib.data import Batch
 from effc.calib.probe import held_bytes
+from effc.causal import DECODE
 from effc.errors import CalibrationError
 from effc.ir.program import Program
 from effc.ir.show import graph_digest
-from effc.machine import cpu_features, installed
+from effc.machine import cpu_features, default_threads, installed
 from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, PassRecord
 from effc.passes.pipeline import apply, options_of
 from effc.progress import Progress
-from effc.recipe import Recipe
+from effc.recipe import BenchSpec, Recipe
 from effc.samples import Samples
 from effc.source import Source
 
 if TYPE_CHECKING:
     from effc.checkpoint import Checkpoint
+    from effc.timing import Clock
     from effc.tuning import Tuner
 
 Json = dict[str, Any]
@@ -177,6 +181,8 @@ class Builder:
     """Roles of the whole program."""
     checkpoint: Checkpoint | None = None
     """What training made before; nothing is trained then."""
+    threads: int | None = None
+    """Those on which graphs are timed, where a pass asks for it; the machine's cores where not given."""
     twin: Builder | None = None
     """The builder of another role that has the same graph; exact passes are then done once for both."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
@@ -227,6 +233,36 @@ class Builder:
             source=self.source, teacher=self.original.only(), calib=self.recipe.calib,
             cache=self.cache, checkpoint=self.checkpoint,
         )  # fmt: skip
+
+    def clock(self, index: int, target: str, step: Any) -> Clock:
+        """What says how long graphs take that the pass at `index` of the recipe thinks of."""
+        from effc.timing import Clock, deciding
+
+        def case(lowered: Lowered) -> Case:
+            most = measure.longest(self.source, self.original.only())
+            shapes, ports = [self._clocked], lowered.inputs
+            return measure.shaped_cases(
+                self.samples, shapes, ports, most, lowered.profile, last_only=True
+            )[0]
+
+        return Clock(
+            target=target, case=case, threads=self._threads, options=self.recipe.target_options.get(target),
+            behind=deciding(p for p in self.recipe.passes[index + 1 :] if p.takes(self.role)),
+            batches=lambda: itertools.islice(self.samples(self.role), 1), step=step,
+        )  # fmt: skip
+
+    @property
+    def _clocked(self) -> Sequence[int]:
+        """The shape that graphs are timed on: of the fewest rows that a bench has, the longest."""
+        shapes = measure.of_role((self.recipe.bench or BenchSpec()).shapes, self.role)
+        if self.role != DECODE:
+            shapes = [shape for shape in shapes if len(shape) == 2] or shapes
+        return max(shapes, key=lambda shape: (-shape[0], *shape[1:]))
+
+    @property
+    def _threads(self) -> int:
+        spec = self.recipe.bench
+        return self.threads or (spec.threads if spec else None) or default_threads()
 
     @cached_property
     def _probes(self) -> dict[str, list[dict[str, Any]]]:
@@ -294,7 +330,7 @@ class Builder:
         if pass_.measures_again and not kept:
             known = None  # those of another graph
         replayed = self.recorded(target, f"{index}:{pass_.name}")
-        key = self._decisions_key(pass_, program, target) if replayed is None else None
+        key = self._decisions_key(pass_, index, program, target) if replayed is None else None
         stored = self.cache.get(key) if key is not None and known is None else None
         recorded = replayed if replayed is not None else known
         if stored is not None:
@@ -355,10 +391,24 @@ class Builder:
             progress=lambda _, done: step(done, total),
             kept=kept,
             train=self.tuner.trainer(index, step) if pass_.trains else None,
+            clock=self.clock(index, target, step) if pass_.times else None,
         )
 
-    def _decisions_key(self, pass_: Pass, program: Program, target: str) -> str | None:
-        return self.key_of_pass("decisions", pass_, program, target) if pass_.measures else None
+    def _decisions_key(self, pass_: Pass, index: int, program: Program, target: str) -> str | None:
+        if not pass_.measures and not pass_.times:
+            return None
+        timed = self._timed_under(index, target) if pass_.times else {}
+        return self.key_of_pass("decisions", pass_, program, target, **timed)
+
+    def _timed_under(self, index: int, target: str) -> Json:
+        """What times hang on beside the graph."""
+        clock = self.clock(index, target, None)
+        options = clock.options and dataclasses.asdict(clock.options)
+        return {
+            "threads": clock.threads, "shape": list(self._clocked), "cpu": [cpu_name(), *cpu_features()],
+            "behind": [(pass_.name, options_of(pass_)) for pass_ in clock.behind],
+            "target_options": options, "tool": installed(DISTRIBUTIONS[target][0]), "gpu": BACKENDS[target]().gpu(),
+        }  # fmt: skip
 
     def key_of_pass(
         self, stage: str, pass_: Pass, program: Program, target: str, **parts: Any

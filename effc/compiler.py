@@ -208,6 +208,7 @@ def run(
     builders = _builders(
         recipe, source, original, progress, kept, decisions=decisions, max_ram_bytes=max_ram_bytes,
         trained=checkpoint.read(tuned, source, recipe.passes) if tuned is not None else None,
+        threads=threads,
     )  # fmt: skip
     labs: dict[str, Lab] = {}
     with package.staged(out) as stage:
@@ -259,6 +260,7 @@ def _builders(
     decisions: Mapping[str, Any] | None = None,
     trained: checkpoint.Checkpoint | None = None,
     max_ram_bytes: int | None = None,
+    threads: int | None = None,
 ) -> dict[str, Builder]:
     """What builds each graph of a source, by role."""
     found: dict[str, Builder] = {}
@@ -269,7 +271,7 @@ def _builders(
             recipe=recipe, source=part, samples=Samples(part, recipe.calib, room),
             original=Program({graph.role: graph}), progress=progress, cache=kept,
             decisions=decisions, checkpoint=trained, roles=tuple(original.graphs),
-            twin=twin_of(source, graph.role, found),
+            threads=threads, twin=twin_of(source, graph.role, found),
         )  # fmt: skip
     return found
 

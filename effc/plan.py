@@ -34,11 +34,14 @@ from effc.recipe import Recipe
 from effc.room import KERNELS, within
 from effc.samples import Samples
 from effc.source import Source
+from effc.timing import EACH_S
 
 Json = dict[str, Any]
 
 LOWER_S, LOWER_S_PER_NODE = 1.5, 0.004
 """Seconds of writing a graph as ONNX and opening the file, as a whole and per node (benchmarks/plan.py)."""
+TIMINGS = 12
+"""Graphs that a pass has timed which asks how long they take: several sizes of two or three kinds of groups."""
 COPIES = 3.0
 """Copies of the weights that are alive while an engine is written."""
 
@@ -85,7 +88,8 @@ def plan(
         builder = Builder(
             recipe=recipe, source=part, samples=Samples(part, recipe.calib),
             original=Program({graph.role: graph}), progress=Progress(), cache=Cache(None),
-            decisions=decisions, roles=tuple(original.graphs), twin=twin_of(source, graph.role, builders),
+            decisions=decisions, roles=tuple(original.graphs), threads=threads,
+            twin=twin_of(source, graph.role, builders),
         )  # fmt: skip
         builders[graph.role] = builder
         left_mb = math.inf
@@ -174,9 +178,12 @@ class _Probe:
             if pass_.trains:
                 self._train(pass_, index, program, data)
                 continue
+            quick = pass_.untimed() if recorded is None else pass_
             started = time.perf_counter()
-            apply(pass_, program, data or None, dialect=DIALECTS[target], recorded=recorded)
+            apply(quick, program, data or None, dialect=DIALECTS[target], recorded=recorded)
             seconds, need = time.perf_counter() - started, 0.0
+            if quick is not pass_:
+                seconds += TIMINGS * (EACH_S + self._lower_s(program.only()))
             if data and pass_.resolve(DIALECTS[target]).measures and spec is not None:
                 count = max(0, math.ceil(spec.samples / spec.batch) - 2)
                 seconds += count * self.rate * _values(data[-1].inputs) * 1.5
@@ -197,8 +204,11 @@ class _Probe:
         seconds = 1.1 * pass_.steps * curve[-1]["seconds"] / curve[-1]["step"]
         self._add(pass_.name, seconds, extra_mb=need, how="probed")
 
+    def _lower_s(self, graph: Graph) -> float:
+        return LOWER_S + LOWER_S_PER_NODE * sum(1 for _ in graph.nodes)
+
     def _lower(self, name: str, graph: Graph) -> None:
-        seconds = LOWER_S + LOWER_S_PER_NODE * sum(1 for _ in graph.nodes)
+        seconds = self._lower_s(graph)
         weights_mb = graph.weight_bytes() / 1e6
         self._add(
             name, seconds, extra_mb=COPIES * weights_mb, disk_mb=2 * weights_mb, how="estimated"

@@ -19,7 +19,7 @@ from effc.errors import PackageError
 from effc.machine import cpu_features
 from effc.package import dump
 from effc.passes import CANONICAL
-from effc.report_numbers import curve_words
+from effc.report_numbers import curve_words, size_words
 
 Json = dict[str, Any]
 
@@ -142,9 +142,11 @@ def _passes(content: Mapping[str, Any]) -> list[str]:
             if p["drift"]:
                 text += f", drift {p['drift']['rel_l2']:.2g}"
             lines.append(f"pass      {_of(content, target)}{text}")
-            for name, curve in p.get("notes", {}).items():
+            for name, note in p.get("notes", {}).items():
                 if name.endswith("/curve"):
-                    lines.append(f"          {curve_words(curve)}")
+                    lines.append(f"          {curve_words(note)}")
+                if name.endswith("/sizes"):
+                    lines += [f"          {words}" for words in size_words(note)]
     return lines
 
 

@@ -16,7 +16,7 @@ from effc import charts
 from effc.bench import word_of
 from effc.charts import Bar, Html, Layer, Span, Spread, join
 from effc.package import UNHASHED, label
-from effc.report_numbers import FORMATS, At, curve_words, number
+from effc.report_numbers import FORMATS, At, curve_words, number, size_words
 from effc.stats import Interval
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def page(content: Mapping[str, Any], *, files: Mapping[str, str], recipe: str, b
             "stages": _stages(r),
         },
         curves=list(_curves(r["passes"])),
+        bought=list(_bought(r["passes"])),
         layers=[(t, f, _profile(i, f), _shares_of_error(i, f)) for i, (t, f) in enumerate(layers)],
         files=files,
         unhashed=UNHASHED,
@@ -316,6 +317,14 @@ def _curves(passes: At) -> Iterator[tuple[At, str, Html]]:
             desc = "The mean loss between two points of a training, and the loss of samples that it does not see."
             figure = charts.curve(f"curve-{place}", "Training", desc, lines)
             yield pass_, curve_words(points.raw), figure
+
+
+def _bought(passes: At) -> Iterator[tuple[At, list[str]]]:
+    """Passes that had graphs timed, and what every kind of group bought."""
+    for pass_ in passes:
+        for name, sizes in pass_["notes"].pairs():
+            if name.endswith("/sizes") and sizes:
+                yield pass_, size_words(sizes.raw)
 
 
 def _profile(place: int, layers: At) -> Html:

@@ -64,6 +64,41 @@ def curve_words(curve: Any) -> str:
     return f"{words} in {curve[-1]['step']} steps, the least at {best['step']}, {curve[-1]['seconds']:.0f} s"
 
 
+def size_words(sizes: Any) -> list[str]:
+    """What the groups of a pruned graph bought, a line for every kind, and all of them together.
+
+    `fc1 and 11 alike: 1 536 → 1 152 units (1 075 wished for; tried 1 088), 30.1 → 24.5 ms [24.3, 24.7]`
+    """
+    whole, lines = sizes["whole_ms"], []
+    for kind in sizes["kinds"]:
+        first, *rest = kind["groups"]
+        alike = f" and {len(rest)} alike" if rest else ""
+        units = f"{kind['size']:,} → {kind['kept']:,} units".replace(",", " ")
+        if kind["kept"] == kind["size"]:
+            units = f"all {kind['size']:,} units stay, fewer are slower".replace(",", " ")
+        others = [
+            str(t["units"])
+            for t in kind["tried"]
+            if t["units"] not in (kind["kept"], kind["wanted"])
+        ]
+        notes = [f"{kind['wanted']} wished for"] if kind["wanted"] != kind["kept"] else []
+        notes += [f"tried {', '.join(others)}"] if others else []
+        noted = f" ({'; '.join(notes)})" if notes else ""
+        lines.append(f"{first}{alike}: {units}{noted}, {_took(whole, kind['bought'])}")
+    asked = f" at a ratio of {sizes['ratio']:.3g}" if sizes["ratio"] is not None else ""
+    alone = whole + sum(kind["bought"]["ms"] - whole for kind in sizes["kinds"])
+    together = f"all{asked}: {_took(whole, sizes['together'])}"
+    return [
+        *lines,
+        f"{together}; the sum of the lines is {alone:.3g} ms" if len(lines) > 1 else together,
+    ]
+
+
+def _took(whole_ms: float, took: Any) -> str:
+    """`30.1 → 24.5 ms [24.3, 24.7]`"""
+    return f"{whole_ms:.3g} → {took['ms']:.3g} ms [{took['low']:.3g}, {took['high']:.3g}]"
+
+
 def find(content: Any, key: str) -> Any:
     """What stands in a report under the key of a place; None where there is nothing."""
     for step in re.findall(r"(?:[^\\.]|\\.)+", key):

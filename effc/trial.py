@@ -121,7 +121,10 @@ class Lab:
         return made
 
     def layers(self, built: Built) -> list[Json]:
-        """Every quantised layer with the error that it makes, over one batch; see `layers.layer_errors`."""
+        """Every quantised layer with the error that it makes, over one batch; see `layers.layer_errors`.
+
+        Its reference is the graph before the first lossy pass, or the first behind one that changed sizes or trained.
+        """
         passes = self.builder.recipe.passes
         last = max((i for i in built.steps if passes[i].renews), default=-1)
         changed = (i for i, r in built.steps.items() if i > last and r.effect == "lossy")

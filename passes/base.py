@@ -41,11 +41,13 @@ class Stats:
         recorded: dict[str, Any] | None = None,
         kept: dict[str, Tensor] | None = None,
         train: Trainer | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._collectors = collectors or {}
         self._recorded = recorded
         self._kept = kept if kept is not None else {}
         self._train = train
+        self._clock = clock
         self.decisions: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         """What a pass has to tell beside its decisions, such as the curve of a training; it decides nothing."""
@@ -96,6 +98,16 @@ class Stats:
             )
         return self._train(pass_, graph, self)
 
+    @property
+    def clock(self) -> Clock:
+        """What says how long graphs take. Raises PreconditionError where there is none."""
+        if self._clock is None:
+            raise PreconditionError(
+                "the pass asks how long graphs take, and there is no clock",
+                hint="`effc compile` has one; in Python, effc.apply(…, clock=effc.clock(TARGET, feeds))",
+            )
+        return self._clock
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -115,6 +127,15 @@ class Pass:
     """Whether the pass trains the graph."""
     renews: ClassVar[bool] = False
     """Whether values behind the pass are others, or of other sizes, than those before it: no node answers for that."""
+
+    @property
+    def times(self) -> bool:
+        """Whether the pass asks how long graphs take."""
+        return False
+
+    def untimed(self) -> Self:
+        """What the pass may do, where nobody can say how long graphs take: for a plan."""
+        return self
 
     def takes(self, role: str) -> bool:
         """Whether the pass works on the graph of that role."""
@@ -154,6 +175,10 @@ class Pass:
 
 Trainer = Callable[[Pass, Graph, Stats], dict[str, Tensor]]
 """Trains a graph as a pass asks: its tensors by name, as they are then."""
+
+Clock = Callable[[Iterable[Graph]], Sequence[Sequence[float]]]
+"""How long graphs take on the target, in ms: [graphs, sessions]. All are run side by side in every session, so what a
+session has against one it has against all; graphs are taken one by one, and not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from effc.errors import EffcError, PassError, PostconditionError, PreconditionEr
 from effc.ir.check import Drift, drift, problems
 from effc.ir.edit import refresh
 from effc.ir.program import Graph, Program
-from effc.passes.base import Pass, PassRecord, Stats, Trainer
+from effc.passes.base import Clock, Pass, PassRecord, Stats, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,15 @@ def apply(
     progress: Progress | None = None,
     kept: dict[str, Tensor] | None = None,
     train: Trainer | None = None,
+    clock: Clock | None = None,
 ) -> PassRecord:
     """Apply one pass to a program in place, and say what it did.
 
     `probes` are inputs by role on which the outputs before and after are compared; where none are given the first
     batch of `data` serves. `recorded` replays the decisions of an earlier run and needs no data, but for passes that
     measure again. `kept` holds decisions by sha256 that are too large for a record; they are looked up there, and those
-    of this run added. `train` is who trains, for a pass that does. On any error the program is as it was.
+    of this run added. `train` is who trains, for a pass that does, and `clock` what says how long graphs take. On any
+    error the program is as it was.
     """
     if dialect is not None:
         pass_ = pass_.resolve(dialect)
@@ -67,7 +69,7 @@ def apply(
         pass_.requires(program)
         sites, decisions, notes = 0, {}, {}
         for graph in _graphs(pass_, program):
-            stats = _stats(pass_, graph, data, recorded, progress, kept, train)
+            stats = _stats(pass_, graph, data, recorded, progress, kept, train, clock)
             sites += _rewrite(pass_, graph, stats)
             decisions.update(stats.decisions)
             notes.update({f"{graph.role}/{name}": note for name, note in stats.notes.items()})
@@ -135,19 +137,20 @@ def _stats(
     progress: Progress | None,
     kept: dict[str, Tensor] | None,
     train: Trainer | None,
+    clock: Clock | None,
 ) -> Stats:
     known = None if recorded is None else dict(recorded)
     suffices = known is not None and (bool(kept) or not pass_.measures_again)
     wanted = [] if suffices else list(pass_.probes(graph))
     if not wanted:
-        return Stats(recorded=known, kept=kept, train=train)
+        return Stats(recorded=known, kept=kept, train=train, clock=clock)
 
     def on_batch(count: int) -> None:
         if progress is not None:
             progress("calibrate", count)
 
     seen = collect(graph, wanted, _batches(data, graph.role), on_batch=on_batch)
-    return Stats(seen, recorded=known, kept=kept, train=train)
+    return Stats(seen, recorded=known, kept=kept, train=train, clock=clock)
 
 
 def _rewrite(pass_: Pass, graph: Graph, stats: Stats) -> int:

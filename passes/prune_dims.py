@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -25,14 +25,18 @@ from effc.calib.probe import Probe
 from effc.errors import CalibrationError, PreconditionError
 from effc.ir import axes
 from effc.ir.axes import Axis, Keep
-from effc.ir.edit import rebind
+from effc.ir.edit import rebind, refresh
 from effc.ir.program import Graph, Program
 from effc.ir.select import Words, op_name
+from effc.passes import sizes
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
 from effc.passes.coupling_rules import Call, Path
 from effc.passes.importance import IMPORTANCES
 from effc.table import unknown
+
+Scores = Mapping[str, Tensor]
+"""What every unit is worth, [units], by group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,9 @@ class PruneDims(Pass):
 
     `keep` names the units that stay, by group. With a `ratio` that part of every group of `groups` goes, the least
     important units first; with the `budget` global that part of the multiplications of all of them together, wherever
-    they are worth least, and no group loses more than nine tenths.
+    they are worth least, and no group loses more than nine tenths. `align` rounds what stays to multiples of a number,
+    or to sizes that are faster on the target (`auto`); with a `latency_budget` as much goes as brings the time down to
+    that share.
     """
 
     name = "prune-dims"
@@ -50,32 +56,43 @@ class PruneDims(Pass):
 
     keep: dict[str, tuple[int, ...]] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    latency_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    align: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     groups: Words = "*"
     importance: str = "magnitude"
     budget: Literal["group", "global"] = "group"
 
     @property
     def measures(self) -> bool:
-        return self.ratio is not None and bool(IMPORTANCES[self.importance].measures)
+        return self.keep is None and bool(IMPORTANCES[self.importance].measures)
 
     def requires(self, program: Program) -> None:
-        if (self.keep is None) == (self.ratio is None):
+        if [self.keep, self.ratio, self.latency_budget].count(None) != 2:
             raise PreconditionError(
-                f"{self.name} needs either a keep-set or a ratio",
-                hint="ratio: 0.25, or keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` names the groups",
+                f"{self.name} needs either a keep-set or a ratio or a latency budget",
+                hint="ratio: 0.25, latency_budget: 0.7, or keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` "
+                "names the groups",
+            )
+        if self.keep is not None and self.align is not None:
+            raise PreconditionError(
+                f"{self.name}: a keep-set says which units stay, and leaves nothing to align",
+                hint="leave `align` out",
             )
         IMPORTANCES[self.importance]  # a word that nobody knows is refused before any work
         couplings = [coupled_dims(graph) for graph in program if self.takes(graph.role)]
         for word, units in (self.keep or {}).items():
             _hold(word, units, couplings)
-        if self.ratio is not None and not any(self._chosen(c) for c in couplings):
+        if isinstance(self.align, int):
+            for coupling in couplings:
+                sizes.refuse_unaligned(self._matching(coupling), self.align)
+        if self.keep is None and not any(self._chosen(c) for c in couplings):
             raise PreconditionError(
                 f"no group of {self.groups!r} can lose a unit",
                 hint=_refusals(couplings, self.groups),
             )
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
-        if self.ratio is None:
+        if self.keep is not None:
             return
         coupling = coupled_dims(graph)
         for group in self._chosen(coupling):
@@ -83,11 +100,14 @@ class PruneDims(Pass):
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         coupling = coupled_dims(graph)
-        chosen, groups = {}, self._chosen(coupling)
-        kept = cache(partial(self._kept, coupling, groups, stats))
+        groups, chosen = self._chosen(coupling), {}
+        scores = cache(partial(self._scores, coupling, groups, stats))
+        counts = cache(partial(self._counts, coupling, groups, stats, scores))
+        if self.times:
+            counts()  # what was measured is told of a replay too
         for group in groups:
             key = f"{graph.role}/{group.name}"
-            units = stats.decide(key, partial(_at, kept, group.name))
+            units = stats.decide(key, partial(self._units, group, scores, counts))
             if not units or not _fits(units, group):
                 raise CalibrationError(
                     f"the recorded units of {key!r} are none of this model's {group.size}",
@@ -99,44 +119,91 @@ class PruneDims(Pass):
             remove(coupling, coupling.keep(chosen))
         return len(chosen)
 
+    @property
+    def times(self) -> bool:
+        return self.align == "auto" or self.latency_budget is not None
+
+    def untimed(self) -> Self:
+        ratio = self.ratio if self.latency_budget is None else 1 - self.latency_budget
+        align = None if self.align == "auto" else self.align
+        return replace(self, ratio=ratio, latency_budget=None, align=align)
+
     def _chosen(self, coupling: Coupling) -> list[Group]:
         """The groups that lose units."""
         if self.keep is not None:
             return [coupling.groups[word] for word in self.keep if word in coupling.groups]
+        found = self._matching(coupling)
+        if self.ratio is None or self.budget == "global":
+            return found
+        counts = self._wanted(found, self.ratio)
+        return [group for group in found if counts[group.name] < group.size]
+
+    def _matching(self, coupling: Coupling) -> list[Group]:
         words = (self.groups,) if isinstance(self.groups, str) else self.groups
         return [
             group
             for group in coupling.prunable()
             if any(fnmatchcase(group.name, word) for word in words)
-            and self._count(group) < group.size
         ]
 
-    def _count(self, group: Group) -> int:
-        """How many units stay."""
-        assert self.ratio is not None
-        return max(1, round(group.size * (1 - self.ratio)))
-
-    def _kept(self, coupling: Coupling, groups: list[Group], stats: Stats) -> dict[str, list[int]]:
-        """The units that stay, by group."""
-        if self.keep is not None:
-            return {group.name: sorted(self.keep[group.name]) for group in groups}
+    def _scores(self, coupling: Coupling, groups: list[Group], stats: Stats) -> Scores:
         importance = IMPORTANCES[self.importance]()
-        scores = {g.name: importance.scores(coupling, g, stats) for g in groups}
-        if self.budget == "global":
+        return {group.name: importance.scores(coupling, group, stats) for group in groups}
+
+    def _wanted(
+        self, groups: list[Group], ratio: float, scores: Callable[[], Scores] | None = None
+    ) -> dict[str, int]:
+        """How many units stay where no time is measured."""
+        counts = {group.name: max(1, round(group.size * (1 - ratio))) for group in groups}
+        if self.budget == "global" and scores is not None:
+            is_of_loss = bool(IMPORTANCES[self.importance].is_of_loss)
+            counts = spread(groups, scores(), ratio, is_of_loss=is_of_loss)
+        found = {}
+        for group in groups:
+            count = counts[group.name]
+            step = sizes.step_of(group, self.align) if isinstance(self.align, int) else 1
+            found[group.name] = sizes.aligned(group, count, step)
+        return found
+
+    def _counts(
+        self, coupling: Coupling, groups: list[Group], stats: Stats, scores: Callable[[], Scores]
+    ) -> dict[str, int]:
+        """How many units stay."""
+        if not self.times:
             assert self.ratio is not None
-            counts = spread(groups, scores, self.ratio, is_of_loss=importance.is_of_loss)
-        else:
-            counts = {group.name: self._count(group) for group in groups}
-        return {name: _best(scores[name], count) for name, count in counts.items()}
+            return self._wanted(groups, self.ratio, scores)
+        made = stats.decide(
+            f"{coupling.graph.role}/sizes", partial(self._timed, coupling, groups, stats, scores)
+        )
+        found = sizes.read(made, groups)
+        stats.notes["sizes"] = found.to_json()
+        return found.counts
 
+    def _timed(
+        self, coupling: Coupling, groups: list[Group], stats: Stats, scores: Callable[[], Scores]
+    ) -> dict[str, Any]:
+        shrink = partial(shrunk, coupling.graph)
+        chooser = sizes.Chooser(coupling=coupling, shrink=shrink, clock=stats.clock)
+        share = self.latency_budget
+        if share is None:
+            assert self.ratio is not None
+            return chooser.near(self._wanted(groups, self.ratio, scores)).to_json()
+        near = self._wanted(groups, 1 - share, scores)
+        steps = chooser.steps(near) if self.align == "auto" else {}
 
-def _at(kept: Callable[[], dict[str, list[int]]], name: str) -> list[int]:
-    return kept()[name]
+        def counts_at(ratio: float) -> dict[str, int]:
+            wanted = self._wanted(groups, ratio, scores)
+            return {g.name: sizes.aligned(g, wanted[g.name], steps.get(g.name, 1)) for g in groups}
 
+        return chooser.within(share, counts_at).to_json()
 
-def _best(scores: Tensor, count: int) -> list[int]:
-    found = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
-    return sorted(found)
+    def _units(
+        self, group: Group, scores: Callable[[], Scores], counts: Callable[[], dict[str, int]]
+    ) -> list[int]:
+        if self.keep is not None:
+            return sorted(self.keep[group.name])
+        best = torch.sort(scores()[group.name], descending=True, stable=True).indices
+        return sorted(best[: counts()[group.name]].tolist())
 
 
 LEAST = 0.1
@@ -144,7 +211,7 @@ LEAST = 0.1
 
 
 def spread(
-    groups: Sequence[Group], scores: Mapping[str, Tensor], ratio: float, *, is_of_loss: bool
+    groups: Sequence[Group], scores: Scores, ratio: float, *, is_of_loss: bool
 ) -> dict[str, int]:
     """How many units of every group stay where that part of all multiplications goes, the cheapest loss first.
 
@@ -214,6 +281,15 @@ def _refusals(couplings: list[Coupling], words: Words) -> str:
 
 
 # -- removal
+
+
+def shrunk(graph: Graph, counts: Mapping[str, int]) -> Graph:
+    """A copy of a graph with the first units of some groups alone: what it takes does not hang on which they are."""
+    smaller = graph.clone()
+    coupling = coupled_dims(smaller)
+    remove(coupling, coupling.keep({name: range(count) for name, count in counts.items()}))
+    refresh(smaller)
+    return smaller
 
 
 def remove(coupling: Coupling, keep: Keep) -> None:

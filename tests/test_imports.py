@@ -42,7 +42,9 @@ LINES = [
     report_numbers coupled
     report_html
     report
-    measure build blame layers elsewhere
+    measure
+    timing
+    build blame layers elsewhere
     trial remedy
     search
     compiler
