@@ -51,6 +51,21 @@ class Magnitude:
         return found.sqrt()
 
 
+class First:
+    """The first units are worth most: what stays of a width that pca-rotate sorted by variance."""
+
+    def probes(self, coupling: Coupling, group: Group) -> Iterable[Probe]:
+        return ()
+
+    def scores(self, coupling: Coupling, group: Group, stats: Stats) -> Tensor:
+        return torch.arange(group.size, 0, -1, dtype=torch.float64)
+
+
 IMPORTANCES = Table(
-    "importance", {"magnitude": "effc.passes.importance:Magnitude"}, error=RecipeError
+    "importance",
+    {
+        "first": "effc.passes.importance:First",
+        "magnitude": "effc.passes.importance:Magnitude",
+    },
+    error=RecipeError,
 )
