@@ -35,7 +35,11 @@ class Probe:
 
 
 def held_bytes(probes: Iterable[Probe]) -> int:
-    """What the collectors of probes take together, with the largest twice: a batch has one of its own first."""
-    found = {probe.key: probe for probe in probes}
+    """What the collectors of probes take together, with the largest twice: a batch has one of its own first.
+
+    A collector that several probes share counts once.
+    """
+    keys = {probe.key: probe for probe in probes}
+    found = {id(probe.collector): probe for probe in keys.values()}
     each: list[int] = [p.collector.held_bytes(p.node.meta["val"].shape) for p in found.values()]
     return sum(each) + max(each, default=0)

@@ -18,6 +18,7 @@ PASSES = Table(
         "fuse-projections": "effc.passes.fuse:FuseProjections",
         "layernorm-to-rmsnorm": "effc.passes.layernorm:LayerNormToRMSNorm",
         "mixed-precision": "effc.passes.mixed_precision:MixedPrecision",
+        "pca-rotate": "effc.passes.pca_rotate:PCARotate",
         "prune-dims": "effc.passes.prune_dims:PruneDims",
         "quantize-cache": "effc.passes.quantize_cache:QuantizeCache",
         "quantize": "effc.passes.quantize:Quantize",

@@ -131,6 +131,18 @@ class Taylor:
         return found
 
 
+class First:
+    """The first units are worth most: what stays of a width that pca-rotate sorted by variance."""
+
+    measures, is_of_loss = False, True
+
+    def probes(self, coupling: Coupling, group: Group) -> Iterable[Probe]:
+        return ()
+
+    def scores(self, coupling: Coupling, group: Group, stats: Stats) -> Tensor:
+        return torch.arange(group.size, 0, -1, dtype=torch.float64)
+
+
 class Random:
     """Units in an order that hangs on nothing but the name of the group: what every other ranking is to be above."""
 
@@ -198,6 +210,7 @@ IMPORTANCES = Table(
         "activation": "effc.passes.importance:Activation",
         "wanda": "effc.passes.importance:Wanda",
         "taylor": "effc.passes.importance:Taylor",
+        "first": "effc.passes.importance:First",
         "random": "effc.passes.importance:Random",
     },
     error=RecipeError,

@@ -177,7 +177,7 @@ def _behind(reading: Reading, node: fx.Node, dim: int, stream: Stream) -> Found 
         carrying = [o for o in node.all_input_nodes if _carries(node, o, dim)]
         if len(carrying) == 1:
             return [(carrying[0], _place(node, carrying[0], dim))]
-        scaled = _scaled(node, carrying, dim)
+        scaled = scaled_layer(node, carrying, dim)
         if scaled is not None:
             stream.scaled[node] = scaled
             return []
@@ -248,7 +248,9 @@ def _all_carry(node: fx.Node, dim: int) -> bool:
     return all(isinstance(o, fx.Node) and _carries(node, o, dim) for o in given)
 
 
-def _scaled(node: fx.Node, carrying: list[fx.Node], dim: int) -> tuple[fx.Node, fx.Node] | None:
+def scaled_layer(
+    node: fx.Node, carrying: list[fx.Node], dim: int
+) -> tuple[fx.Node, fx.Node] | None:
     """A layer that nothing else reads, and the constant along the width that it is multiplied with."""
     if op_name(node) != "mul" or len(carrying) != 2:
         return None
@@ -285,7 +287,7 @@ def _same(reading: Reading, node: fx.Node, dim: int, other: fx.Node) -> int | No
 def _center(graph: Graph, stream: Stream) -> None:
     """Take the mean over the width out of everything that writes the stream."""
     for product, (layer, factor) in stream.scaled.items():
-        _fold_scale(graph, layer, tensor_of(graph, factor).flatten())
+        fold_scale(graph, layer, tensor_of(graph, factor).flatten())
         replace(graph, product, layer)
         stream.writers[layer] = 0
     parts: dict[tuple[fx.Node, int], list[fx.Node]] = {}
@@ -317,7 +319,7 @@ def put(
         reader.replace_input_with(constant, made)
 
 
-def _fold_scale(graph: Graph, layer: fx.Node, factor: Tensor) -> None:
+def fold_scale(graph: Graph, layer: fx.Node, factor: Tensor) -> None:
     call = Call(layer)
     for part in (call["weight"], call["bias"]):
         if isinstance(part, fx.Node):
