@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +40,37 @@ from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
 from effc.source import load
 
-SEEDS, RATIOS = (0, 1, 2), (0.3, 0.5)
+SEEDS, FEWER, RATIOS = range(6), range(3), (0.3, 0.5)
 RANKINGS = ("random", "magnitude", "wanda", "taylor")
+WIDTH = "ViT, residual width"
 CALIBRATED, TRAINED, STEPS, BATCH, TESTED = 256, 4096, 150, 64, 5000
 THREADS, BUDGET_S = 2, 8.0
 Json = dict[str, Any]
 
 
 def models() -> Iterator[tuple[str, Program]]:
-    """The models, after the exact passes of every compile."""
+    """The models, after the exact passes of every compile; the last loses width of its residual stream alone."""
     data = common.data_root()
     if data is not None:
-        yield "ViT", trace_source(load({"transformers": str(data / "vit-fashion-mnist")}))
+        yield "ViT", cleaned(trace_source(load({"transformers": str(data / "vit-fashion-mnist")})))
     net = convnet.net()
-    yield "conv net", effc.trace(net.modules["main"], net.inputs["main"])
+    yield "conv net", cleaned(effc.trace(net.modules["main"], net.inputs["main"]))
+    if data is not None:
+        found = cleaned(trace_source(load({"transformers": str(data / "vit-fashion-mnist")})))
+        effc.apply(PASSES["layernorm-to-rmsnorm"](), found, dialect=ORT)
+        yield WIDTH, found
+
+
+def cleaned(program: Program) -> Program:
+    for word in CANONICAL:
+        effc.apply(PASSES[word](), program, dialect=ORT)
+    return program
 
 
 def pixels(name: str, word: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures as a model takes them, and their labels."""
     images, labels = convnet.pictures(convnet.TRAIN, word)
-    if name == "ViT":  # in −1 … 1, as its processor makes them
+    if name != "conv net":  # in −1 … 1, as its processor makes them
         images = ((images * 0.353 + 0.286) - 0.5) / 0.5
     return images, labels
 
@@ -79,23 +91,23 @@ def main() -> int:
     units: Json = found.get("units", {})
     for name, whole in models():
         program = whole.clone()
-        for word in CANONICAL:
-            effc.apply(PASSES[word](), program, dialect=ORT)
         train = pixels(name, "train")[0]
         test = tuple(part[: 2 * TESTED : 2] for part in pixels(name, "t10k"))
         units.setdefault(f"{name} whole", {"accuracy": accuracy(program.run, *test)})
         for ratio in RATIOS:
-            for ranking in RANKINGS:
-                for seed in SEEDS:
-                    key = f"{name}, {ranking}, {ratio}, {seed}"
+            for ranking in (*RANKINGS, "pca") if name == WIDTH else RANKINGS:
+                for seed in FEWER if name == WIDTH else SEEDS:
+                    key = f"{name}: {ranking}, {ratio}, {seed}"
                     if key in units:
                         continue
-                    units[key] = unit(program, ranking, ratio, seed, train, test)
+                    groups = width(program) if name == WIDTH else "*"
+                    units[key] = unit(program, groups, ranking, ratio, seed, train, test)
                     print(key, units[key], flush=True)
                     _keep(units)
             key = f"{name} latency {ratio}"
             if key not in units:
-                units[key] = latency(program, ratio, train)
+                groups = width(program) if name == WIDTH else "*"
+                units[key] = latency(program, groups, ratio, train)
                 _keep(units)
     return 0
 
@@ -115,17 +127,27 @@ def batches(images: torch.Tensor, seed: int, count: int, size: int) -> list[Json
     return [{"pixel_values": x.numpy()} for x in drawn.split(size)]
 
 
+def width(program: Program) -> str:
+    """The name of the widest group that more layers read than any other: the residual stream."""
+    groups = coupled_dims(program.only()).prunable()
+    return max(groups, key=lambda group: len(group.readers)).name
+
+
 def pruned(
-    program: Program, ranking: str, ratio: float, seed: int, images: torch.Tensor
+    program: Program, groups: str, ranking: str, ratio: float, seed: int, images: torch.Tensor
 ) -> Program:
     made = program.clone()
     calib = [Batch(inputs=b) for b in batches(images, seed, CALIBRATED, BATCH)]
-    options: Json = {"ratio": ratio, "importance": ranking}
+    options: Json = {"ratio": ratio, "importance": ranking, "groups": groups}
+    if ranking == "pca":
+        effc.apply(PASSES["pca-rotate"](), made, calib, dialect=ORT)
+        options["importance"] = "first"
     if ranking == "random":
         draw = np.random.default_rng([11, seed])
         keep = {
             group.name: tuple(sorted(draw.permutation(group.size)[: max(1, round(group.size * (1 - ratio)))].tolist()))
             for group in coupled_dims(made.only()).prunable()
+            if fnmatchcase(group.name, groups)
         }  # fmt: skip
         options = {"keep": keep}
     effc.apply(PruneDims(**options), made, calib)
@@ -133,9 +155,15 @@ def pruned(
 
 
 def unit(
-    program: Program, ranking: str, ratio: float, seed: int, images: torch.Tensor, test: Any
+    program: Program,
+    groups: str,
+    ranking: str,
+    ratio: float,
+    seed: int,
+    images: torch.Tensor,
+    test: Any,
 ) -> Json:
-    made = pruned(program, ranking, ratio, seed, images)
+    made = pruned(program, groups, ranking, ratio, seed, images)
     before = accuracy(made.run, *test)
     drawn = batches(images, 100 + seed, TRAINED + BATCH, BATCH)
     tune = Tune(steps=STEPS, lr=1e-3, seed=seed, batch=BATCH)
@@ -153,7 +181,7 @@ def parameters(program: Program) -> int:
     return sum(t.numel() for t in program.only().tensors().values() if t.dim() > 0)
 
 
-def latency(program: Program, ratio: float, images: torch.Tensor) -> Json:
+def latency(program: Program, groups: str, ratio: float, images: torch.Tensor) -> Json:
     """The whole graph ÷ the pruned one, in float and in int8."""
     found: Json = {}
     feeds = {"pixel_values": images[:1].numpy()}
@@ -162,7 +190,7 @@ def latency(program: Program, ratio: float, images: torch.Tensor) -> Json:
         with tempfile.TemporaryDirectory() as place:
             for name, of in (
                 ("whole", program),
-                ("engine", pruned(program, "magnitude", ratio, 0, images)),
+                ("engine", pruned(program, groups, "magnitude", ratio, 0, images)),
             ):
                 made = of.clone()
                 if word == "int8":

@@ -409,13 +409,17 @@ def pruned() -> list[str]:
         lines += [
             "Every group that can be pruned loses that part of its units; then "
             f"{found['steps']} steps of distillation in batches of {found['batch']}, then int8. Accuracy on "
-            f"{found['tested']:,} test pictures, the mean of three seeds; in brackets the 95 % interval of the paired "
+            f"{found['tested']:,} test pictures, the mean over seeds; in brackets the 95 % interval of the paired "
             "difference from random units, Student's over seeds. "
             + circumstances(found), "",
         ]  # fmt: skip
         names = [key.removesuffix(" whole") for key in units if key.endswith(" whole")]
         for name in names:
-            mine = [key.split(", ") for key in units if key.startswith(f"{name}, ")]
+            mine = [
+                [name, *key.removeprefix(f"{name}: ").split(", ")]
+                for key in units
+                if key.startswith(f"{name}: ")
+            ]
             rows = []
             for ratio in dict.fromkeys(key[2] for key in mine):
                 for ranking in dict.fromkeys(key[1] for key in mine if key[2] == ratio):
@@ -423,7 +427,7 @@ def pruned() -> list[str]:
                     cells = []
                     for stage in ("pruned", "tuned", "int8"):
                         own, chance = (
-                            np.array([units[f"{name}, {r}, {ratio}, {s}"][stage] for s in seeds])
+                            np.array([units[f"{name}: {r}, {ratio}, {s}"][stage] for s in seeds])
                             for r in (ranking, "random")
                         )
                         gap = student(own - chance)
@@ -431,11 +435,13 @@ def pruned() -> list[str]:
                             "" if ranking == "random" else f" ({gap.low:+.3f}, {gap.high:+.3f})"
                         )
                         cells.append(f"{own.mean():.4f}{beside}")
-                    share = units[f"{name}, {ranking}, {ratio}, {seeds[0]}"]["share"]
-                    rows.append([ratio, ranking, f"{100 * share:.0f} %", *cells])
+                    share = units[f"{name}: {ranking}, {ratio}, {seeds[0]}"]["share"]
+                    rows.append([ratio, ranking, str(len(seeds)), f"{100 * share:.0f} %", *cells])
             whole = units[f"{name} whole"]["accuracy"]
             lines += [f"{name}, {whole:.4f} whole:", ""]
-            lines += table(["ratio", "ranking", "parameters gone", "pruned", "tuned", "int8"], rows)
+            lines += table(
+                ["ratio", "ranking", "seeds", "parameters gone", "pruned", "tuned", "int8"], rows
+            )
             for ratio in dict.fromkeys(key[2] for key in mine):
                 timed = units.get(f"{name} latency {ratio}")
                 if timed:
