@@ -337,6 +337,32 @@ def ranges() -> list[str]:
     return lines
 
 
+def slicing() -> list[str]:
+    lines = ["## What a residual width is cut by (benchmarks/slicing.py)", ""]
+    for found in results("slicing"):
+        lines += [
+            f"The vision transformer on Fashion-MNIST with fewer than its {found['of']} channels, on ort, without any "
+            "training after it. The last column is what principal directions have before the arm. "
+            + circumstances(found), "",
+        ]  # fmt: skip
+        rows = [
+            [
+                f"{r['channels']} ({100 * r['channels'] / found['of']:.0f} %)",
+                r["arm"],
+                metric_row(r["model"]),
+                gained(r["directions"]) if r["arm"] != "principal directions" else "",
+            ]
+            for r in found["rows"]
+        ]
+        lines += table(["width", "cut by", "accuracy", "principal directions"], rows)
+    return lines
+
+
+def gained(m: Json) -> str:
+    """How far the second of two arms is before the first."""
+    return f"{m['engine'] - m['reference']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}] {m['verdict']}"
+
+
 def rounding() -> list[str]:
     lines = ["## What ways to round weights cost a language model (benchmarks/rounding.py)", ""]
     for found in results("rounding"):
@@ -903,6 +929,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     rules: ("opset",),
     exact: ("exact",),
     ranges: ("ranges",),
+    slicing: ("slicing",),
     rounding: ("rounding",),
     peers: ("peers",),
     decoder: ("decoder",),

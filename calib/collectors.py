@@ -240,6 +240,15 @@ class Gram:
         return (shape[-1] + 1) * shape[-1] * FLOAT64
 
 
+class Directions(Gram):
+    """`Gram` of rows that are brought to a mean square of 1 first, as an RMSNorm does: long ones count alike."""
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        exact = x.detach().to(torch.float64)
+        sizes = exact.square().mean(-1, keepdim=True).sqrt()
+        super().update(exact / sizes.clamp(min=torch.finfo(torch.float64).tiny), mask)
+
+
 class LogHistogram:
     """Counts of values in bins that grow with the value: 32 bins a power of two and sign, and the exact ends.
 

@@ -5,7 +5,11 @@
 An RMSNorm without gain sees lengths alone, and Q keeps them: RMSNorm(x Q) = RMSNorm(x) Q. So where everything between
 is linear in the stream, outputs stay as they are, and what `prune-dims` removes from the end of the width is what the
 stream has least of (Ashkboos et al. 2024, arXiv 2401.15024, section 3). Gains of norms go into the layers that read
-them first. Columns of Q are the eigenvectors of Σ x xᵀ over all inputs of the norms.
+them first.
+
+Columns of Q are the eigenvectors of Σ x xᵀ over all inputs of the norms. Rows x are brought to one length before, as
+the norms will do: without that, positions and blocks where the stream is long decide for those where it is short,
+which costs accuracy (`benchmarks/slicing.py`).
 
 The paper also has a Q for every block, which takes a linear layer more in every residual connection. One Q serves the
 whole stream here: nothing is added to the graph.
@@ -23,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effc.calib.collectors import Gram
+from effc.calib.collectors import Directions, Gram
 from effc.calib.probe import Probe
 from effc.errors import PreconditionError
 from effc.ir.axes import Axis, Stop, leaves, of
@@ -62,13 +66,15 @@ class Stream:
 class PCARotate(Pass):
     """Rotates residual streams under RMSNorm into their principal components, so that prune-dims can drop the last.
 
-    `groups` are shell patterns of names of widths, as `effc inspect MODEL --coupling` lists them.
+    `groups` are shell patterns of names of widths, as `effc inspect MODEL --coupling` lists them. With `normed` the
+    components are those of what norms give, where every position counts alike; else of what they read, as in the paper.
     """
 
     name = "pca-rotate"
     tolerance = 1e-4
 
     groups: Words = "*"
+    normed: bool = True
 
     @property
     def measures(self) -> bool:
@@ -99,7 +105,7 @@ class PCARotate(Pass):
     def probes(self, graph: Graph) -> Iterable[Probe]:
         streams, _ = self._plan(graph)
         for stream in streams:
-            gram = Gram()  # one for all of them, which are summed
+            gram = Directions() if self.normed else Gram()  # one for all of them, which are summed
             for key, norm in zip(stream.keys, stream.norms, strict=True):
                 yield Probe(key=key, node=Call(norm)["input"], collector=gram)
 

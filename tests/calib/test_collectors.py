@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from effc.calib.collectors import (
     COLLECTORS,
+    Directions,
     Gram,
     LeastSquares,
     LogHistogram,
@@ -330,3 +331,21 @@ def test_a_gram_matrix_leaves_padding_out_and_refuses_what_is_no_number():
     blind.update(x, torch.zeros(2, 3))
     with pytest.raises(CalibrationError, match="nothing but padding"):
         blind.matrix()
+
+
+def test_directions_count_long_rows_as_short_ones():
+    rows = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    lengths = torch.logspace(-3, 3, 30)[:, None]
+    plain, long = Directions(), Directions()
+    plain.update(rows)
+    long.update((rows * lengths).reshape(3, 10, 5))
+    assert torch.allclose(plain.matrix(), long.matrix(), rtol=1e-5, atol=1e-5)
+    assert plain.matrix().trace() == pytest.approx(30 * 5)
+
+
+def test_a_row_of_nothing_has_no_direction():
+    seen = Directions()
+    seen.update(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([True, True]))
+    assert seen.count == 2 and seen.matrix().trace() == pytest.approx(2)
+    with pytest.raises(CalibrationError):
+        seen.update(torch.tensor([[float("inf"), 1.0]]))

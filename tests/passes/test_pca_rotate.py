@@ -9,7 +9,7 @@ from graphs import Call, assert_graph, normal, ops
 from torch import nn
 
 import effc
-from effc.calib.collectors import Gram
+from effc.calib.collectors import Directions, Gram
 from effc.calib.data import Batch
 from effc.calib.probe import Probe, held_bytes
 from effc.errors import CalibrationError, PreconditionError
@@ -78,10 +78,11 @@ def test_no_node_is_added_and_nothing_moves():
     assert bool((tensors["norm.weight"] == 1).all() and (tensors["last.weight"] == 1).all())
 
 
-def test_what_the_norms_read_is_uncorrelated_and_sorted():
+@pytest.mark.parametrize("normed", [True, False])
+def test_what_the_norms_give_or_read_is_uncorrelated_and_sorted(normed):
     program, feeds = traced(Block())
-    rotated(program, feeds)
-    seen = Gram()
+    rotated(program, feeds, normed=normed)
+    seen = Directions() if normed else Gram()
     values = effc.ir.values.Values(
         program.only(), feeds, more=dict.fromkeys(program.only().nodes, 1)
     )
