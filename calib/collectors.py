@@ -105,9 +105,12 @@ class Channels:
         self.count = 0
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        axis = (
+            self.axis - x.dim() if self.axis > 0 else self.axis
+        )  # a mask takes axes in front of it away
         if mask is not None:
             x = x[mask.bool()]
-        x = x.detach().movedim(self.axis, -1)
+        x = x.detach().movedim(axis, -1)
         rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
         if not len(rows):
             return
@@ -150,14 +153,14 @@ class Channels:
 class Heads:
     """The largest magnitude of every channel of every head of keys or values [batch, heads, positions, size].
 
-    With `pairs` it is the longest that a channel and the one half a head further, which rotary embedding turns into
-    each other, were together, for both: √(x² + y²).
+    Of the first `turned` channels it is the longest that a channel and the one half as many further, which rotary
+    embedding turns into each other, were together, for both: √(x² + y²).
     """
 
     positions = 2
 
-    def __init__(self, *, pairs: bool = False) -> None:
-        self.pairs = pairs
+    def __init__(self, *, turned: int = 0) -> None:
+        self.turned = turned
         self.most: Array = np.zeros((0, 0))
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -166,15 +169,15 @@ class Heads:
         if not rows.numel():
             return
         _ends(rows.reshape(-1))
-        if self.pairs:
-            length = torch.hypot(*rows.chunk(2, -1))
-            rows = torch.cat([length, length], -1)
-        seen = Heads(pairs=self.pairs)
+        if self.turned:
+            length = torch.hypot(*rows[..., : self.turned].chunk(2, -1))
+            rows = torch.cat([length, length, rows[..., self.turned :]], -1)
+        seen = Heads(turned=self.turned)
         seen.most = rows.abs().amax(0).to(torch.float64).numpy()
         self.most = self.merge(seen).most
 
     def merge(self, other: Heads) -> Heads:
-        made = Heads(pairs=self.pairs)
+        made = Heads(turned=self.turned)
         sides = [side.most for side in (self, other) if side.most.size]
         made.most = np.maximum.reduce(sides) if sides else self.most
         return made

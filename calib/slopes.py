@@ -111,7 +111,9 @@ class SlopeWatcher:
             raise CalibrationError(
                 "no output hangs on what is watched", hint="another importance needs no slopes"
             )
-        if LOGITS in named:
+        if (
+            LOGITS in named and named[LOGITS].dim() < 4
+        ):  # of more axes nobody knows which are classes
             logits = named[LOGITS]
             if mask is not None and logits.shape[:2] == mask.shape:
                 logits = logits[mask.bool()]

@@ -27,10 +27,10 @@ from effc.backends.base import Lowered, Port, Site
 from effc.backends.dialect import DIALECTS
 from effc.bench import Case, cpu_name
 from effc.cache import Cache, Entry, key_of
-from effc.calib import data
 from effc.calib.calibrator import MASK, tensors_for
 from effc.calib.data import Batch
 from effc.calib.probe import held_bytes
+from effc.calib.slopes import SlopeProbe
 from effc.causal import DECODE
 from effc.errors import CalibrationError
 from effc.ir.program import Program
@@ -202,18 +202,7 @@ class Builder:
     @cached_property
     def samples_key(self) -> str | None:
         """What the samples are, or None where somebody's code makes them or what is made of them."""
-        spec, source = self.samples.spec, self.source
-        if source.processor is not None and source.directory is None:
-            return None
-        files = (
-            [package.digest(source.directory / n) for n in source.files] if source.directory else []
-        )
-        if spec is None or spec.file is None:
-            is_code = source.batches is not None or spec is not None
-            return None if is_code else key_of("samples", files=files)
-        path, column = data.parse(spec.file)
-        found = {"data": data.digest(path), "spec": {**dataclasses.asdict(spec), "file": column}}
-        return key_of("samples", files=files, **found)
+        return self.samples.key()
 
     @cached_property
     def first_batch(self) -> dict[str, list[Any]]:
@@ -376,8 +365,9 @@ class Builder:
         suffices = recorded is not None and (bool(kept) or not pass_.measures_again)
 
         def batches(role: str) -> Iterator[Batch]:
-            probes = pass_.resolve(DIALECTS[target]).probes(program[role])
-            return self.samples.beside(held_bytes(probes))(role)
+            probes = list(pass_.resolve(DIALECTS[target]).probes(program[role]))
+            keeps_all = any(isinstance(probe, SlopeProbe) for probe in probes)
+            return self.samples.beside(held_bytes(probes), keeps_all=keeps_all)(role)
 
         spec = self.recipe.calib
         total = math.ceil(spec.samples / spec.batch) if spec is not None else None
@@ -426,7 +416,9 @@ class Builder:
     def recorded(self, target: str, key: str) -> Any:
         """What an earlier compile decided in a step; None where nothing is replayed. Raises CalibrationError."""
         if self.decisions is None:
-            return self.checkpoint.decision(f"{self.role}/{key}") if self.checkpoint else None
+            return (
+                self.checkpoint.decision(f"{target}/{self.role}/{key}") if self.checkpoint else None
+            )
         for name in names(self.role, target, self.roles, key):
             if name in self.decisions:
                 return self.decisions[name]

@@ -141,6 +141,10 @@ class Cache:
                 with contextlib.suppress(OSError):
                     size = sum(file.stat().st_size for file in place.iterdir())
                     entries.append(((place / _ENTRY).stat().st_mtime, size, place))
+            for place in (self.root / "train").glob("*"):  # trainings that nobody went on with
+                with contextlib.suppress(OSError):
+                    size = sum(file.stat().st_size for file in place.iterdir())
+                    entries.append((place.stat().st_mtime, size, place))
             total = sum(size for _, size, _ in entries)
             for _, size, place in sorted(entries):
                 if total <= self.limit:

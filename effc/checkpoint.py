@@ -50,7 +50,7 @@ class Checkpoint:
         return load_file(self.place / f"{key}.safetensors"), self.content["curves"][key]
 
     def decision(self, key: str) -> Any:
-        """What a step before decided; None where it decided nothing."""
+        """What a step decided, by target, role, place and name: `ort/main/0:smooth`; None where it decided nothing."""
         return self.content["decisions"].get(key)
 
 
@@ -112,25 +112,35 @@ def write(
 
 def refuse(out: Path) -> None:
     """Raise TuneError where something else than a checkpoint stands in the way."""
-    if not os.path.lexists(out) or (out / RECORD).is_file():
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
-    if not out.is_dir() or any(out.iterdir()):
+    if not out.is_dir() or _strangers(out):
         raise TuneError(
             f"{out} holds something else than a checkpoint",
             hint="name a directory that is not there yet",
         )
 
 
+def _strangers(out: Path) -> bool:
+    """Whether a directory is no checkpoint, or has something in it that its record does not list."""
+    try:
+        content = bounded.read_json(out / RECORD, TuneError, MOST_RECORD)
+    except TuneError:
+        return True
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        return True
+    files = content.get("files")
+    known = {RECORD, *files} if isinstance(files, dict) else set()
+    return any(file.name not in known for file in out.iterdir())
+
+
 def steps_of(passes: Sequence[Pass]) -> list[Json]:
     """The passes up to the last that trains, as a record names them: without folders of this machine."""
     last = max((i for i, pass_ in enumerate(passes) if pass_.trains), default=-1)
-    found = []
-    for pass_ in passes[: last + 1]:
-        options = options_of(pass_)
-        if isinstance(options.get("file"), str):
-            options["file"] = Path(options["file"]).name
-        found.append(json.loads(json.dumps({"pass": pass_.name, **options})))
-    return found
+    return [
+        json.loads(json.dumps({"pass": pass_.name, **options_of(pass_)}))
+        for pass_ in passes[: last + 1]
+    ]
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from effc.backends.base import Lowered, Port
 from effc.build import Builder, Built, versions
 from effc.cache import Cache
 from effc.causal import ROLES
-from effc.errors import GateRefused, LoweringError, RecipeError, UsageError
+from effc.errors import GateRefused, LoweringError, RecipeError, TuneError, UsageError
 from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
-from effc.ir.show import graph_digest
+from effc.ir.show import graph_digest, tensors_digest
 from effc.ir.trace import trace
 from effc.machine import default_threads
 from effc.progress import Progress
@@ -300,9 +300,17 @@ def tune(
     made: dict[str, checkpoint.Made] = {}
     builders = _builders(recipe, source, original, progress, kept, max_ram_bytes=max_ram_bytes)
     for role, builder in builders.items():
-        built = builder.rewrite(recipe.targets[0], first=last + 1)
-        decisions |= {f"{role}/{i}:{r.name}": r.decisions for i, r in built.steps.items()}
-        made |= builder.tuner.steps
+        for target in recipe.targets:
+            built = builder.rewrite(target, first=last + 1)
+            word = f"{target}/{role}"
+            decisions |= {f"{word}/{i}:{r.name}": r.decisions for i, r in built.steps.items()}
+            for step, (tensors, curve) in builder.tuner.steps.items():
+                if step in made and tensors_digest(made[step][0]) != tensors_digest(tensors):
+                    raise TuneError(
+                        f"{target} has another graph in front of step {step} than {recipe.targets[0]}",
+                        hint="train for each by itself: --set targets=[ort]; or put what differs behind `tune`",
+                    )
+                made[step] = tensors, curve
     checkpoint.write(
         out, source, recipe.passes, decisions=decisions, made=made, recipe=recipe.portable()
     )

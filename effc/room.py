@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from effc.errors import CalibrationError
-from effc.ir.memory import peak_bytes
+from effc.ir.memory import peak_bytes, whole_bytes
 from effc.ir.program import Graph
 from effc.progress import resident_mb
 
@@ -34,6 +34,8 @@ class Room:
     max_bytes: int
     statistics_bytes: int = 0
     """What of the rest is kept for what a pass measures."""
+    keeps_all: bool = False
+    """Whether every activation is kept to the end, for slopes."""
 
     def pieces(self, feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         """The feeds in as few pieces as fit. Raises CalibrationError where a single row does not."""
@@ -59,17 +61,20 @@ class Room:
                     sizes.setdefault(word, feeds[name].shape[axis])
         count = sizes.get("batch", 1)
         while True:
-            needed = KERNELS * peak_bytes(self.graph, {**sizes, "batch": count})
+            held = whole_bytes if self.keeps_all else peak_bytes
+            needed = KERNELS * held(self.graph, {**sizes, "batch": count})
             if needed <= self.left_bytes:
                 return count
             if count == 1:
                 raise self._refusal(sizes, needed)
             count = (count + 1) // 2
 
-    def beside(self, statistics_bytes: int) -> Room:
+    def beside(self, statistics_bytes: int, *, keeps_all: bool = False) -> Room:
         """The room that is left beside what a pass measures."""
         left = self.left_bytes - statistics_bytes
-        return dataclasses.replace(self, left_bytes=left, statistics_bytes=statistics_bytes)
+        return dataclasses.replace(
+            self, left_bytes=left, statistics_bytes=statistics_bytes, keeps_all=keeps_all
+        )
 
     def _refusal(self, sizes: Mapping[str, int], needed: float) -> CalibrationError:
         beside, hint = "", "give it more, or shorter samples (calib: {max_length: N})"

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from effc import causal
+from effc.cache import key_of, sha256
 from effc.calib import data
 from effc.calib.calibrator import fitted
 from effc.calib.data import Batch, Record
@@ -40,11 +41,13 @@ class Samples:
             for inputs in self.pieces(self._fitting(role, batch.inputs)):
                 yield dataclasses.replace(batch, inputs=inputs)
 
-    def beside(self, statistics_bytes: int) -> Samples:
+    def beside(self, statistics_bytes: int, *, keeps_all: bool = False) -> Samples:
         """The same, in pieces that leave so much of a bounded memory to what a pass measures."""
         if self.room is None:
             return self
-        return Samples(self.source, self.spec, self.room.beside(statistics_bytes))
+        return Samples(
+            self.source, self.spec, self.room.beside(statistics_bytes, keeps_all=keeps_all)
+        )
 
     def pieces(self, feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         """Inputs in as many pieces as the memory asks for; one where it was not bounded."""
@@ -165,6 +168,19 @@ class Samples:
                 rows = [b.inputs["input_ids"][m > 0] for b, m in zip(first, masks, strict=True)]
             self._tokens = np.concatenate(rows)
         return self._tokens
+
+    def key(self) -> str | None:
+        """What decides every sample, files and their draw; None where somebody's code has a part in them."""
+        spec, source = self.spec, self.source
+        if source.processor is not None and source.directory is None:
+            return None
+        files = [sha256(source.directory / n) for n in source.files] if source.directory else []
+        if spec is None or spec.file is None:
+            is_code = source.batches is not None or spec is not None
+            return None if is_code else key_of("samples", files=files)
+        path, column = data.parse(spec.file)
+        found = {"data": data.digest(path), "spec": {**dataclasses.asdict(spec), "file": column}}
+        return key_of("samples", files=files, **found)
 
     def description(self) -> dict[str, Any] | None:
         """Name, size and sha256 of the file, for the manifest."""

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from effc.cache import Cache, key_of
-from effc.calib import data
 from effc.calib.calibrator import tensors_for
 from effc.calib.data import Record
 from effc.checkpoint import AGAIN, Checkpoint, Made, apart
@@ -76,7 +76,9 @@ class Tuner:
             assert isinstance(pass_, Tune)
             key = self._key(pass_, graph)
             if key not in self.made:
-                found = self._taken(index, pass_, graph) or self._cached(key)
+                found = self._taken(index, pass_, graph)
+                if found is None and self._is_known(pass_):
+                    found = self._cached(key)
                 self.made[key] = found or self._trained(key, pass_, graph, progress)
             tensors, stats.notes["curve"] = self.steps[f"{index}.{graph.role}"] = self.made[key]
             return tensors
@@ -84,15 +86,17 @@ class Tuner:
         return train
 
     def _key(self, pass_: Tune, graph: Graph) -> str:
-        spec = self._spec(pass_)
         return key_of(
-            "tune", graph=graph_digest([Program({graph.role: graph})]), role=graph.role,
+            "tune", graph=graph_digest([Program({graph.role: graph})]),
             teacher=graph_digest([Program({graph.role: self.teacher})]),
-            options={k: v for k, v in options_of(pass_).items() if k != "file"},
-            calib=None if spec is None else {**dataclasses.asdict(spec), "file": None},
-            data=None if spec is None else data.digest(data.parse(str(spec.file))[0]),
+            options={k: v for k, v in options_of(pass_).items() if k not in ("file", "graphs")},
+            samples=Samples(self.source, self._spec(pass_) or self.calib).key(),
             torch=installed("torch"), threads=torch.get_num_threads(),
         )  # fmt: skip
+
+    def _is_known(self, pass_: Tune) -> bool:
+        """Whether what is trained on is known by its bytes; somebody's own code may give anything."""
+        return Samples(self.source, self._spec(pass_) or self.calib).key() is not None
 
     def _taken(self, index: int, pass_: Tune, graph: Graph) -> Made | None:
         if self.checkpoint is None:
@@ -108,19 +112,24 @@ class Tuner:
         entry = self.cache.get(key)
         if entry is None:
             return None
-        return load_file(entry.directory / "tensors.safetensors"), list(entry.value)
+        try:
+            return load_file(entry.directory / "tensors.safetensors"), list(entry.value)
+        except (OSError, SafetensorError):  # dropped meanwhile
+            return None
 
     def _trained(self, key: str, pass_: Tune, graph: Graph, progress: Step) -> Made:
         module = InGraph(graph, pass_.trained(graph))
         drawn, held = self._examples(pass_, graph)
-        folder = self.cache.root / "train" / key[:32] if self.cache.root is not None else None
+        is_kept = self.cache.root is not None and self._is_known(pass_)
+        folder = self.cache.root / "train" / key[:32] if self.cache.root and is_kept else None
         run = fit(
             module, _loss(pass_, self.teacher), drawn, _schedule(pass_), held=held, folder=folder,
             progress=progress,
         )  # fmt: skip
         tensors = module.tensors()
         curve = [dataclasses.asdict(point) for point in run.points]
-        self.cache.put(key, curve, {"tensors.safetensors": save(apart(tensors))})
+        if is_kept:
+            self.cache.put(key, curve, {"tensors.safetensors": save(apart(tensors))})
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         return tensors, curve

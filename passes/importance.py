@@ -103,14 +103,23 @@ class Wanda:
             for use in place.uses:
                 dims = coupling.reading.of(use.weight)
                 if use.weight not in names or use.reads not in dims:
+                    found += _by_unit(squares, place, group)  # a weight that is computed
                     continue
                 weight = tensors[names[use.weight]].to(torch.float64)
-                dim = dims.index(use.reads)
-                others = [d for d in range(weight.dim()) if d != dim]
-                read_ = weight.square().sum(others)
-                if read_.shape == squares.shape:  # else it is read through a reshape
-                    found += _by_unit(squares * read_, place, group)
+                read_ = _read_squares(weight, dims.index(use.reads), len(squares))
+                found += _by_unit(squares * read_, place, group)
         return found.sqrt()
+
+
+def _read_squares(weight: Tensor, dim: int, channels: int) -> Tensor:
+    """Σ w² by channel that a weight reads along `dim`, [channels]; a convolution in groups reads a part in each."""
+    inputs = weight.shape[dim]
+    if inputs == channels:
+        return weight.square().sum([d for d in range(weight.dim()) if d != dim])
+    if dim == 1 and channels % inputs == 0 and len(weight) % (channels // inputs) == 0:
+        parts = weight.square().reshape(channels // inputs, -1, inputs, *weight.shape[2:])
+        return parts.sum([d for d in range(parts.dim()) if d not in (0, 2)]).reshape(-1)
+    return torch.ones(channels, dtype=torch.float64)
 
 
 class Taylor:

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -114,9 +115,11 @@ def run(
 
 
 def options_of(pass_: Pass) -> dict[str, Any]:
-    """The options of a pass as plain values, those left at None out."""
-    options = dataclasses.asdict(pass_)
-    return {k: v for k, v in options.items() if v is not None and v != ()}
+    """The options of a pass as plain values, those left at None out, and of files their names alone."""
+    options = {k: v for k, v in dataclasses.asdict(pass_).items() if v is not None and v != ()}
+    if isinstance(options.get("file"), str):
+        options["file"] = Path(options["file"]).name
+    return options
 
 
 def _graphs(pass_: Pass, program: Program) -> list[Graph]:

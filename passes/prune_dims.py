@@ -73,10 +73,22 @@ class PruneDims(Pass):
                 hint="ratio: 0.25, latency_budget: 0.7, or keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` "
                 "names the groups",
             )
-        if self.keep is not None and self.align is not None:
+        told = [
+            name
+            for name, usual in (
+                ("align", None), ("groups", "*"), ("importance", "magnitude"), ("budget", "group"),
+            )
+            if getattr(self, name) != usual
+        ]  # fmt: skip
+        if self.keep is not None and told:
             raise PreconditionError(
-                f"{self.name}: a keep-set says which units stay, and leaves nothing to align",
-                hint="leave `align` out",
+                f"{self.name}: a keep-set says which units stay, and leaves nothing to {' and '.join(told)}",
+                hint=f"leave `{'`, `'.join(told)}` out",
+            )
+        if self.keep is not None and not self.keep:
+            raise PreconditionError(
+                f"{self.name}: the keep-sets name no group",
+                hint="keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` names the groups",
             )
         IMPORTANCES[self.importance]  # a word that nobody knows is refused before any work
         couplings = [coupled_dims(graph) for graph in program if self.takes(graph.role)]
@@ -86,6 +98,11 @@ class PruneDims(Pass):
             for coupling in couplings:
                 sizes.refuse_unaligned(self._matching(coupling), self.align)
         if self.keep is None and not any(self._chosen(c) for c in couplings):
+            if most := max((g.size for c in couplings for g in self._matching(c)), default=0):
+                raise PreconditionError(
+                    f"a ratio of {self.ratio} is less than one unit of every group; the largest has {most}",
+                    hint=f"ratio: {1 / most:.2g} or more",
+                )
             raise PreconditionError(
                 f"no group of {self.groups!r} can lose a unit",
                 hint=_refusals(couplings, self.groups),
@@ -217,7 +234,8 @@ def spread(
 
     Scores that are of another scale in every group are first divided by their mean there.
     """
-    costs = {g.name: max(g.macs, g.parameters, 1) for g in groups}
+    in_macs = all(g.macs for g in groups)  # else some have no weight that is multiplied with
+    costs = {g.name: max(1, g.macs if in_macs else g.parameters) for g in groups}
     left = {g.name: g.size for g in groups}
     least = {g.name: max(1, math.ceil(LEAST * g.size)) for g in groups}
     wanted = ratio * sum(costs[g.name] * g.size for g in groups)
@@ -236,11 +254,10 @@ def spread(
     return left
 
 
-def _fits(units: Iterable[Any], group: Group) -> bool:
-    found = list(units)
-    return len(set(found)) == len(found) and all(
-        isinstance(u, int) and 0 <= u < group.size for u in found
-    )
+def _fits(units: Any, group: Group) -> bool:
+    if not isinstance(units, list | tuple) or not all(type(u) is int for u in units):
+        return False
+    return len(set(units)) == len(units) and all(0 <= u < group.size for u in units)
 
 
 def _hold(word: str, units: tuple[int, ...], couplings: list[Coupling]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import fx
@@ -23,7 +23,7 @@ from effc.calib.collectors import Heads
 from effc.calib.probe import Probe
 from effc.causal import PAST, PRESENT
 from effc.dialect import Dialect
-from effc.errors import PreconditionError
+from effc.errors import CalibrationError, PreconditionError
 from effc.ir.edit import give, insert, lift, replace, retype
 from effc.ir.program import Graph, Origin, Program
 from effc.passes.base import Pass, Stats
@@ -89,7 +89,7 @@ class QuantizeCache(Pass):
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
         for place in places(graph):
-            collector = Heads(pairs=_is_turned(place.new))
+            collector = Heads(turned=turned(place.new))
             yield Probe(key=f"{graph.role}/{place.port}", node=place.new, collector=collector)
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
@@ -97,7 +97,7 @@ class QuantizeCache(Pass):
         for place in found:
             key = f"{graph.role}/{place.port}"
             steps = stats.decide(key, partial(_decided, stats, key))
-            _round(graph, place, torch.tensor(steps, dtype=torch.float32))
+            _round(graph, place, _sizes(steps, place))
         return len(found)
 
 
@@ -139,18 +139,36 @@ def _behind(past: fx.Node, joined: fx.Node) -> fx.Node | None:
     return new if first is past and isinstance(new, fx.Node) else None
 
 
-def _is_turned(keys: fx.Node) -> bool:
-    """Whether channels of keys are turned into those half a head further: x cos + [−x₂, x₁] sin."""
+def turned(keys: fx.Node) -> int:
+    """How many channels of a head are turned into those half as many further: x cos + [−x₂, x₁] sin, or a part so."""
+    if keys.target is aten.cat.default and isinstance(keys.args[0], list | tuple):
+        parts = [part for part in keys.args[0] if isinstance(part, fx.Node)]
+        return turned(parts[0]) if parts and parts[0].target is not aten.cat.default else 0
     if keys.target is not aten.add.Tensor:
-        return False
+        return 0
     for product in keys.all_input_nodes:
         for half in product.all_input_nodes if product.target is aten.mul.Tensor else ():
-            parts = half.args[0] if half.target is aten.cat.default else ()
+            parts = half.args[0] if half.target is aten.cat.default else ()  # type: ignore[assignment]
             if isinstance(parts, list | tuple) and any(
                 isinstance(p, fx.Node) and p.target is aten.neg.default for p in parts
             ):
-                return True
-    return False
+                return int(keys.meta["val"].shape[-1])
+    return 0
+
+
+def _sizes(steps: Any, place: Place) -> torch.Tensor:
+    """A decision as [heads, size]. Raises CalibrationError where a record holds something else."""
+    try:
+        found = torch.tensor(steps, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.zeros(0)
+    _, heads, _, size = place.new.meta["val"].shape
+    if found.shape != (heads, size) or not bool((torch.isfinite(found) & (found > 0)).all()):
+        raise CalibrationError(
+            f"the recorded sizes of {place.port} are not those of its {heads} heads of {size}",
+            hint="the record is of another model; compile again without --decisions",
+        )
+    return found
 
 
 def _decided(stats: Stats, key: str) -> list[list[float]]:

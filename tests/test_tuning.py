@@ -424,3 +424,63 @@ def test_prune_train_quantise_for_two_targets_in_one_recipe(place):
     )
     assert ran.code == 0, ran.err
     assert "a node is off" not in ran.out and "prune-dims" in ran.out
+
+
+@pytest.mark.slow
+def test_a_directory_of_somebody_is_no_checkpoint(place):
+    mine = place / "mine"
+    mine.mkdir()
+    (mine / "tune.json").write_text("{}")
+    (mine / "notes.txt").write_text("mine")
+    ran = cli("tune", place / "r.yaml", "-o", mine)
+    assert_letter(ran, "TuneError", 13, "something else than a checkpoint")
+    assert cli("tune", place / "r.yaml", "-o", place / "ck").code == 0
+    (place / "ck" / "notes.txt").write_text("mine")
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck")
+    assert_letter(ran, "TuneError", 13, "something else than a checkpoint")
+    assert (mine / "notes.txt").read_text() == (place / "ck" / "notes.txt").read_text() == "mine"
+
+
+def test_a_training_is_known_by_all_that_it_is_made_of(tmp_path):
+    from effc.cache import Cache
+    from effc.recipe import CalibSpec
+    from effc.source import Source
+    from effc.tuning import Tuner
+
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    source = Source(modules={"main": net()}, inputs={"main": {"input": torch.ones(2, 6)}})
+
+    def key(spec, **options):
+        tuner = Tuner(source=source, teacher=program.only(), calib=spec, cache=Cache(None))
+        pass_ = Tune(**options)
+        return tuner._key(pass_, program.only()), tuner._is_known(pass_)
+
+    file = str(tmp_path / "t.csv")
+    keys = [
+        key(CalibSpec(file=f"{file}#a")),
+        key(CalibSpec(file=f"{file}#b")),
+        key(CalibSpec(file=f"{file}#a"), seed=1),
+    ]
+    assert len({k for k, _ in keys}) == 3 and all(known for _, known in keys)
+    assert not key(CalibSpec(callable="m.py:f"))[1]
+
+
+def test_a_save_that_fails_costs_no_training(tmp_path, monkeypatch):
+    from effc.train import loop
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "SAVE_S", 0.0)
+    monkeypatch.setattr(loop, "save_file", full)
+    data = torch.randn(8, 6)
+    made = fit(
+        net(),
+        lambda module, x: module(x).square().mean(),
+        lambda step: data,
+        Schedule(steps=4, lr=0.01),
+        held=[data],
+        folder=tmp_path / "state",
+    )
+    assert made.step == 4

@@ -39,6 +39,16 @@ def peak_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
     return peak
 
 
+def whole_bytes(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes of all activations together, as who goes back through a graph keeps them."""
+    known = {symbol: sizes[word] for symbol, word in graph.dims.items() if word in sizes}
+    return sum(
+        _bytes(node.meta.get("val"), known)
+        for node in graph.fx.nodes
+        if node.op == "call_function" and _owner(node) is node
+    )
+
+
 def _owner(node: fx.Node) -> fx.Node:
     """The node whose memory a view looks at; itself for everything else."""
     while _is_view(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,15 @@ class InGraph(nn.Module):
         super().__init__()
         self.graph = graph
         self.places: dict[str, int] = {}
-        by_place: dict[tuple[int, tuple[int, ...]], int] = {}
+        by_place: dict[Any, int] = {}
         weights: list[nn.Parameter] = []
         for name, tensor in graph.tensors().items():
-            key = tensor.data_ptr(), tuple(tensor.shape)
+            key = _place(tensor)
             if name in names and key not in by_place:
                 by_place[key] = len(weights)
                 weights.append(nn.Parameter(tensor.detach().clone()))
         for name, tensor in graph.tensors().items():
-            if (place := by_place.get((tensor.data_ptr(), tuple(tensor.shape)))) is not None:
+            if (place := by_place.get(_place(tensor))) is not None:
                 self.places[name] = place
         self.weights = nn.ParameterList(weights)
 
@@ -38,6 +39,10 @@ class InGraph(nn.Module):
         """The parameters by the names of the graph's tensors; one object for those that are shared."""
         held = [weight.detach() for weight in self.weights]
         return {name: held[place] for name, place in self.places.items()}
+
+
+def _place(tensor: Tensor) -> Any:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def mask_of(feeds: Mapping[str, Tensor]) -> Tensor | None:

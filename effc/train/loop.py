@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effc.errors import TuneError
+
+log = logging.getLogger(__name__)
 
 SAVE_S = 30.0
 """Seconds between two saves."""
@@ -96,7 +100,7 @@ def fit(
         from accelerate import Accelerator
     except ImportError as error:
         raise TuneError("training needs accelerate", hint="pip install 'effc[train]'") from error
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=True)  # the graph, its teacher and its samples are there
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise TuneError("there is nothing to train", hint="`tensors` matches none of the graph's")
@@ -128,7 +132,10 @@ def fit(
             _check(run, module, loss, held, parameters, best)
         progress(run.step, schedule.steps)
         if folder is not None and time.monotonic() - saved > SAVE_S and run.step < schedule.steps:
-            _save(folder, run, parameters, best, optimizer, schedule)
+            try:
+                _save(folder, run, parameters, best, optimizer, schedule)
+            except (OSError, SafetensorError) as error:
+                log.warning("the state of the training is not kept: %s", error)
             saved = time.monotonic()
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
@@ -148,6 +155,11 @@ def _check(
     with torch.no_grad():
         values = [float(loss(module, batch)) for batch in held]
     now = sum(values) / len(values) if values else None
+    if now is not None and not math.isfinite(now):
+        raise TuneError(
+            f"the loss of held-out samples is {now} at step {run.step}",
+            hint="a lower learning rate may help, or `held: 0`, where they are at fault",
+        )
     least = min((p.held for p in run.points if p.held is not None), default=math.inf)
     mean = sum(run.losses) / len(run.losses) if run.losses else None
     run.points.append(Point(step=run.step, loss=mean, held=now, seconds=round(run.seconds, 3)))
@@ -173,7 +185,7 @@ def _resumed(
         values = [held[f"{i}"] for i in range(len(parameters))]
         kept = [held[f"{i}.best"] for i in range(len(parameters))]
         moments = [[held[f"{i}.{m}"] for m in MOMENTS] for i in range(len(parameters))]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return Run(), best
     with torch.no_grad():
         for parameter, value, pair in zip(parameters, values, moments, strict=True):

@@ -34,7 +34,9 @@ def distillation(
         if theirs is None or mine.shape != theirs.shape or not mine.is_floating_point():
             continue
         mine, theirs = (real(value, mask) for value in (mine, theirs))
-        if name == LOGITS:
+        if (
+            name == LOGITS and student[name].dim() < 4
+        ):  # of more axes nobody knows which are classes
             terms.append(divergence(mine, theirs, temperature))
         else:
             terms.append((mine - theirs).square().sum() / theirs.square().sum().clamp_min(1e-12))
@@ -79,6 +81,10 @@ def tokens(outputs: Outputs, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         )
     seen = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
     known = (seen[:, 1:] > 0) & (seen[:, :-1] > 0)
+    if not bool(known.any()):
+        raise TuneError(
+            "no sample of a batch has a token that comes next", hint="train on longer texts"
+        )
     return functional.cross_entropy(logits[:, :-1][known], ids[:, 1:][known])
 
 

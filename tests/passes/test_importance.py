@@ -176,3 +176,58 @@ def test_channels_that_attention_alone_reads_are_ranked_too():
             PruneDims(ratio=0.5, importance=word), program.clone(), [Batch(inputs={"x": x})]
         )
         assert len(record.decisions["main/q:1"]) == 4
+
+
+def test_padding_is_left_out_of_every_ranking():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x, attention_mask):
+            return {"out": self.down(torch.relu(self.up(x))) * attention_mask[:, :, None]}
+
+    mask = np.ones((4, 6), np.int64)
+    mask[:2, 3:] = 0
+    x = np.random.default_rng(0).standard_normal((4, 6, 8)).astype(np.float32)
+    loud = np.where(mask[:, :, None] > 0, x, 100.0).astype(np.float32)
+    program = effc.trace(
+        Masked(),
+        {"x": torch.ones(2, 3, 8), "attention_mask": torch.ones(2, 3, dtype=torch.int64)},
+        dims={"x": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "length"}},
+    )
+    for word in ("activation", "wanda", "taylor"):
+        kept = [
+            effc.apply(
+                PruneDims(ratio=0.5, importance=word), program.clone(),
+                [Batch(inputs={"x": values, "attention_mask": mask})],
+            ).decisions
+            for values in (x, loud)
+        ]  # fmt: skip
+        assert kept[0] == kept[1], word
+
+
+def test_a_convolution_in_groups_reads_a_part_in_each():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.p, self.q = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, groups=3)
+            self.out = nn.Conv2d(12, 4, 1)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.q(torch.relu(self.p(x)))))
+
+    program = effc.trace(Grouped(), {"x": torch.ones(2, 3, 5, 5)})
+    coupling = coupled_dims(program.only())
+    x = np.random.default_rng(0).standard_normal((4, 3, 5, 5)).astype(np.float32)
+    from effc.calib.calibrator import collect
+    from effc.passes.base import Stats
+
+    wanda = IMPORTANCES["wanda"]()
+    for group in coupling.prunable():
+        probes = list(wanda.probes(coupling, group))
+        stats = Stats(collect(program.only(), probes, [Batch(inputs={"x": x})]))
+        scores = wanda.scores(coupling, group, stats)
+        assert bool((scores > 0).any()), group.name

@@ -208,7 +208,7 @@ def test_groups_are_chosen_by_pattern():
         ({"keep": {"down": (0,)}}, "cannot lose a unit: the output 'output' has it"),
         ({"ratio": 0.5, "groups": "down"}, "the output 'output' has it"),
         ({"ratio": 0.5, "groups": "nowhere"}, "no group of 'nowhere'"),
-        ({"ratio": 0.01}, "no group of '*' can lose a unit"),
+        ({"ratio": 0.01}, "less than one unit of every group; the largest has 16"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_refused(options, words):
@@ -293,3 +293,20 @@ def _has_smaller_constants(coupling, graph, keep):
     for name, tensor in graph.tensors().items():
         dims = coupling.reading.of(coupling.constants[name])
         assert tuple(tensor.shape) == tuple(axes.size_of(axis, sizes) for axis in dims)
+
+
+def test_recorded_units_that_are_none_are_refused():
+    program = effc.trace(
+        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)),
+        torch.ones(2, 4),
+    )
+    (name,) = [group.name for group in coupled_dims(program.only()).prunable()]
+    for units in (5, [True, False], [0, 0], [7], None, ["0"]):
+        with pytest.raises(effc.errors.CalibrationError, match="none of this model's"):
+            effc.apply(PruneDims(ratio=0.5), program.clone(), recorded={f"main/{name}": units})
+    with pytest.raises(effc.errors.PreconditionError, match="nothing to importance"):
+        effc.apply(PruneDims(keep={name: (0,)}, importance="taylor"), program.clone())
+    with pytest.raises(effc.errors.PreconditionError, match="name no group"):
+        effc.apply(PruneDims(keep={}), program.clone())
+    with pytest.raises(effc.errors.PreconditionError, match="less than one unit"):
+        effc.apply(PruneDims(ratio=0.001), program.clone())

@@ -18,7 +18,7 @@ from effc.causal import PAST, ROLES, carried, complete, in_steps, typed
 from effc.compiler import trace_source
 from effc.errors import PreconditionError
 from effc.passes.quantize import Quantize
-from effc.passes.quantize_cache import HEADROOM, QuantizeCache, _is_turned, places
+from effc.passes.quantize_cache import HEADROOM, QuantizeCache, places, turned
 from effc.source import load
 from kit import assert_letter, cli
 
@@ -125,14 +125,14 @@ def test_channels_that_are_turned_into_each_other_have_the_size_of_both():
     draw = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 5, 8, generator=draw)
     keys[..., 4:] *= 0.01
-    seen = Heads(pairs=True)
+    seen = Heads(turned=8)
     seen.update(keys)
     angle = torch.linspace(0, 7, 300)[:, None, None, None, None]  # whatever the position is
     left, right = keys.chunk(2, -1)
-    turned = torch.cat(
+    now = torch.cat(
         [left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()], -1
     )
-    most = turned.abs().amax((0, 1, 3))
+    most = now.abs().amax((0, 1, 3))
     assert bool((most <= torch.from_numpy(seen.most) * (1 + 1e-5)).all())
     plain = Heads()
     plain.update(keys)
@@ -141,13 +141,13 @@ def test_channels_that_are_turned_into_each_other_have_the_size_of_both():
 
 def test_half_the_data_each_make_the_whole():
     x = torch.randn(4, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    for pairs in (False, True):
-        left, right, whole = (Heads(pairs=pairs) for _ in range(3))
+    for channels in (0, 4, 8):
+        left, right, whole = (Heads(turned=channels) for _ in range(3))
         left.update(x[:1])
         right.update(x[1:])
         whole.update(x)
         assert np.array_equal(left.merge(right).most, whole.most)
-        assert np.array_equal(Heads(pairs=pairs).merge(whole).most, whole.most)
+        assert np.array_equal(Heads(turned=channels).merge(whole).most, whole.most)
     assert whole.range(None) == (-whole.most.max(), whole.most.max())
 
 
@@ -158,9 +158,9 @@ def test_every_family_has_its_places(tmp_path, family):
     _, program = traced(tmp_path)
     found = places(program.only())
     assert len(found) == 4
-    turned = {_is_turned(place.new) for place in found if place.port.endswith(".key")}
-    assert turned == {family != "gpt2"}
-    assert not any(_is_turned(place.new) for place in found if place.port.endswith(".value"))
+    channels = {turned(place.new) for place in found if place.port.endswith(".key")}
+    assert channels == {0 if family == "gpt2" else 8}
+    assert not any(turned(place.new) for place in found if place.port.endswith(".value"))
 
 
 def test_it_is_refused_behind_what_rounds(model):
