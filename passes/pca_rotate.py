@@ -203,13 +203,15 @@ def _nonlinear(
     has = _has(reading, node, unit)
     if not all(_is_whole(reading, value, unit) for value in (*given, node)):
         return "the width is part of a longer dimension"
+    if sum(of(axis) is unit for axis in reading.of(node)) > 1:
+        return f"{word} makes something that has the width twice"
     if word in LAYERS and given and call["groups"] in (None, 1):
         inner = word in ("matmul", "mm") and any(
             of(axis) is unit for value in given for axis in reading.of(value)[:-2]
         )
         shifted = has and isinstance(call["bias"], fx.Node) and call["bias"] not in given
         return f"{word} adds or multiplies channel by channel" if inner or shifted else None
-    if word == "rms_norm":
+    if word == "rms_norm" and of(reading.of(node)[-1]) is unit:
         return _gain(graph, reading, node, stream)
     operands = node.args[:2]
     if has and word in SUMS:

@@ -15,7 +15,7 @@ from effc.calib.probe import Probe, held_bytes
 from effc.errors import CalibrationError, PreconditionError
 from effc.ir.check import drift
 from effc.passes.layernorm import LayerNormToRMSNorm
-from effc.passes.pca_rotate import PCARotate
+from effc.passes.pca_rotate import PCARotate, plan
 from effc.passes.prune_dims import PruneDims
 
 X = normal(40, 8)
@@ -165,9 +165,10 @@ def _reads(function, **parts):
         lambda s, x: s.b(s.norm((y := s.a(x)) + s.d(y))),
         lambda s, x: s.b(s.norm(torch.cat([s.a(x), s.c(x)])[None].transpose(0, 1)[:, 0])),
         lambda s, x: s.b(s.norm(torch.cat([s.a(x)[None], s.cls], 1)).mean(1)),
+        lambda s, x: s.b(s.norm(torch.add(*torch.stack([s.a(x), s.c(x)], 1).unbind(1)))),
         lambda s, x: s.b(s.norm(s.a(x))) + s.b(s.other(s.c(x) + s.a(x))),
     ],
-    ids=["scale", "position", "sum", "factor", "square", "moved", "class", "shared"],
+    ids=["scale", "position", "sum", "factor", "square", "moved", "class", "parts", "shared"],
 )
 def test_what_is_linear_in_the_stream_is_followed(function):
     parts = {
@@ -208,6 +209,25 @@ def test_what_hangs_on_single_channels_is_refused(function, reason):
     with pytest.raises(PreconditionError, match=reason) as error:
         rotated(program, feeds)
     assert error.value.hint and effc.show(program) == before
+
+
+def _across(s, x):
+    y = torch.stack([s.a(x), s.c(x)], 1)
+    return s.b(s.norm(s.pair(y.transpose(1, 2)).transpose(1, 2)))
+
+
+def _outer(s, x):
+    return s.d(s.b(s.norm(s.a(x)[:, :, None] @ s.a(x)[:, None])).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"), [(_across, "goes through rms_norm"), (_outer, "has the width twice")]
+)
+def test_a_norm_or_a_product_across_the_stream_is_refused(function, reason):
+    parts = {"c": nn.Linear(8, 6), "d": nn.Linear(6, 3), "pair": nn.RMSNorm(2)}
+    program, _ = traced(_reads(function, **parts))
+    streams, refusals = plan(program.only())
+    assert not streams and reason in str(dict(refusals)["a"])
 
 
 @pytest.mark.slow
