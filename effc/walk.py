@@ -243,6 +243,8 @@ class _Way:
             if found is None and pass_.effect == "lossy":
                 found = program.clone()
             self.passed(pass_, program, target, decisions[known(key)[0]], samples)
+            if pass_.resizes:
+                found = None  # values of other sizes have no difference
         return program, found or program
 
     def passed(
@@ -258,8 +260,8 @@ class _Way:
             is_exact = made.effect == "exact"
 
             def judge(moved: float) -> Judgement:
-                if is_exact and moved <= pass_.tolerance:
-                    return Judgement()
+                if pass_.resizes or (is_exact and moved <= pass_.tolerance):
+                    return Judgement()  # values of other sizes cannot be compared
                 case = Faults(
                     before.only(), program.only(), self.tensors, is_made_up=self.is_made_up
                 )
