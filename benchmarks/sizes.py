@@ -1,8 +1,11 @@
 """What pruning buys on ONNX Runtime, with and without sizes that pay: a conv net and an encoder of random weights.
 
-Each is pruned by 25, 40 and 50 %, as the ratio says (`plain`) and with `align: auto`, in float and under int8. The
+Each is pruned by 25, 40 and 50 %, as the ratio says (`plain`) and with an `align`, in float and under int8. The
 ratio is unpruned ÷ pruned in the same precision, engines taking turns as in a bench. Speed alone is asked here: numbers
 of a random model are worth nothing.
+
+python benchmarks/sizes.py                                       # `align: auto`, a quarter of an hour on two free cores
+python benchmarks/sizes.py --align 8 16 --pruned 0.4             # what rounding to a fixed multiple does
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from effc.passes import CANONICAL, PASSES
 from effc.passes.prune_dims import PruneDims
 from effc.passes.quantize import Quantize
 
-THREADS, BUDGET_S = 1, 12.0
+THREADS, BUDGET_S = 1, 24.0
 RATIOS = (0.25, 0.4, 0.5)
 GROUPS = {"resnet": "*", "bert": ("*.intermediate.dense", "*.query:0")}
 """All channels of the conv net; of the encoder feed-forward width and whole heads, as anybody would."""
@@ -64,7 +67,7 @@ class Bert(nn.Module):
 def nets() -> Iterator[tuple[str, nn.Module, Tensor]]:
     torch.manual_seed(0)
     yield "resnet", Resnet().eval(), torch.randn(1, 3, 64, 64)
-    yield "bert", Bert().eval(), torch.randint(0, 1000, (1, 128))
+    yield "bert", Bert().eval(), torch.randint(0, 1000, (1, 32))
 
 
 def lowered(program: Program, place: Path, behind: list[Any], feeds: dict[str, Any]) -> Lowered:
@@ -75,7 +78,9 @@ def lowered(program: Program, place: Path, behind: list[Any], feeds: dict[str, A
     return found
 
 
-def rows_of(name: str, module: nn.Module, x: Tensor, place: Path) -> Iterator[dict[str, Any]]:
+def rows_of(
+    name: str, module: nn.Module, x: Tensor, place: Path, aligns: list[str], ratios: list[float]
+) -> Iterator[dict[str, Any]]:
     program = effc.trace(module, x)
     (port,) = program.only().inputs
     probes = {"main": [{port: x}]}
@@ -85,13 +90,12 @@ def rows_of(name: str, module: nn.Module, x: Tensor, place: Path) -> Iterator[di
     case = bench.Case(batch=1, length=None, feeds=feeds)
     for kind, behind in (("float", []), ("int8", [Quantize()])):
         whole = lowered(program, place / f"{name}-{kind}", behind, feeds)
-        for ratio in RATIOS:
+        for ratio in ratios:
             engines, about = {"engine": measure.opener(whole, THREADS)}, {}
-            for align in ("plain", "auto"):
+            for align in ("plain", *aligns):
                 smaller, started = program.clone(), time.perf_counter()
-                pass_ = PruneDims(
-                    ratio=ratio, groups=GROUPS[name], align="auto" if align == "auto" else None
-                )
+                asked: Any = int(align) if align.isdecimal() else {"plain": None}.get(align, align)
+                pass_ = PruneDims(ratio=ratio, groups=GROUPS[name], align=asked)
                 clock = effc.clock("ort", feeds, threads=THREADS, behind=behind)
                 record = effc.apply(pass_, smaller, probes=probes, clock=clock)
                 seconds = time.perf_counter() - started
@@ -106,19 +110,22 @@ def rows_of(name: str, module: nn.Module, x: Tensor, place: Path) -> Iterator[di
             timed = bench.compare(engines, [case], threads=THREADS, budget_s=BUDGET_S)
             (shape,) = timed.shapes
             for align, told in about.items():
-                found = bench.ratio_of(shape.timings["engine"], shape.timings[align])
                 yield {
                     "net": name, "kind": kind, "pruned": ratio, "align": align, **told,
                     "whole_ms": round(shape.timings["engine"].median_ms, 3),
                     "ms": round(shape.timings[align].median_ms, 3), "n": len(shape.timings[align].runs),
-                    "ratio": round(found.ratio, 4), "low": round(found.low, 4), "high": round(found.high, 4),
+                    **_plain(bench.ratio_of(shape.timings["engine"], shape.timings[align])),
+                    "against_plain": None if align == "plain"
+                    else _plain(bench.ratio_of(shape.timings["plain"], shape.timings[align])),
                 }  # fmt: skip
-            between = bench.ratio_of(shape.timings["plain"], shape.timings["auto"])
-            yield {
-                "net": name, "kind": kind, "pruned": ratio, "align": "plain ÷ auto",
-                "n": len(shape.timings["auto"].runs),
-                "ratio": round(between.ratio, 4), "low": round(between.low, 4), "high": round(between.high, 4),
-            }  # fmt: skip
+
+
+def _plain(ratio: bench.Ratio) -> dict[str, float]:
+    return {
+        "ratio": round(ratio.ratio, 4),
+        "low": round(ratio.low, 4),
+        "high": round(ratio.high, 4),
+    }
 
 
 def _parameters(program: Program) -> int:
@@ -129,17 +136,20 @@ def _parameters(program: Program) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("nets", nargs="*", help="resnet, bert; both where none is named")
-    asked = parser.parse_args().nets
-    rows = []
+    parser.add_argument("--align", nargs="+", default=["auto"], help="auto, or multiples")
+    parser.add_argument("--pruned", nargs="+", type=float, default=list(RATIOS))
+    asked = parser.parse_args()
+    word = "" if asked.align == ["auto"] else "".join(f"-{align}" for align in asked.align)
     with tempfile.TemporaryDirectory(prefix="effc-sizes-") as folder:
         for name, module, x in nets():
-            if asked and name not in asked:
+            if asked.nets and name not in asked.nets:
                 continue
-            for row in rows_of(name, module, x, Path(folder)):
+            rows = []
+            for row in rows_of(name, module, x, Path(folder), asked.align, asked.pruned):
                 print({k: v for k, v in row.items() if k != "moved"}, flush=True)
                 rows.append(row)
-    content = {"name": "sizes", "threads": THREADS, "groups": GROUPS, "rows": rows}
-    print(common.write(f"sizes-{common.features()}", content))
+            content = {"name": "sizes", "threads": THREADS, "groups": GROUPS[name], "rows": rows}
+            print(common.write(f"sizes-{name}{word}-{common.features()}", content))
     return 0
 
 

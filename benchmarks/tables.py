@@ -507,31 +507,31 @@ def sized() -> list[str]:
     for found in results("sizes"):
         lines += [
             f"Nets of random weights on ONNX Runtime, batch 1, threads: {found['threads']}. The ratio is unpruned ÷ "
-            "pruned in the same precision, in brackets its 99 % interval; the last column is sizes as the ratio says ÷ "
-            "those of `align: auto`, so above 1 aligned sizes are faster. " + circumstances(found), "",
+            "pruned in the same precision, and in the last column pruned as the ratio says ÷ pruned to sizes that pay, "
+            "so above 1 those are faster; in brackets the 99 % interval. " + circumstances(found), "",
         ]  # fmt: skip
-        by_key: dict[tuple[Any, ...], Json] = {}
-        for row in found["rows"]:
-            by_key.setdefault((row["net"], row["kind"], row["pruned"]), {})[row["align"]] = row
         rows = [
             [
-                f"{net}, {kind}", f"{share:.0%}", f"{of['plain']['whole_ms']:.2f} ms",
-                *(f"{ratio(of[a], of[a]['n'])}; {of[a]['parameters']:.0%}" for a in ("plain", "auto")),
-                _moved(of["auto"]), ratio(of["plain ÷ auto"], of["plain ÷ auto"]["n"]),
+                f"{r['net']}, {r['kind']}", f"{r['pruned']:.0%}",
+                "as the ratio says" if r["align"] == "plain" else f"`align: {r['align']}`", _moved(r),
+                f"{r['parameters']:.0%}", f"{r['whole_ms']:.2f} → {r['ms']:.2f}", ratio(r, r["n"]),
+                ratio(r["against_plain"], r["n"]) if r["against_plain"] else "",
             ]
-            for (net, kind, share), of in by_key.items()
+            for r in found["rows"]
         ]  # fmt: skip
         lines += table(
-            ["net", "pruned", "unpruned", "as the ratio says; parameters left", "align: auto; parameters left",
-             "sizes that it changed", "ratio ÷ auto"], rows,
+            ["net", "pruned", "sizes", "changed", "parameters left", "ms", "unpruned ÷ pruned",
+             "as the ratio says ÷ these"], rows,
         )  # fmt: skip
     return lines
 
 
 def _moved(row: Json) -> str:
     """`922 → 896` of so many kinds of groups, and what it took to choose them."""
+    if not row["kinds"]:
+        return ""
     words = [f"{wanted} → {kept}" for _, wanted, kept in row["moved"]]
-    return f"{', '.join(words) or 'none'} of {row['kinds']}; {row['seconds']:.0f} s"
+    return f"{', '.join(words) or 'none'} of {row['kinds']} kinds; {row['seconds']:.0f} s"
 
 
 def peers() -> list[str]:

@@ -177,8 +177,8 @@ Trainer = Callable[[Pass, Graph, Stats], dict[str, Tensor]]
 """Trains a graph as a pass asks: its tensors by name, as they are then."""
 
 Clock = Callable[[Iterable[Graph]], Sequence[Sequence[float]]]
-"""How long graphs take on the target, in ms: [graphs, sessions]. All are run side by side in every session, so what a
-session has against one it has against all; graphs are taken one by one, and not kept."""
+"""How long graphs take on the target, in ms: [graphs, sessions]. Each is run beside the first in every session, so what
+a session has against one it has against both; graphs are taken one by one, and not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

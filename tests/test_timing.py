@@ -63,6 +63,9 @@ def test_sizes_are_timed_once_reported_and_replayed(place):
     report = json.loads((place / "one" / "report.json").read_text())
     assert len(report["layers"]["ort"]) == 3  # beside the pruned graph
 
+    explained = cli("explain", place / "one", "--trust-code")
+    assert explained.code == 0 and "goes wrong in prune-dims" not in explained.out, explained.err
+
     again = cli("compile", file, "-o", place / "two", "--threads", "1")
     assert again.code == 0 and files(place / "two") == files(place / "one")  # from the cache
     (place / "cache").rename(place / "gone")
