@@ -190,9 +190,9 @@ def test_what_a_pass_measures_counts_to_what_is_held():
 def test_a_compile_leaves_room_for_what_its_passes_measure(tmp_path, monkeypatch):
     seen, real = [], Room.beside
 
-    def beside(self, statistics_bytes):
+    def beside(self, statistics_bytes, **options):
         seen.append(statistics_bytes)
-        return real(self, statistics_bytes)
+        return real(self, statistics_bytes, **options)
 
     monkeypatch.setattr(Room, "beside", beside)
     weight_only = Quantize(rounding="gptq", activation_bits=16)
