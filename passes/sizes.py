@@ -29,6 +29,8 @@ from effc.stats import student
 
 MULTIPLES = (64, 32, 16, 8, 4)
 """What kernels may like, the coarsest first: a cache line of int8, registers of floats, and parts of them."""
+JOINT = (16, 8)
+"""Multiples to which all groups at once are rounded, as a trial."""
 MOST_TRIED = 4
 """Sizes that are tried for a kind of group beside the one that was wished for."""
 LEVEL = 0.99
@@ -121,6 +123,12 @@ def aligned(group: Group, count: int, step: int) -> int:
     return min(group.size, max(step, round(count / step) * step))
 
 
+def _nearest(group: Group, count: int, step: int) -> int:
+    """The multiple of `step` next to a count; the count where that would be all units."""
+    found = aligned(group, count, step)
+    return found if found < group.size else count
+
+
 def refuse_unaligned(groups: Iterable[Group], multiple: int) -> None:
     """Raise PreconditionError where a group has no size below its own that is a multiple."""
     bad = [group for group in groups if step_of(group, multiple) >= group.size]
@@ -179,15 +187,42 @@ class Chooser:
     def near(self, wanted: Mapping[str, int]) -> Sizes:
         """Sizes near those that were wished for, where they are faster; a group that pruning slows down stays whole."""
         counts: Counts = {}
-        kinds = []
-        for kind in self._tried(wanted):
+        kinds = self._tried(wanted)
+        for kind in kinds:
             kept = kind.best()
             step = _step(kind.groups[0], kept)
             for group in kind.groups:
                 same = wanted[group.name] == kind.wanted or kept == group.size
                 counts[group.name] = kept if same else aligned(group, wanted[group.name], step)
-            kinds.append((kind, kept))
-        return self._sizes(counts, kinds)
+        counts = self._jointly(counts, wanted)
+        return self._sizes(counts, [(kind, _middle(kind.groups, counts)) for kind in kinds])
+
+    def _jointly(self, counts: Counts, wanted: Mapping[str, int]) -> Counts:
+        """These sizes, or all rounded to one multiple where that buys more for a parameter, and sure.
+
+        A layer in blocks is fast between layers in blocks: what no kind shows alone, all of them may show together.
+        """
+        groups = [self.coupling.groups[name] for name in counts]
+        rounded = [
+            {g.name: _nearest(g, wanted[g.name], step_of(g, multiple)) for g in groups}
+            for multiple in JOINT
+        ]
+        others = [c for n, c in enumerate(rounded) if c not in (counts, *rounded[:n])]
+        if not others:
+            return counts
+
+        def graphs() -> Iterator[Graph]:
+            yield self.coupling.graph
+            yield from map(self.shrink, (counts, *others))
+
+        _, rows = _shares(self.clock(graphs()))
+        gone = [sum((g.size - c[g.name]) * g.parameters for g in groups) for c in (counts, *others)]
+        every = sum(g.size * g.parameters for g in groups)
+        mine, *theirs = [(1 - row) * every / max(1, n) for row, n in zip(rows, gone, strict=True)]
+        level = 1 - (1 - LEVEL) / len(others)
+        better = [n for n, bought in enumerate(theirs) if _is_sure(bought - mine, level)]
+        best = max(better, key=lambda n: float(theirs[n].mean()), default=None)
+        return counts if best is None else others[best]
 
     def steps(self, wanted: Mapping[str, int]) -> Counts:
         """By group, of what its size near the one wished for should be a multiple."""
@@ -292,7 +327,7 @@ class _Tried:
         size = self.groups[0].size
 
         def bought(units: int) -> Array:
-            found: Array = (1 - self.shares[units]) / (size - units)
+            found: Array = (1 - self.shares[units]) * size / (size - units)
             return found
 
         others = [s for s in self.shares if s != self.wanted]
@@ -303,8 +338,8 @@ class _Tried:
 
 
 def _is_sure(values: Array, level: float = LEVEL) -> bool:
-    """Whether the mean is above 0."""
-    return student(values, level).low > 0
+    """Whether the mean is above 0, by more than floats are rounded."""
+    return student(values, level).low > 1e-9
 
 
 def _middle(groups: Iterable[Group], counts: Mapping[str, int]) -> int:

@@ -115,6 +115,24 @@ def test_groups_that_are_alike_share_a_measurement():
     assert notes["together"]["ms"] == pytest.approx(10 + 4 * 64)
 
 
+def test_all_groups_in_blocks_are_tried_where_none_shows_it_alone():
+    class Blocks(Staircase):
+        """Fast only where every width is a multiple of 16."""
+
+        def __call__(self, graphs):
+            rows = []
+            for graph in graphs:
+                widths = [t.shape[0] for n, t in graph.tensors().items() if n.endswith("weight")][
+                    :-1
+                ]
+                slow = any(w % 16 for w in widths)
+                rows.append([sum(widths) * (1.0 if slow else 0.5)] * 8)
+            return rows
+
+    record, _ = pruned(net(97, 97), Blocks(), ratio=0.3, align="auto")
+    assert kept(record) == {"main/0": 64, "main/2": 64}
+
+
 def test_a_record_is_replayed_without_a_clock():
     record, first = pruned(net(96, 48), Staircase(16), ratio=0.3, align="auto")
     recorded = json.loads(json.dumps(record.decisions))
