@@ -53,7 +53,12 @@ class Stats:
         """What a pass has to tell beside its decisions, such as the curve of a training; it decides nothing."""
 
     def __getitem__(self, key: str) -> Any:
-        """The collector that watched `key`."""
+        """The collector that watched `key`. Raises CalibrationError where nothing was measured for it."""
+        if key not in self._collectors:
+            raise CalibrationError(
+                f"nothing was measured for {key!r}",
+                hint="the recorded decisions are of another choice of layers; calibrate again",
+            )
         return self._collectors[key]
 
     def decide(self, key: str, make: Callable[[], Any]) -> Any:

@@ -645,6 +645,30 @@ def test_a_replay_of_gptq_takes_the_data_again_and_must_come_out_the_same():
         replay(uneven(), None)
 
 
+def test_a_layer_that_nobody_measured_is_said():
+    """Without its table a tied output layer has codes of its own, for which there were no rows."""
+
+    class Deep(Tied):
+        def __init__(self):
+            super().__init__()
+            self.mid = nn.Linear(16, 16)
+
+        def forward(self, ids):
+            return self.head(self.mid(self.embed(ids)))
+
+    kept = {}
+    options = {"dialect": ORT, "kept": kept}
+    program = effc.trace(Deep(), torch.ones(2, 6, dtype=torch.int64))
+    pass_ = Quantize(rounding="gptq", activation_bits=16)
+    record = effc.apply(pass_, program.clone(), words(), **options)
+    assert list(record.decisions) and kept
+    select = effc.Select(exclude="embed")
+    narrower = Quantize(rounding="gptq", activation_bits=16, select=select)
+    with pytest.raises(CalibrationError, match="nothing was measured"):
+        effc.apply(narrower, program.clone(), recorded=record.decisions, **options)
+    assert effc.apply(narrower, program.clone(), words(), dialect=ORT).sites == 2
+
+
 def test_codes_that_were_kept_need_no_data():
     kept = {}
     options = {"dialect": ORT, "kept": kept}
