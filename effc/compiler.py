@@ -205,7 +205,7 @@ def run(
             metric.check(source.only(role))
     kept = kept or cache.default()
     kept.sweep()
-    builders = _builders(
+    builders = builders_of(
         recipe, source, original, progress, kept, decisions=decisions, max_ram_bytes=max_ram_bytes,
         trained=checkpoint.read(tuned, source, recipe.passes) if tuned is not None else None,
         threads=threads,
@@ -250,7 +250,7 @@ def run(
     return Result(out=out, report={**content, "out": str(out)})
 
 
-def _builders(
+def builders_of(
     recipe: Recipe,
     source: Source,
     original: Program,
@@ -298,7 +298,7 @@ def tune(
     kept.sweep()
     decisions: Json = {}
     made: dict[str, checkpoint.Made] = {}
-    builders = _builders(recipe, source, original, progress, kept, max_ram_bytes=max_ram_bytes)
+    builders = builders_of(recipe, source, original, progress, kept, max_ram_bytes=max_ram_bytes)
     for role, builder in builders.items():
         for target in recipe.targets:
             built = builder.rewrite(target, first=last + 1)

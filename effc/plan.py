@@ -32,7 +32,6 @@ from effc.passes.pipeline import apply
 from effc.progress import Progress, resident_mb
 from effc.recipe import Recipe
 from effc.room import KERNELS, within
-from effc.samples import Samples
 from effc.source import Source
 from effc.timing import EACH_S
 
@@ -71,7 +70,7 @@ def plan(
     What a search takes where the gate is not met, and what the cache spares, nobody knows beforehand. Raises what the
     compile itself would raise before its first long stage.
     """
-    from effc.compiler import opened, twin_of
+    from effc.compiler import builders_of, opened
 
     package.check_output(Path(os.path.abspath(out)))
     threads = threads or (recipe.bench.threads if recipe.bench else None) or default_threads()
@@ -82,19 +81,13 @@ def plan(
         for role in source.modules:
             metric.check(source.only(role))
     found: list[Json] = []
-    builders: dict[str, Builder] = {}
-    for graph in original:
-        part = source.only(graph.role)
-        builder = Builder(
-            recipe=recipe, source=part, samples=Samples(part, recipe.calib),
-            original=Program({graph.role: graph}), progress=Progress(), cache=Cache(None),
-            decisions=decisions, roles=tuple(original.graphs), threads=threads,
-            twin=twin_of(source, graph.role, builders),
-        )  # fmt: skip
-        builders[graph.role] = builder
+    builders = builders_of(
+        recipe, source, original, Progress(), Cache(None), decisions=decisions, threads=threads
+    )
+    for role, builder in builders.items():
         left_mb = math.inf
         if max_ram_bytes is not None:
-            left_mb = max(0.0, within(max_ram_bytes, graph, {}).left_bytes / 1e6)
+            left_mb = max(0.0, within(max_ram_bytes, original[role], {}).left_bytes / 1e6)
         with progress.stage("probe"):
             made = _Probe(builder, metric, progress, threads, left_mb).result()
         if found:  # the model is loaded and traced once

@@ -35,7 +35,7 @@ from effc.samples import Samples
 from effc.source import Source
 from effc.train import losses
 from effc.train.graph import InGraph, mask_of
-from effc.train.loop import Schedule, fit
+from effc.train.loop import Run, Schedule, fit
 
 MOST_BYTES = 4 << 30
 """Samples are held in memory while they are trained on; more than this is refused."""
@@ -68,6 +68,7 @@ class Tuner:
     """Tensors and curve by key."""
     steps: dict[str, Made] = field(default_factory=dict)
     """The same by step and role, as `1.main`."""
+    _samples: dict[Tune, str | None] = field(default_factory=dict)
 
     def trainer(self, index: int, progress: Step) -> Trainer:
         """What trains for the pass at `index` of the recipe."""
@@ -90,13 +91,20 @@ class Tuner:
             "tune", graph=graph_digest([Program({graph.role: graph})]),
             teacher=graph_digest([Program({graph.role: self.teacher})]),
             options={k: v for k, v in options_of(pass_).items() if k not in ("file", "graphs")},
-            samples=Samples(self.source, self._spec(pass_) or self.calib).key(),
+            samples=self._samples_key(pass_),
             torch=installed("torch"), threads=torch.get_num_threads(),
         )  # fmt: skip
 
     def _is_known(self, pass_: Tune) -> bool:
         """Whether what is trained on is known by its bytes; somebody's own code may give anything."""
-        return Samples(self.source, self._spec(pass_) or self.calib).key() is not None
+        return self._samples_key(pass_) is not None
+
+    def _samples_key(self, pass_: Tune) -> str | None:
+        """See `Samples.key`; files are read once for it."""
+        if pass_ not in self._samples:
+            samples = Samples(self.source, self._spec(pass_) or self.calib)
+            self._samples[pass_] = samples.key()
+        return self._samples[pass_]
 
     def _taken(self, index: int, pass_: Tune, graph: Graph) -> Made | None:
         if self.checkpoint is None:
@@ -127,7 +135,7 @@ class Tuner:
             progress=progress,
         )  # fmt: skip
         tensors = module.tensors()
-        curve = [dataclasses.asdict(point) for point in run.points]
+        curve = _curve(run)
         if is_kept:
             self.cache.put(key, curve, {"tensors.safetensors": save(apart(tensors))})
         if folder is not None:
@@ -188,10 +196,14 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
         module = InGraph(graph, pass_.trained(graph))
         drawn, held = _of_batches(pass_, [Example(feeds=tensors_for(graph, b)) for b in given])
         run = fit(module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held)
-        stats.notes["curve"] = [dataclasses.asdict(point) for point in run.points]
+        stats.notes["curve"] = _curve(run)
         return module.tensors()
 
     return train
+
+
+def _curve(run: Run) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(point) for point in run.points]
 
 
 def _schedule(pass_: Tune) -> Schedule:
