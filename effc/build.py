@@ -35,7 +35,7 @@ from effc.causal import DECODE
 from effc.errors import CalibrationError
 from effc.ir.program import Program
 from effc.ir.show import graph_digest
-from effc.machine import cpu_features, default_threads, installed
+from effc.machine import cpu_features, installed
 from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, PassRecord
 from effc.passes.pipeline import apply, options_of
@@ -235,7 +235,8 @@ class Builder:
             )[0]
 
         return Clock(
-            target=target, case=case, threads=self._threads, options=self.recipe.target_options.get(target),
+            target=target, case=case, threads=self.recipe.threads(self.threads),
+            options=self.recipe.target_options.get(target),
             behind=deciding(p for p in self.recipe.passes[index + 1 :] if p.takes(self.role)),
             batches=lambda: itertools.islice(self.samples(self.role), 1), step=step,
         )  # fmt: skip
@@ -247,11 +248,6 @@ class Builder:
         if self.role != DECODE:
             shapes = [shape for shape in shapes if len(shape) == 2] or shapes
         return max(shapes, key=lambda shape: (-shape[0], *shape[1:]))
-
-    @property
-    def _threads(self) -> int:
-        spec = self.recipe.bench
-        return self.threads or (spec.threads if spec else None) or default_threads()
 
     @cached_property
     def _probes(self) -> dict[str, list[dict[str, Any]]]:

@@ -24,7 +24,6 @@ from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
 from effc.ir.show import graph_digest, tensors_digest
 from effc.ir.trace import trace
-from effc.machine import default_threads
 from effc.progress import Progress
 from effc.recipe import QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
 from effc.room import within
@@ -195,7 +194,7 @@ def run(
     """
     progress = progress or Progress()
     out = Path(os.path.abspath(out))
-    threads = threads or (recipe.bench.threads if recipe.bench else None) or default_threads()
+    threads = recipe.threads(threads)
     package.check_output(out)
     metric = metrics.parse(recipe.metric) if recipe.metric else None
     source, original = opened(recipe, progress)

@@ -27,7 +27,6 @@ from effc.cache import Cache
 from effc.calib.data import Batch
 from effc.ir.memory import peak_bytes
 from effc.ir.program import Graph, Program
-from effc.machine import default_threads
 from effc.passes.pipeline import apply
 from effc.progress import Progress, resident_mb
 from effc.recipe import Recipe
@@ -73,7 +72,7 @@ def plan(
     from effc.compiler import builders_of, opened
 
     package.check_output(Path(os.path.abspath(out)))
-    threads = threads or (recipe.bench.threads if recipe.bench else None) or default_threads()
+    threads = recipe.threads(threads)
     metric = metrics.parse(recipe.metric) if recipe.metric else None
     source, original = opened(recipe, progress)
     metric = metric or source.metric

@@ -24,6 +24,7 @@ from effc.backends import TARGETS
 from effc.backends.dialect import DIALECTS
 from effc.backends.options import OPTIONS
 from effc.errors import PreconditionError, RecipeError, UsageError
+from effc.machine import default_threads
 from effc.passes import PASSES
 from effc.passes.base import Pass
 from effc.source import import_code
@@ -177,6 +178,10 @@ class Recipe:
     plugins: tuple[str, ...] = ()
     text: str = ""
     """The recipe as YAML, in one canonical form."""
+
+    def threads(self, given: int | None = None) -> int:
+        """How many threads engines have: those given, else those of `bench`, else one for every core."""
+        return given or (self.bench.threads if self.bench else None) or default_threads()
 
     def portable(self) -> str:
         """The recipe as it travels in a package: folders of this machine left out of its paths."""
