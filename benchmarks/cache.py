@@ -11,6 +11,7 @@ interval. Perplexity is of stories260K, measured by benchmarks/rounding.py.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ SIZES = {
 }  # fmt: skip
 
 
-def model(place: Path, text: str) -> None:
+def model(place: Path, text: str, sizes: Mapping[str, Any] = SIZES) -> None:
     """A directory of a model of random weights, with a tokenizer that knows the words of a text."""
     import tokenizers
     import torch
     import transformers
 
     torch.manual_seed(0)
-    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     made.eval().save_pretrained(place)
     words = ["<pad>", "<s>", "</s>", *dict.fromkeys(text.split())][:WORDS]
     known = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>")

@@ -1,0 +1,142 @@
+"""What a quarter less residual width is worth to a language model: reading 128 tokens, and writing one more.
+
+    python benchmarks/narrow.py     # ten minutes on a quiet machine; writes results/narrow-FEATURES.json
+
+The model has random weights: eight layers of 1,024 channels, 16 heads of 64, a feed-forward width of 2,816 and a table
+of 2,048 words. Every linear loses a quarter of one of its two sides, so the bound of their time is 1.33; attention and
+the feed-forward product keep their sizes. Whole and narrowed are compiled for ONNX Runtime and OpenVINO in float, with
+8 bit on both sides of a product (reading) and with 4-bit weights (writing), and take turns with the plain float export
+in shuffled blocks on two threads. Ratios are whole ÷ narrowed of the same kind, and plain export ÷ engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cache
+import common
+import numpy as np
+from decoder import Adapted
+
+from effc import bench, causal, measure, package, recipe
+from effc.compiler import compile, trace_source
+from effc.engine import lowered as lowered_of
+from effc.passes.coupling import coupled_dims
+from effc.recipe import CalibSpec
+from effc.samples import Samples
+from effc.source import load
+
+THREADS, BUDGET_S, RATIO, ALIGN = 2, 60.0, 0.25, 64
+PAST, PROMPT = 128, 128
+TARGETS = ("ort", "openvino")
+SIZES = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "num_hidden_layers": 8, "vocab_size": 2048, "max_position_embeddings": 1024,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+READS, WRITES = [causal.PREFILL], [causal.DECODE]
+DOWN = "*down_proj"
+KINDS: dict[str, list[Any]] = {
+    "float": [],
+    "integers": [
+        {"pass": "fuse-projections", "select": {"module": "*attn*"}, "graphs": READS},
+        {"pass": "smooth", "graphs": READS},
+        {"pass": "quantize", "activation_scale": "token", "select": {"module": DOWN}, "graphs": READS},
+        {"pass": "quantize", "select": {"exclude": DOWN}, "graphs": READS},
+        {"pass": "fuse-projections", "graphs": WRITES},
+        {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "graphs": WRITES},
+    ],
+}  # fmt: skip
+"""What is done to a model: 8 bit on both sides of a product where it reads, 4-bit weights where it writes."""
+
+
+def width(model: Path) -> str:
+    """The name of the residual stream: what more layers read than anything else."""
+    groups = coupled_dims(trace_source(load({"transformers": str(model)})).only()).prunable()
+    return max(groups, key=lambda group: len(group.readers)).name
+
+
+def compiled(model: Path, text: Path, out: Path, target: str, passes: list[Any]) -> dict[str, Any]:
+    """The engines of a package by role."""
+    if target == "openvino":  # has no kernels for a scale per token
+        drop = "activation_scale"
+        passes = [{k: v for k, v in pass_.items() if k != drop} for pass_ in passes]
+    made = recipe.build({
+        "source": {"transformers": str(model), "roles": list(causal.ROLES)},
+        "calib": {"file": str(text), "samples": 32}, "passes": passes, "targets": [target],
+        "gate": False, "bench": False,
+    })  # fmt: skip
+    compile(made, out, threads=THREADS)
+    return {entry.role: lowered_of(out, entry) for entry in package.read(out).engines}
+
+
+def adapted(open_: Callable[[], Any], feeds: dict[str, Any]) -> Callable[[], Any]:
+    """What opens an engine that is fed what it takes of the inputs."""
+    return lambda: Adapted(open_(), feeds)
+
+
+def main() -> int:
+    words = "the cat sat on a mat and then it was warm so we all went home to sleep until rain came"
+    with tempfile.TemporaryDirectory(prefix="effc-narrow-") as folder:
+        place = Path(folder)
+        text = place / "text.txt"
+        draw = np.random.default_rng(0)
+        text.write_text("\n".join(" ".join(draw.choice(words.split(), 40)) for _ in range(64)))
+        cache.model(place / "model", words, SIZES)
+        source = load({"transformers": str(place / "model")})
+        plain = measure.plain_export(trace_source(source).only(), place / "plain", "ort")
+        samples = Samples(source, CalibSpec(file=str(text), samples=32))
+        prune = {
+            "pass": "prune-dims",
+            "ratio": RATIO,
+            "align": ALIGN,
+            "groups": width(place / "model"),
+        }
+        made = {
+            (word, kind, target): compiled(
+                place / "model", text, place / f"{word} {kind} {target}", target, [*first, *passes]
+            )
+            for kind, passes in KINDS.items() for target in TARGETS
+            for word, first in (("whole", []), ("narrow", [prune]))
+        }  # fmt: skip
+        rows = []
+        for role, length, past in ((causal.PREFILL, PROMPT, 0), (causal.DECODE, 1, PAST)):
+            feeds = samples.shaped(1, length, past)
+            feeds[causal.KEEP] = feeds[causal.KEEP][-1:]
+            engines = {
+                " ".join(key): adapted(measure.opener(of[role], THREADS), feeds)
+                for key, of in made.items()
+            }
+            engines["engine"] = adapted(measure.opener(plain, THREADS), feeds)
+            case = bench.Case(batch=1, length=length, feeds=feeds, past=past)
+            (shape,) = bench.compare(
+                engines, [case], threads=THREADS, budget_s=BUDGET_S * len(engines) / 9
+            ).shapes
+            timings = shape.timings
+            for kind, target in itertools.product(KINDS, TARGETS):
+                whole, narrow = (timings[f"{word} {kind} {target}"] for word in ("whole", "narrow"))
+                rows.append({
+                    "role": role, "kind": kind, "target": target,
+                    "plain_ms": round(timings["engine"].median_ms, 3), "n": len(narrow.runs),
+                    "whole_ms": round(whole.median_ms, 3), "ms": round(narrow.median_ms, 3),
+                    "whole ÷ narrow": _ratio(whole, narrow),
+                    "plain ÷ narrow": _ratio(timings["engine"], narrow),
+                    "plain ÷ whole": _ratio(timings["engine"], whole),
+                })  # fmt: skip
+                print(rows[-1], flush=True)
+    content = {"name": "narrow", "threads": THREADS, "ratio": RATIO, "sizes": SIZES, "rows": rows}
+    print(common.write(f"narrow-{common.features()}", content))
+    return 0
+
+
+def _ratio(of: bench.Timing, by: bench.Timing) -> dict[str, float]:
+    found = bench.ratio_of(of, by)
+    return {word: round(getattr(found, word), 4) for word in ("ratio", "low", "high")}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
