@@ -331,6 +331,22 @@ def compile(
         float | None,
         typer.Option("--ratio", help="Prune that part of every group of units, between 0 and 1."),
     ] = None,
+    latency_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--latency-budget",
+            metavar="SHARE",
+            help="Prune until the graph takes that share of its time on the target, such as 0.7.",
+        ),
+    ] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(
+            "--align",
+            metavar="N|auto",
+            help="Round what pruning leaves to multiples of N, or to sizes that are measured to be faster.",
+        ),
+    ] = None,
     calib: Calib = None,
     samples: Annotated[
         int | None,
@@ -384,7 +400,7 @@ def compile(
         if (
             quantize != "none"
             or kv_cache != "float32"
-            or ratio is not None
+            or (ratio, latency_budget, align) != (None, None, None)
             or calib
             or metric
             or target
@@ -398,7 +414,7 @@ def compile(
     else:
         data = compiler.from_flags(
             model, target=target or "ort", quantize=quantize, kv_cache=kv_cache, ratio=ratio,
-            calib=calib, metric=metric, samples=samples or 128,
+            latency_budget=latency_budget, align=align, calib=calib, metric=metric, samples=samples or 128,
         )  # fmt: skip
         made = recipe.build(data, overrides=set_ or (), replayed=decisions is not None)
     if not bench:

@@ -59,6 +59,8 @@ def compile(
     quantize: str = "none",
     kv_cache: str = "float32",
     ratio: float | None = None,
+    latency_budget: float | None = None,
+    align: str | None = None,
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
@@ -80,7 +82,8 @@ def compile(
     """
     replayed = decisions is not None
     if isinstance(model, Recipe) or str(model).endswith((".yaml", ".yml")):
-        flags = quantize != "none" or kv_cache != "float32" or ratio is not None
+        prunes = (ratio, latency_budget, align) != (None, None, None)
+        flags = quantize != "none" or kv_cache != "float32" or prunes
         if flags or calib is not None or metric is not None:
             raise UsageError(
                 "a recipe says itself what to do; quantize, calib, metric and their like do not go with it",
@@ -94,6 +97,8 @@ def compile(
             quantize=quantize,
             kv_cache=kv_cache,
             ratio=ratio,
+            latency_budget=latency_budget,
+            align=align,
             calib=calib,
             metric=metric,
             samples=samples,
@@ -117,6 +122,8 @@ def from_flags(
     quantize: str = "none",
     kv_cache: str = "float32",
     ratio: float | None = None,
+    latency_budget: float | None = None,
+    align: str | None = None,
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
@@ -134,9 +141,7 @@ def from_flags(
     if calib is not None:
         data["calib"] = {"file": str(calib), "samples": samples}
     passes: list[Any] = []
-    if ratio is not None:
-        word = "taylor" if calib is not None else "magnitude"
-        passes.append({"pass": "prune-dims", "ratio": ratio, "importance": word})
+    passes += _pruning(ratio, latency_budget, align, has_data=calib is not None)
     if kv_cache == "int8":
         passes.append("quantize-cache")
     for role, word in words.items():
@@ -147,6 +152,31 @@ def from_flags(
     if metric is not None:
         data["metric"] = metric
     return data
+
+
+def _pruning(
+    ratio: float | None, latency_budget: float | None, align: str | None, *, has_data: bool
+) -> list[Json]:
+    """The pass that flags of pruning stand for, if any. Raises UsageError where they go against each other."""
+    if ratio is None and latency_budget is None:
+        if align is not None:
+            raise UsageError(
+                "--align rounds what pruning leaves, and nothing is pruned",
+                hint="--ratio 0.25 --align auto, or --latency-budget 0.7",
+            )
+        return []
+    if ratio is not None and latency_budget is not None:
+        raise UsageError(
+            "--ratio and --latency-budget both say how much is pruned", hint="leave one of them out"
+        )
+    if align is not None and align != "auto" and not (align.isdecimal() and int(align)):
+        raise UsageError(f"--align {align} is neither a number nor auto", hint="--align 8")
+    made: Json = {
+        "ratio": ratio, "latency_budget": latency_budget,
+        "align": int(align) if align is not None and align != "auto" else align,
+        "importance": "taylor" if has_data else "magnitude",
+    }  # fmt: skip
+    return [{"pass": "prune-dims", **{k: v for k, v in made.items() if v is not None}}]
 
 
 def _words(quantize: str) -> dict[str, str]:

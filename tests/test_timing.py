@@ -114,3 +114,28 @@ def test_a_target_that_cannot_run_here_has_no_clock(monkeypatch):
     program = effc.trace(nn.Linear(4, 2).eval(), torch.ones(3, 4))
     with pytest.raises(PreconditionError, match="cannot be measured here: it has no wheels"):
         clock("ort", {"input": np.ones((3, 4), np.float32)})([program.only()])
+
+
+@pytest.mark.slow
+def test_a_budget_and_an_alignment_are_flags_too(place):
+    words = ("--latency-budget", "0.6", "--align", "8", "--calib", place / "data.npz", "--no-bench")
+    ran = cli("compile", f"{place / 'model.py'}:net", "-o", place / "out", "--threads", "1", *words)
+    assert ran.code == 0, ran.err
+    (step,) = yaml.safe_load((place / "out" / "recipe.yaml").read_text())["passes"]
+    assert step == {
+        "pass": "prune-dims", "latency_budget": 0.6, "align": 8, "importance": "taylor"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--align", "8"), "nothing is pruned"),
+        (("--ratio", "0.2", "--latency-budget", "0.7"), "both say how much"),
+        (("--ratio", "0.2", "--align", "wide"), "neither a number nor auto"),
+        (("--ratio", "0.2", "--align", "0"), "neither a number nor auto"),
+    ],
+)
+def test_flags_of_pruning_that_say_nothing(place, words, told):
+    ran = cli("compile", f"{place / 'model.py'}:net", "-o", place / "out", *words)
+    assert ran.code == 2 and told in ran.err and "Traceback" not in ran.err
