@@ -40,7 +40,7 @@ from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
 from effc.source import load
 
-SEEDS, FEWER, RATIOS = range(6), range(3), (0.3, 0.5)
+SEEDS, FEWER, RATIOS = range(10), range(3), (0.3, 0.5)
 RANKINGS = ("random", "magnitude", "wanda", "taylor")
 WIDTH = "ViT, residual width"
 CALIBRATED, TRAINED, STEPS, BATCH, TESTED = 256, 4096, 150, 64, 5000
