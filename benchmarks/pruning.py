@@ -41,6 +41,7 @@ from effc.passes.tune import Tune
 from effc.source import load
 
 SEEDS, FEWER, RATIOS = range(10), range(3), (0.3, 0.5)
+ALIGNS = (None, 16)
 RANKINGS = ("random", "magnitude", "wanda", "taylor")
 WIDTH = "ViT, residual width"
 CALIBRATED, TRAINED, STEPS, BATCH, TESTED = 256, 4096, 150, 64, 5000
@@ -104,11 +105,12 @@ def main() -> int:
                     units[key] = unit(program, groups, ranking, ratio, seed, train, test)
                     print(key, units[key], flush=True)
                     _keep(units)
-            key = f"{name} latency {ratio}"
-            if key not in units:
-                groups = width(program) if name == WIDTH else "*"
-                units[key] = latency(program, groups, ratio, train)
-                _keep(units)
+            for align in ALIGNS:
+                key = f"{name} latency {ratio}" + (f", align {align}" if align else "")
+                if key not in units:
+                    groups = width(program) if name == WIDTH else "*"
+                    units[key] = latency(program, groups, ratio, train, align)
+                    _keep(units)
     return 0
 
 
@@ -134,11 +136,17 @@ def width(program: Program) -> str:
 
 
 def pruned(
-    program: Program, groups: str, ranking: str, ratio: float, seed: int, images: torch.Tensor
+    program: Program,
+    groups: str,
+    ranking: str,
+    ratio: float,
+    seed: int,
+    images: torch.Tensor,
+    align: int | None = None,
 ) -> Program:
     made = program.clone()
     calib = [Batch(inputs=b) for b in batches(images, seed, CALIBRATED, BATCH)]
-    options: Json = {"ratio": ratio, "importance": ranking, "groups": groups}
+    options: Json = {"ratio": ratio, "importance": ranking, "groups": groups, "align": align}
     if ranking == "pca":
         effc.apply(PASSES["pca-rotate"](), made, calib, dialect=ORT)
         options["importance"] = "first"
@@ -181,7 +189,9 @@ def parameters(program: Program) -> int:
     return sum(t.numel() for t in program.only().tensors().values() if t.dim() > 0)
 
 
-def latency(program: Program, groups: str, ratio: float, images: torch.Tensor) -> Json:
+def latency(
+    program: Program, groups: str, ratio: float, images: torch.Tensor, align: int | None
+) -> Json:
     """The whole graph ÷ the pruned one, in float and in int8."""
     found: Json = {}
     feeds = {"pixel_values": images[:1].numpy()}
@@ -190,7 +200,7 @@ def latency(program: Program, groups: str, ratio: float, images: torch.Tensor) -
         with tempfile.TemporaryDirectory() as place:
             for name, of in (
                 ("whole", program),
-                ("engine", pruned(program, groups, "magnitude", ratio, 0, images)),
+                ("engine", pruned(program, groups, "magnitude", ratio, 0, images, align)),
             ):
                 made = of.clone()
                 if word == "int8":

@@ -469,10 +469,14 @@ def pruned() -> list[str]:
                 ["ratio", "ranking", "seeds", "parameters gone", "pruned", "tuned", "int8"], rows
             )
             for ratio in dict.fromkeys(key[2] for key in mine):
-                timed = units.get(f"{name} latency {ratio}")
-                if timed:
-                    words = ", ".join(f"{word} {ratio_of(of)}" for word, of in timed.items())
-                    lines += [f"Time of the whole ÷ pruned by {ratio}, one picture: {words}.", ""]
+                key = f"{name} latency {ratio}"
+                for timed in (found for found in units if found.startswith(key)):
+                    words = ", ".join(f"{word} {ratio_of(of)}" for word, of in units[timed].items())
+                    sizes = timed.removeprefix(key)
+                    lines += [
+                        f"Time of the whole ÷ pruned by {ratio}{sizes}, one picture: {words}.",
+                        "",
+                    ]
     return lines
 
 
@@ -499,6 +503,30 @@ def cached() -> list[str]:
         lines += table(
             ["engine", "tokens", "behind", "with integers", "floats ÷ integers", "cache"], rows
         )
+    return lines
+
+
+def narrowed() -> list[str]:
+    lines = ["## What a quarter less width is worth to a language model (benchmarks/narrow.py)", ""]
+    for found in results("narrow"):
+        sizes = found["sizes"]
+        lines += [
+            f"A model of random weights: {sizes['num_hidden_layers']} layers of {sizes['hidden_size']:,} channels, a "
+            f"table of {sizes['vocab_size']:,} words; {found['ratio']:.0%} of the residual width gone, "
+            f"{found['threads']} threads, batch 1. Reading is of 128 tokens, writing of one behind 128, in integers with "
+            "8 bit on both sides of a product and with 4-bit weights. In brackets the 99 % interval. " + circumstances(found), "",
+        ]  # fmt: skip
+        words = (
+            "whole ÷ narrow", "plain ÷ whole", "plain ÷ narrow", "plain, last position ÷ narrow",
+        )  # fmt: skip
+        rows = [
+            [
+                f"{r['role']}, {r['kind']}, {r['target']}", f"{r['whole_ms']:.2f} → {r['ms']:.2f}",
+                *(ratio(r[word], r["n"]) for word in words),
+            ]
+            for r in found["rows"]
+        ]  # fmt: skip
+        lines += table(["engine", "ms", *words], rows)
     return lines
 
 
@@ -936,6 +964,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     cached: ("cache",),
     pruned: ("pruning",),
     sized: ("sizes",),
+    narrowed: ("narrow",),
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),
     kernels: ("kernels",),
