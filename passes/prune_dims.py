@@ -31,7 +31,7 @@ from effc.ir.select import Words, op_name
 from effc.passes import sizes
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
-from effc.passes.coupling_rules import Call, Path
+from effc.passes.coupling_reading import Call, Path
 from effc.passes.importance import IMPORTANCES
 from effc.table import unknown
 
