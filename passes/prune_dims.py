@@ -53,6 +53,7 @@ class PruneDims(Pass):
     name = "prune-dims"
     effect = "lossy"
     renews: ClassVar[bool] = True
+    is_shared: ClassVar[bool] = True
 
     keep: dict[str, tuple[int, ...]] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
