@@ -185,8 +185,12 @@ class Builder:
     """Those on which graphs are timed, where a pass asks for it; the machine's cores where not given."""
     twin: Builder | None = None
     """The builder of another role that has the same graph; exact passes are then done once for both."""
+    shared: frozenset[int] = frozenset()
+    """Places of the passes that the twin has alike: what it decided is taken over, and no search takes them back."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
     _kept: dict[tuple[int, str], tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
+    _decided: dict[tuple[int, str], Json] = field(default_factory=dict)
+    """What shared passes decided first, by place and target."""
 
     @property
     def role(self) -> str:
@@ -221,6 +225,7 @@ class Builder:
         return Tuner(
             source=self.source, teacher=self.original.only(), calib=self.recipe.calib,
             cache=self.cache, checkpoint=self.checkpoint,
+            made=self.twin.tuner.made if self.twin is not None and self.shared else {},
         )  # fmt: skip
 
     def clock(self, index: int, target: str, step: Any) -> Clock:
@@ -315,6 +320,8 @@ class Builder:
         if pass_.measures_again and not kept:
             known = None  # those of another graph
         replayed = self.recorded(target, f"{index}:{pass_.name}")
+        if known is None and replayed is None:
+            known = self.taken_over(index, target)
         key = self._decisions_key(pass_, index, program, target) if replayed is None else None
         stored = self.cache.get(key) if key is not None and known is None else None
         recorded = replayed if replayed is not None else known
@@ -327,12 +334,22 @@ class Builder:
             try:
                 record = self._apply(pass_, program, target, recorded, is_replay, kept, step, index)
             except CalibrationError:
-                if recorded is None or is_replay:
+                if recorded is None or is_replay or (index in self.shared and stored is None):
                     raise
                 record = self._apply(pass_, program, target, None, False, kept, step, index)
         if key is not None and stored is None and known is None:
             self.cache.put(key, record.decisions, {n: _npy(t) for n, t in kept.items()})
+        if index in self.shared:
+            self._decided.setdefault((index, target), record.decisions)
         return record
+
+    def taken_over(self, index: int, target: str) -> Json | None:
+        """What the twin decided in a pass that both have alike; None where this is the first of them."""
+        if self.twin is None or index not in self.shared:
+            return None
+        found = self.twin._decided.get((index, target))
+        theirs = f"{self.twin.role}/"
+        return found and {f"{self.role}/{key.removeprefix(theirs)}": v for key, v in found.items()}
 
     def kept(self, pass_: Pass, index: int, program: Program, target: str) -> dict[str, Tensor]:
         """What a pass chose by data for this very graph and a record has no room for, by sha256; to be added to.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effc import cache, checkpoint, gate, measure, metrics, package, report, search
+from effc import alike, cache, checkpoint, gate, measure, metrics, package, report, search
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered, Port
 from effc.build import Builder, Built, versions
@@ -256,7 +256,7 @@ def run(
                 if made[-1].gate["verdict"] == "refused" and not allow_worse:
                     for of in labs.values():
                         of.finish()
-                    raise _refusal(recipe, made[-1])
+                    raise _refusal(lab, made[-1])
         told = _first_and_others(made)
         built = [_moved(of.built, of.work, stage) for of in made]
         samples = next(iter(labs.values())).samples
@@ -301,6 +301,7 @@ def builders_of(
             original=Program({graph.role: graph}), progress=progress, cache=kept,
             decisions=decisions, checkpoint=trained, roles=tuple(original.graphs),
             threads=threads, twin=twin_of(source, graph.role, found),
+            shared=alike.shared(recipe.passes, source, graph.role),
         )  # fmt: skip
     return found
 
@@ -348,15 +349,7 @@ def tune(
 
 def twin_of(source: Source, role: str, builders: Mapping[str, Builder]) -> Builder | None:
     """The builder of another role of the same graph, where there is one already."""
-    return next((builders[r] for r in builders if _is_twin(source, r, role)), None)
-
-
-def _is_twin(source: Source, role: str, other: str) -> bool:
-    """Whether two graphs of a source are one and the same."""
-    same = source.modules[role] is source.modules[other]
-    same &= source.inputs[role] is source.inputs[other]
-    asked = (source.dims, source.outputs)
-    return same and all(of.get(role) == of.get(other) for of in asked)
+    return next((builders[r] for r in builders if alike.is_twin(source, r, role)), None)
 
 
 def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
@@ -369,6 +362,7 @@ def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
                 f"pass {pass_.name!r} works on the unknown graph {strange[0]!r}",
                 hint=f"graphs: {', '.join(source.modules)}",
             )
+    alike.refuse_unlike(recipe.passes, source)
     with progress.stage("trace"):
         original = trace_source(source)
         _refuse_unsupported(original, recipe)
@@ -428,12 +422,14 @@ def _made(lab: Lab, target: str, time_budget_s: float | None, *, replays: bool) 
     )  # fmt: skip
 
 
-def _refusal(recipe: Recipe, made: _Made) -> GateRefused:
+def _refusal(lab: Lab, made: _Made) -> GateRefused:
+    recipe, found = lab.recipe, made.found
     assert recipe.gate is not None
-    found, many = made.found, len(recipe.targets) > 1 or made.label != made.built.target
+    many = len(recipe.targets) > 1 or made.label != made.built.target
     return gate.refusal(
         recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out,
         target=made.label if many else None,
+        stays=[recipe.passes[i].name for i in sorted(lab.builder.shared)],
     )  # fmt: skip
 
 
@@ -464,7 +460,7 @@ def trace_source(source: Source) -> Program:
     """Every module of a source as a graph under its role, with only the outputs that it wants kept."""
     graphs: dict[str, Graph] = {}
     for role, module in source.modules.items():
-        same = next((r for r in graphs if _is_twin(source, r, role)), None)
+        same = next((r for r in graphs if alike.is_twin(source, r, role)), None)
         if same is not None:
             graphs[role] = dataclasses.replace(graphs[same].clone(), role=role)
             continue

@@ -167,13 +167,17 @@ class _Probe:
                 recorded = None  # two batches decide something else than all
             if recorded is not None:
                 data = []
+            is_taken_over = self.builder.twin is not None and index in self.builder.shared
             if pass_.trains:
-                self._train(pass_, index, program, data)
+                if not is_taken_over:
+                    self._train(pass_, index, program, data)
                 continue
             quick = pass_.untimed() if recorded is None else pass_
             started = time.perf_counter()
             apply(quick, program, data or None, dialect=DIALECTS[target], recorded=recorded)
             seconds, need = time.perf_counter() - started, 0.0
+            if is_taken_over:
+                continue
             if quick is not pass_:
                 seconds += TIMINGS * (EACH_S + self._lower_s(program.only()))
             if data and pass_.resolve(DIALECTS[target]).measures and spec is not None:

@@ -112,10 +112,11 @@ def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
 
 
 def _everything(lab: Lab, base: Trial) -> Trial | None:
-    """Every lossy pass taken back; None where there is none left."""
+    """Every lossy pass taken back, but what other engines must have alike; None where there is none left."""
     lossy = frozenset(
         i for i, record in base.built.steps.items() if record.effect == "lossy" and record.sites
     )
+    lossy -= lab.builder.shared
     if not lossy:
         return None
     rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | lossy)

@@ -132,6 +132,8 @@ class Pass:
     """Whether the pass trains the graph."""
     renews: ClassVar[bool] = False
     """Whether values behind the pass are others, or of other sizes, than those before it: no node answers for that."""
+    is_shared: ClassVar[bool] = False
+    """Whether engines that go on with each other's cache must all have the pass, and decide the same."""
 
     @property
     def times(self) -> bool:

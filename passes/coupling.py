@@ -28,7 +28,8 @@ from effc.ir.edit import rebind
 from effc.ir.program import LIFTED, Graph
 from effc.ir.select import site_names
 from effc.ir.values import Change, Values
-from effc.passes.coupling_rules import Axes, Reading, Use, every, made
+from effc.passes.coupling_reading import Axes, Reading, Use, every, made
+from effc.passes.coupling_rules import read
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,7 +129,7 @@ def coupled_dims(graph: Graph, *, may_shrink: Sequence[str] = ()) -> Coupling:
     constants = _placeholders(graph, reading)
     for node in graph.fx.nodes:
         if node.op == "call_function":
-            reading.read(node)
+            read(reading, node)
         elif node.op == "get_attr":
             reading.dims[node] = []
         elif node.op == "output":

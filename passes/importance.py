@@ -22,7 +22,7 @@ from effc.ir import axes
 from effc.ir.axes import leaves
 from effc.passes.base import Stats
 from effc.passes.coupling import Coupling, Group
-from effc.passes.coupling_rules import Use
+from effc.passes.coupling_reading import Use
 from effc.table import Table
 
 

@@ -25,7 +25,7 @@ from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import op_name
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import coupled_dims
-from effc.passes.coupling_rules import Call, Reading, tensors_of
+from effc.passes.coupling_reading import Call, Reading, tensors_of
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -36,7 +36,7 @@ from effc.ir.program import Graph, Program
 from effc.ir.select import Words, op_name, value_key
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
-from effc.passes.coupling_rules import Call, Reading, every, tensors_of
+from effc.passes.coupling_reading import Call, Reading, every, tensors_of
 from effc.passes.layernorm import FACTORS, MOVES, SUMS, fold_scale, put, scaled_layer
 from effc.quant.principal import principal
 

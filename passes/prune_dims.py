@@ -31,7 +31,7 @@ from effc.ir.select import Words, op_name
 from effc.passes import sizes
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
-from effc.passes.coupling_rules import Call, Path
+from effc.passes.coupling_reading import Call, Path
 from effc.passes.importance import IMPORTANCES
 from effc.table import unknown
 
@@ -53,6 +53,7 @@ class PruneDims(Pass):
     name = "prune-dims"
     effect = "lossy"
     renews: ClassVar[bool] = True
+    is_shared: ClassVar[bool] = True
 
     keep: dict[str, tuple[int, ...]] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None

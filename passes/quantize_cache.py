@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import fx
@@ -49,6 +49,7 @@ class QuantizeCache(Pass):
 
     name = "quantize-cache"
     effect = "lossy"
+    is_shared: ClassVar[bool] = True
 
     @property
     def measures(self) -> bool:

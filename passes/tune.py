@@ -41,6 +41,7 @@ class Tune(Pass):
     effect = "lossy"
     trains: ClassVar[bool] = True
     renews: ClassVar[bool] = True
+    is_shared: ClassVar[bool] = True
 
     steps: Count = 200
     lr: Positive = 1e-4

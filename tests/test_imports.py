@@ -34,7 +34,7 @@ LINES = [
     passes backends
     metrics
     recipe room checkpoint
-    samples verify bench
+    samples verify bench alike
     gate case tuning
     package
     engine
