@@ -8,6 +8,7 @@ dropped width with them (PAT, AAAI 2025, arXiv 2408.14721; `effc/nn/hsm.py` has 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -34,7 +35,7 @@ from effc.table import unknown
 log = logging.getLogger(__name__)
 
 WORD = "hsm"
-"""What the modules stand under in `Graph.attached`, and what the names of their tensors begin with."""
+"""What the modules stand under in `Graph.pending`, and what the names of their tensors begin with."""
 WIDE = 1024
 """Widths from here on are kept in multiples of 64, as kernels of GPUs cut them, and those below in multiples of 8."""
 
@@ -49,7 +50,7 @@ class InsertHsm(Pass):
 
     name = "insert-hsm"
 
-    ratio: Annotated[float, Field(gt=0, lt=1)]
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     align: Annotated[int, Field(ge=1)] | None = None
     rank: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
     mode: Mode = "effc"
@@ -74,7 +75,7 @@ class InsertHsm(Pass):
         for graph in program:
             if not self.takes(graph.role):
                 continue
-            if WORD in graph.attached:
+            if WORD in graph.pending:
                 raise PreconditionError(
                     f"{self.name}: the graph has hybrid sparsification modules already",
                     where=f"graph {graph.role!r}",
@@ -86,8 +87,12 @@ class InsertHsm(Pass):
 
     def count(self, width: int) -> int:
         """How many channels stay. Raises PreconditionError where no aligned number is left."""
+        if self.ratio is None:
+            raise PreconditionError(
+                f"{self.name} needs the part of the width that is to go", hint="ratio: 0.25"
+            )
         step = self.align or (64 if width >= WIDE else 8)
-        found = step * round(width * (1 - self.ratio) / step)
+        found = step * math.ceil(width * (1 - self.ratio) / step - 0.5)
         if not 0 < found < width:
             raise PreconditionError(
                 f"{self.name}: {1 - self.ratio:.3g} of a width of {width} is no multiple of {step} that is "
@@ -121,7 +126,7 @@ class InsertHsm(Pass):
                 width, 0 if mask_only else rank, mode=self.mode, identity=self.identity, draw=draw, dtype=dtype
             )  # fmt: skip
             _put(graph, place, hybrid, gate)
-        graph.attached[WORD] = {
+        graph.pending[WORD] = {
             "group": group.name, "width": width, "kept": count, "mode": self.mode, "mask": self.mask,
             "places": [place.name for place in found],
         }  # fmt: skip
@@ -210,7 +215,7 @@ class HardenHsm(Pass):
             )
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
-        state = graph.attached[WORD]
+        state = graph.pending[WORD]
         tensors = graph.tensors()
         mask, tau, beta = (tensors[f"{WORD}.{name}"] for name in ("mask", "tau", "beta"))
         key = f"{graph.role}/{state['group']}"
@@ -222,7 +227,7 @@ class HardenHsm(Pass):
         _warn(told, state, mask)
         node = lift(graph, f"{WORD}.keep", keep, Origin(f"{WORD}.keep", (f"of {WORD}.mask",)))
         replace(graph, _gate(graph), node)
-        graph.attached[WORD] = {**state, "is_hard": True}
+        graph.pending[WORD] = {**state, "is_hard": True}
         return 1
 
 
@@ -258,13 +263,13 @@ def _warn(told: dict[str, Any], state: dict[str, Any], mask: Tensor) -> None:
 
 def inserted(graph: Graph, name: str) -> dict[str, Any]:
     """What `insert-hsm` left to know. Raises PreconditionError for the pass `name` where it left nothing."""
-    if WORD not in graph.attached:
+    if WORD not in graph.pending:
         raise PreconditionError(
             f"{name}: there are no hybrid sparsification modules in the graph",
             where=f"graph {graph.role!r}",
             hint="put insert-hsm in front, and tune between",
         )
-    return graph.attached[WORD]
+    return graph.pending[WORD]
 
 
 # -- in the graph

@@ -87,14 +87,17 @@ class FoldHsm(Pass):
                 hint=unit.stop.hint or "a pass behind insert-hsm made something else of the stream",
             )
         remove(coupling, {unit: np.asarray(keep)})
-        del graph.attached[WORD]
+        del graph.pending[WORD]
         return len(found)
 
     def ensures(self, program: Program) -> None:
         for graph in program:
             left = [name for name in graph.tensors() if name.startswith(f"{WORD}.")]
-            if self.takes(graph.role) and (left or WORD in graph.attached):
-                raise PostconditionError(f"{self.name} left {', '.join(left)} in the graph")
+            if self.takes(graph.role) and (left or WORD in graph.pending):
+                raise PostconditionError(
+                    f"{self.name} left {', '.join(left)} in the graph",
+                    hint="something else reads them; leave out the passes behind insert-hsm one by one",
+                )
 
 
 def _plan(graph: Graph) -> Iterator[tuple[Module, list[tuple[fx.Node, int, list[fx.Node]]]]]:

@@ -92,8 +92,8 @@ def graph_digest(programs: Iterable[Program]) -> str:
     total = hashlib.sha256()
     for graph in (graph for program in programs for graph in program):
         total.update(show(graph, exact=True).encode())
-        if graph.attached:
-            total.update(json.dumps(graph.attached, sort_keys=True).encode())
+        if graph.pending:
+            total.update(json.dumps(graph.pending, sort_keys=True).encode())
         _add(total, graph.tensors())
     return total.hexdigest()
 

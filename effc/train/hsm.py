@@ -56,7 +56,7 @@ class Hsm:
     count: Share = 1.0
 
     def begin(self, graph: Graph, steps: int, rate: Callable[[int], float]) -> HsmCourse:
-        state = graph.attached.get(WORD)
+        state = graph.pending.get(WORD)
         if state is None or state.get("is_hard"):
             raise TuneError(
                 "the term hsm is for a graph with hybrid sparsification modules whose mask is soft",
@@ -67,6 +67,8 @@ class Hsm:
 
 class HsmCourse:
     """One training of one graph."""
+
+    word = WORD
 
     def __init__(
         self, term: Hsm, state: dict[str, Any], tensors: dict[str, Tensor], steps: int

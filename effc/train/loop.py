@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 SAVE_S = 30.0
 """Seconds between two saves."""
 STATE, TENSORS = "state.json", "tensors-{}.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW knows of a parameter once it had a gradient."""
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -72,7 +73,7 @@ class Point:
     held: float | None
     seconds: float
     soft: float | None = None
-    told: list[dict[str, Any]] = field(default_factory=list)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: bool = True
 
 
@@ -223,9 +224,9 @@ class _Terms:
     def is_ready(self, step: int) -> bool:
         return all(course.is_ready(step) for course in self.courses)
 
-    def told(self, step: int) -> list[dict[str, Any]]:
+    def told(self, step: int) -> dict[str, dict[str, Any]]:
         live = self.module.live() if self.courses else {}
-        return [course.told(step, live) for course in self.courses]
+        return {course.word: course.told(step, live) for course in self.courses}
 
 
 def _check(
@@ -285,15 +286,14 @@ def _resumed(
         points = [Point(**point) for point in state["points"]]
         values = [held[f"{i}"] for i in range(len(parameters))]
         kept = [held[f"{i}.best"] for i in range(len(parameters))]
-        moments = [[held[f"{i}.{m}"] for m in MOMENTS] for i in range(len(parameters))]
+        moments = [{m: held.get(f"{i}.{m}") for m in MOMENTS} for i in range(len(parameters))]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return Run(), best
     with torch.no_grad():
-        for parameter, value, pair in zip(parameters, values, moments, strict=True):
+        for parameter, value, found in zip(parameters, values, moments, strict=True):
             parameter.copy_(value)
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"])), **dict(zip(MOMENTS, pair, strict=True)),
-            }  # fmt: skip
+            if all(moment is not None for moment in found.values()):
+                optimizer.state[parameter] = found
     run = Run(
         step=state["step"], points=points, best=state["best"], losses=state["losses"], seconds=state["seconds"]
     )  # fmt: skip
@@ -314,7 +314,7 @@ def _save(
     found: dict[str, Tensor] = {}
     for i, (parameter, kept) in enumerate(zip(parameters, best, strict=True)):
         found |= {f"{i}": parameter.detach(), f"{i}.best": kept}
-        found |= {f"{i}.{m}": optimizer.state[parameter][m] for m in MOMENTS}
+        found |= {f"{i}.{m}": moment for m, moment in optimizer.state[parameter].items()}
     save_file({n: t.contiguous() for n, t in found.items()}, folder / f"{name}.part")
     os.replace(folder / f"{name}.part", folder / name)
     state: Mapping[str, Any] = {

@@ -1,6 +1,6 @@
 """What a training does beside lowering its loss: terms, by the word that a recipe uses.
 
-A term belongs to what a pass put into a graph (`Graph.attached`). It may add to the loss, put values in the place of
+A term belongs to what a pass put into a graph (`Graph.pending`). It may add to the loss, put values in the place of
 tensors at every step (a schedule, or a parameter cut off from its gradient), have a rate of its own for some of them,
 say what held-out samples judge, and tell of itself along the way. All of it hangs on the step and on the tensors alone,
 so that a training that goes on after a break is the one that had none.
@@ -30,6 +30,8 @@ class Own:
 
 class Course(Protocol):
     """A term in one training of one graph."""
+
+    word: str
 
     def owns(self) -> Mapping[str, Own]:
         """Tensors with a rate of their own, whose gradient is clipped by itself."""
