@@ -352,6 +352,25 @@ def curve(name: str, title: str, desc: str, lines: Mapping[str, Sequence[float |
     return figure(name, title, desc, PLOT + 4, *parts)
 
 
+def columns(name: str, title: str, desc: str, counts: Sequence[Sequence[int]]) -> Html:
+    """Histograms in equal steps across, one a column: the lowest bin at the foot, the darker the more are in it."""
+    pitch = 100 / max(len(counts), 1)
+    parts: list[Html] = []
+    for i, bins in enumerate(counts):
+        tall, total = PLOT / max(len(bins), 1), max(sum(bins), 1)
+        for place, count in enumerate(bins):
+            if not count:
+                continue
+            parts.append(
+                tag(
+                    "rect", tag("title", f"{count} of {total}"), x=f"{(i + 0.05) * pitch:.2f}%",
+                    y=f"{PLOT - (place + 1) * tall:.2f}", width=f"{0.9 * pitch:.2f}%",
+                    height=f"{tall:.2f}", class_="bin", fill_opacity=f"{(count / total) ** 0.5:.2f}",
+                )
+            )  # fmt: skip
+    return figure(name, title, desc, PLOT + 4, *parts)
+
+
 def _down(scale: Scale, value: float) -> float:
     return PLOT * (1 - scale.at(value) / 100)
 

@@ -305,8 +305,8 @@ def _stages(r: At) -> Html | None:
     return charts.bars("stages", "Stages", desc, rows) if rows else None
 
 
-def _curves(passes: At) -> Iterator[tuple[At, str, Html]]:
-    """Passes that train, what came of it, and the losses along the way."""
+def _curves(passes: At) -> Iterator[tuple[At, str, Html, list[tuple[str, Html]]]]:
+    """Passes that train, what came of it, the losses along the way, and what terms told of themselves."""
     for place, pass_ in enumerate(passes):
         for name, points in pass_["notes"].pairs():
             if not name.endswith("/curve") or not points:
@@ -316,7 +316,24 @@ def _curves(passes: At) -> Iterator[tuple[At, str, Html]]:
             }  # fmt: skip
             desc = "The mean loss between two points of a training, and the loss of samples that it does not see."
             figure = charts.curve(f"curve-{place}", "Training", desc, lines)
-            yield pass_, curve_words(points.raw), figure
+            yield pass_, curve_words(points.raw), figure, list(_told(place, points))
+
+
+def _told(place: int, points: At) -> Iterator[tuple[str, Html]]:
+    """A drawing for everything that a term tells at every point: a line of numbers, or histograms side by side."""
+    told = [p["told"].raw for p in points]
+    terms = told[-1] if isinstance(told[-1], dict) else {}
+    pairs = [(term, key) for term, last in terms.items() if isinstance(last, dict) for key in last]
+    for count, (term, key) in enumerate(pairs):
+        found = [At(t)[term][key].raw for t in told]
+        name, title = f"told-{place}-{count}", f"{term}: {key}"
+        counts = [v for v in found if isinstance(v, list) and all(type(n) is int for n in v)]
+        if len(counts) == len(found):
+            desc = "How many lie where from 0, at the foot, to 1, at every point of the training."
+            yield title, charts.columns(name, title, desc, counts)
+        elif all(v is None or type(v) in (int, float) for v in found):
+            desc = "At every point of the training."
+            yield title, charts.curve(name, title, desc, {"engine": found})
 
 
 def _bought(passes: At) -> Iterator[tuple[At, list[str]]]:

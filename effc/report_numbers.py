@@ -54,7 +54,7 @@ class At:
 
 def curve_words(curve: Any) -> str:
     """`held-out loss 0.51 → 0.043 in 200 steps, the least at 150, 12 s`"""
-    points = [p for p in curve if p["held"] is not None]
+    points = [p for p in curve if p["held"] is not None and p.get("counts", True)]
     if not points:
         ends = [p["loss"] for p in curve if p["loss"] is not None]
         words = f"loss {ends[0]:.3g} → {ends[-1]:.3g}" if ends else "no loss"

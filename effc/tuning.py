@@ -33,9 +33,10 @@ from effc.passes.tune import Tune
 from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import Source
-from effc.train import losses
+from effc.train import losses, terms
 from effc.train.graph import InGraph, mask_of
 from effc.train.loop import Run, Schedule, fit
+from effc.train.terms import Course
 
 MOST_BYTES = 4 << 30
 """Samples are held in memory while they are trained on; more than this is refused."""
@@ -112,7 +113,10 @@ class Tuner:
         held, curve = self.checkpoint.tensors(index, graph.role)
         shapes = {name: tuple(t.shape) for name, t in graph.tensors().items()}
         given = {name: tuple(t.shape) for name, t in held.items()}
-        if given != {name: shapes[name] for name in InGraph(graph, pass_.trained(graph)).places}:
+        places = InGraph(graph, pass_.trained(graph)).places
+        for course in _courses(pass_, graph):
+            places |= dict.fromkeys(course.stands(pass_.steps, held), 0)
+        if given != {name: shapes[name] for name in places}:
             raise TuneError(f"{self.checkpoint.place} was trained in another graph", hint=AGAIN)
         return held, curve
 
@@ -132,7 +136,7 @@ class Tuner:
         folder = self.cache.root / "train" / key[:32] if self.cache.root and is_kept else None
         run = fit(
             module, _loss(pass_, self.teacher), drawn, _schedule(pass_), held=held, folder=folder,
-            progress=progress,
+            progress=progress, courses=_courses(pass_, graph),
         )  # fmt: skip
         tensors = module.tensors()
         curve = _curve(run)
@@ -195,11 +199,18 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
             raise TuneError("batches of inputs have no labels", hint="leave `task` out")
         module = InGraph(graph, pass_.trained(graph))
         drawn, held = _of_batches(pass_, [Example(feeds=tensors_for(graph, b)) for b in given])
-        run = fit(module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held)
+        run = fit(
+            module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held,
+            courses=_courses(pass_, graph),
+        )  # fmt: skip
         stats.notes["curve"] = _curve(run)
         return module.tensors()
 
     return train
+
+
+def _courses(pass_: Tune, graph: Graph) -> list[Course]:
+    return terms.begin(pass_.terms, graph, pass_.steps, _schedule(pass_).rate)
 
 
 def _curve(run: Run) -> list[dict[str, Any]]:
@@ -216,16 +227,16 @@ def _schedule(pass_: Tune) -> Schedule:
 def _loss(pass_: Tune, teacher: Graph) -> Callable[[Any, Example], Tensor]:
     def loss(module: Any, example: Example) -> Tensor:
         feeds = example.feeds
-        outputs, mask, terms = module(feeds), mask_of(feeds), []
+        outputs, mask, found = module(feeds), mask_of(feeds), []
         if pass_.distill:
             far = losses.distillation(outputs, teacher.run(feeds), mask, pass_.temperature)
-            terms.append(pass_.distill * far)
+            found.append(pass_.distill * far)
         if pass_.task == "labels":
             assert example.labels is not None
-            terms.append(losses.labels(outputs, example.labels))
+            found.append(losses.labels(outputs, example.labels))
         if pass_.task == "tokens":
-            terms.append(losses.tokens(outputs, feeds["input_ids"], mask))
-        return torch.stack(terms).sum()
+            found.append(losses.tokens(outputs, feeds["input_ids"], mask))
+        return torch.stack(found).sum()
 
     return loss
 

@@ -60,7 +60,7 @@ def _is_noop(node: fx.Node) -> bool:
     match op_name(node):
         case "dropout" | "feature_dropout" | "alpha_dropout":
             return not (len(node.args) > 2 and node.args[2])
-        case "to" | "_to_copy" | "detach" | "alias" | "lift_fresh_copy":
+        case "to" | "_to_copy" | "type_as" | "detach" | "alias" | "lift_fresh_copy":
             return same_type  # not `contiguous` or `clone`: a later `view` may need the layout that they make
         case "add" | "sub":
             return same_type and node.args[1] in (0, 0.0) and not node.kwargs

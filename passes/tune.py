@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from effc.errors import CalibrationError, PreconditionError
 from effc.ir.edit import rebind, tensor_name
@@ -21,11 +21,16 @@ from effc.ir.select import op_name
 from effc.ir.show import tensors_digest
 from effc.passes.base import Pass, Stats
 from effc.quant.ops import DEQUANTIZE
+from effc.train.hsm import Hsm
 
 LAYERS = ("linear", "conv1d", "conv2d", "embedding")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Terms = tuple[
+    Annotated[Hsm, BeforeValidator(lambda x: {"term": x} if isinstance(x, str) else x)], ...
+]
+"""What is done beside lowering the loss, by word; a further one is a member of a union here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,8 @@ class Tune(Pass):
 
     The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
     `labels` of the samples, the next of their `tokens`, or none. `file` has the samples, those of `calib` where None;
-    `samples` of them are drawn by `seed`, and `held` others judge.
+    `samples` of them are drawn by `seed`, and `held` others judge. `terms` are what passes in front put in to be
+    trained in ways of its own.
     """
 
     name = "tune"
@@ -58,6 +64,7 @@ class Tune(Pass):
     held: Annotated[int, Field(ge=0)] = 128
     seed: int = 0
     tensors: str | tuple[str, ...] = "*"
+    terms: Terms = ()
 
     def requires(self, program: Program) -> None:
         if self.task == "none" and not self.distill:

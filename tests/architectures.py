@@ -110,6 +110,18 @@ def llama(draw: random.Random) -> Built:
     return shaken(Text(model, "logits", use_cache=False)), tokens(), TEXT
 
 
+def gemma(draw: random.Random) -> Built:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    kv, again, size = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice([4, 8])
+    config = GemmaConfig(
+        vocab_size=VOCABULARY, hidden_size=draw.choice([24, 48]), intermediate_size=draw.choice([36, 56]),
+        num_hidden_layers=2, num_attention_heads=kv * again, num_key_value_heads=kv, head_dim=size,
+        max_position_embeddings=64, rms_norm_eps=1e-3,
+    )  # fmt: skip
+    return shaken(Text(GemmaForCausalLM(config), "logits", use_cache=False)), tokens(), TEXT
+
+
 def llama_with_cache(draw: random.Random) -> Built:
     from transformers import LlamaForCausalLM
 
@@ -332,6 +344,7 @@ def mixed(draw: random.Random) -> Built:
 FAMILIES: dict[str, Callable[[random.Random], Built]] = {
     "llama": llama,
     "llama with cache": llama_with_cache,
+    "gemma": gemma,
     "gpt2": gpt2,
     "bert": bert,
     "siglip text": siglip,

@@ -73,7 +73,7 @@ ASIDE = {
     "train": {"errors", "progress", "table", "quant", "dialect", "ir", "nn", "calib"},
     "zoo": {"errors", "table", "nn", "calib", "processor", "source", "train"},
 }
-IMPORTERS_OF_ASIDE = {"train": {"zoo", "tuning", "compiler", "cli"}, "zoo": set()}
+IMPORTERS_OF_ASIDE = {"train": {"zoo", "tuning", "compiler", "cli", "passes"}, "zoo": set()}
 
 
 def modules() -> dict[str, Path]:

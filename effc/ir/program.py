@@ -42,6 +42,8 @@ class Graph:
     origins: dict[str, Origin] = field(default_factory=dict)
     codes: dict[str, str] = field(default_factory=dict)
     """Inputs and outputs that are codes of numbers, with the name of the tensor that is the size of a code."""
+    pending: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What passes put in to be taken out again, by word: what those behind them must know, as plain JSON."""
 
     @property
     def fx(self) -> FxGraph:
@@ -148,7 +150,7 @@ class Graph:
         )
         return Graph(
             self.role, exported, self.inputs, self.outputs, dict(self.dims), dict(self.origins),
-            dict(self.codes),
+            dict(self.codes), dict(self.pending),
         )  # fmt: skip
 
 

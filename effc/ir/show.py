@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -91,6 +92,8 @@ def graph_digest(programs: Iterable[Program]) -> str:
     total = hashlib.sha256()
     for graph in (graph for program in programs for graph in program):
         total.update(show(graph, exact=True).encode())
+        if graph.pending:
+            total.update(json.dumps(graph.pending, sort_keys=True).encode())
         _add(total, graph.tensors())
     return total.hexdigest()
 

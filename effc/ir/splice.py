@@ -66,14 +66,18 @@ class _Positional(nn.Module):
         self.inner = inner
 
     def forward(
-        self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None
+        self,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        d: Tensor | None = None,
     ) -> Any:
         return self.inner(*[x for x in (a, b, c, d) if x is not None])
 
 
 def _input_names(count: int) -> list[str]:
-    if not 1 <= count <= 4:
-        raise ValueError(f"splice takes one to four inputs, not {count}")
+    if count > 4:
+        raise ValueError(f"splice takes up to four inputs, not {count}")
     return list("abcd")[:count]
 
 

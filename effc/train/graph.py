@@ -12,7 +12,10 @@ from effc.ir.program import Graph
 
 
 class InGraph(nn.Module):
-    """A graph as a module of feeds by name; the tensors of those `names` are its parameters, a shared one once."""
+    """A graph as a module of feeds by name; the tensors of those `names` are its parameters, a shared one once.
+
+    Tensors in `instead` stand in the place of the graph's own, and of its parameters.
+    """
 
     def __init__(self, graph: Graph, names: Sequence[str]) -> None:
         super().__init__()
@@ -29,16 +32,22 @@ class InGraph(nn.Module):
             if (place := by_place.get(_place(tensor))) is not None:
                 self.places[name] = place
         self.weights = nn.ParameterList(weights)
+        self.instead: dict[str, Tensor] = {}
 
     def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        trained = {name: self.weights[place] for name, place in self.places.items()}
-        values = self.graph.exported.graph_module(*self.graph.arguments(feeds, trained))
+        arguments = self.graph.arguments(feeds, {**self.live(), **self.instead})
+        values = self.graph.exported.graph_module(*arguments)
         return dict(zip(self.graph.outputs, values, strict=True))
 
+    def live(self) -> dict[str, Tensor]:
+        """The parameters by the names of the graph's tensors."""
+        return {name: self.weights[place] for name, place in self.places.items()}
+
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by the names of the graph's tensors; one object for those that are shared."""
+        """What stands in the graph of trained tensors, by name; one object for those that are shared."""
         held = [weight.detach() for weight in self.weights]
-        return {name: held[place] for name, place in self.places.items()}
+        found = {name: held[place] for name, place in self.places.items()}
+        return found | {name: tensor.detach() for name, tensor in self.instead.items()}
 
 
 def _place(tensor: Tensor) -> Any:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,13 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effc.errors import TuneError
+from effc.train.terms import Course, Own
 
 log = logging.getLogger(__name__)
 
 SAVE_S = 30.0
 """Seconds between two saves."""
 STATE, TENSORS = "state.json", "tensors-{}.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW knows of a parameter once it had a gradient."""
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -60,12 +62,27 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Losses after so many steps: the mean since the last point, None before the first, and of held-out batches."""
+    """Losses after so many steps: the mean since the last point, None before the first, and of held-out batches.
+
+    `soft` is that of held-out batches in the graph as it is trained, where a term has them judge another one; `told` is
+    what terms tell of themselves, by number of the term. What comes out is of a point that `counts`.
+    """
 
     step: int
     loss: float | None
     held: float | None
     seconds: float
+    soft: float | None = None
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counts: bool = True
+
+
+class Graphlike(Protocol):
+    """A module whose parameters have the names of a graph's tensors, and which takes other tensors in their place."""
+
+    instead: dict[str, Tensor]
+
+    def live(self) -> dict[str, Tensor]: ...
 
 
 @dataclass
@@ -90,11 +107,12 @@ def fit(
     held: Sequence[Batch] = (),
     folder: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    courses: Sequence[Course] = (),
 ) -> Run:
     """Train the parameters of a module in place; `batch` gives that of a step.
 
-    `folder` keeps the state, and a run that finds one there goes on from it. Raises TuneError where a loss is no
-    number, with the step.
+    With `courses` the module is a `Graphlike`, and has at the end what they leave to stand in it. `folder` keeps the
+    state, and a run that finds one there goes on from it. Raises TuneError where a loss is no number, with the step.
     """
     try:
         from accelerate import Accelerator
@@ -104,18 +122,21 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise TuneError("there is nothing to train", hint="`tensors` matches none of the graph's")
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    terms = _Terms(module, courses)
+    groups = _groups(parameters, terms, schedule)
+    optimizer = torch.optim.AdamW([group.options() for group in groups], lr=schedule.lr)
     module, optimizer = accelerator.prepare(module, optimizer)
     run, best = _resumed(folder, parameters, optimizer, schedule)
     saved = started = time.monotonic()
     before = run.seconds
     if not run.points:
-        _check(run, module, loss, held, parameters, best)
+        _check(run, module, loss, held, parameters, best, terms)
     while run.step < schedule.steps:
         torch.manual_seed(schedule.seed * 1_000_003 + run.step)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(run.step)
-        value = loss(module, batch(run.step))
+        for place, group in zip(optimizer.param_groups, groups, strict=True):
+            place["lr"] = group.rate(run.step)
+        terms.stand(run.step)
+        value = loss(module, batch(run.step)) + terms.loss(run.step)
         if not bool(torch.isfinite(value)):
             raise TuneError(
                 f"the loss is {float(value.detach())} at step {run.step}",
@@ -123,13 +144,14 @@ def fit(
             )
         optimizer.zero_grad()
         accelerator.backward(value)
-        accelerator.clip_grad_norm_(parameters, schedule.clip)
+        for group in groups:
+            accelerator.clip_grad_norm_(group.parameters, schedule.clip)
         optimizer.step()
         run.losses.append(float(value.detach()))
         run.step += 1
         run.seconds = before + time.monotonic() - started
         if run.step % schedule.check_every == 0 or run.step == schedule.steps:
-            _check(run, module, loss, held, parameters, best)
+            _check(run, module, loss, held, parameters, best, terms)
         progress(run.step, schedule.steps)
         if folder is not None and time.monotonic() - saved > SAVE_S and run.step < schedule.steps:
             try:
@@ -140,7 +162,71 @@ def fit(
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
+    terms.stand(run.best if held else run.step)
     return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Parameters that go together: one rate, and one norm of their gradients."""
+
+    parameters: list[Tensor]
+    rate: Callable[[int], float]
+    weight_decay: float
+
+    def options(self) -> dict[str, Any]:
+        return {"params": self.parameters, "weight_decay": self.weight_decay}
+
+
+def _groups(parameters: Sequence[Tensor], terms: _Terms, schedule: Schedule) -> list[_Group]:
+    owned = terms.owned()
+    rest = [p for p in parameters if all(p is not mine for mine, _ in owned)]
+    found = [
+        _Group(parameters=[p], rate=own.rate, weight_decay=own.weight_decay) for p, own in owned
+    ]
+    first = _Group(parameters=rest, rate=schedule.rate, weight_decay=schedule.weight_decay)
+    return [first, *found] if rest else found
+
+
+class _Terms:
+    """Courses beside the module that they are about; nothing where there are none."""
+
+    def __init__(self, module: Any, courses: Sequence[Course]) -> None:
+        self.module: Graphlike = module
+        self.courses = courses
+
+    def owned(self) -> list[tuple[Tensor, Own]]:
+        live = self.module.live() if self.courses else {}
+        return [
+            (live[name], own)
+            for course in self.courses for name, own in course.owns().items() if name in live
+        ]  # fmt: skip
+
+    def stand(self, step: int, *, judged: bool = False) -> bool:
+        """Put in place what is trained in a step, or what is judged then; gives whether that is something else."""
+        differs = False
+        if self.courses:
+            live = self.module.live()
+            instead: dict[str, Tensor] = {}
+            for course in self.courses:
+                instead |= course.stands(step, live)
+                other = course.judged(step, live) if judged else {}
+                instead |= other
+                differs |= bool(other)
+            self.module.instead = instead
+        return differs
+
+    def loss(self, step: int) -> Tensor | float:
+        live = self.module.live() if self.courses else {}
+        found = [x for course in self.courses for x in course.losses(step, live).values()]
+        return torch.stack(found).sum() if found else 0.0
+
+    def is_ready(self, step: int) -> bool:
+        return all(course.is_ready(step) for course in self.courses)
+
+    def told(self, step: int) -> dict[str, dict[str, Any]]:
+        live = self.module.live() if self.courses else {}
+        return {course.word: course.told(step, live) for course in self.courses}
 
 
 def _check(
@@ -150,21 +236,37 @@ def _check(
     held: Sequence[Batch],
     parameters: Sequence[Tensor],
     best: list[Tensor],
+    terms: _Terms,
 ) -> None:
     """A point of the curve; the tensors are kept where none before had less loss."""
-    with torch.no_grad():
+
+    def mean_loss() -> float | None:
         values = [float(loss(module, batch)) for batch in held]
-    now = sum(values) / len(values) if values else None
+        return sum(values) / len(values) if values else None
+
+    with torch.no_grad():
+        differs = terms.stand(run.step, judged=True)
+        now, soft = mean_loss(), None
+        if differs:
+            terms.stand(run.step)
+            soft = mean_loss()
+        told = terms.told(run.step)
     if now is not None and not math.isfinite(now):
         raise TuneError(
             f"the loss of held-out samples is {now} at step {run.step}",
             hint="a lower learning rate may help, or `held: 0`, where they are at fault",
         )
-    least = min((p.held for p in run.points if p.held is not None), default=math.inf)
+    least = min((p.held for p in run.points if p.held is not None and p.counts), default=math.inf)
+    counts = terms.is_ready(run.step)
     mean = sum(run.losses) / len(run.losses) if run.losses else None
-    run.points.append(Point(step=run.step, loss=mean, held=now, seconds=round(run.seconds, 3)))
+    seconds = round(run.seconds, 3)
+    run.points.append(
+        Point(
+            step=run.step, loss=mean, held=now, seconds=seconds, soft=soft, told=told, counts=counts
+        )
+    )
     run.losses = []
-    if now is None or now < least:
+    if now is None or now < least or math.isinf(least):
         run.best = run.step
         best[:] = [p.detach().clone() for p in parameters]
 
@@ -184,15 +286,14 @@ def _resumed(
         points = [Point(**point) for point in state["points"]]
         values = [held[f"{i}"] for i in range(len(parameters))]
         kept = [held[f"{i}.best"] for i in range(len(parameters))]
-        moments = [[held[f"{i}.{m}"] for m in MOMENTS] for i in range(len(parameters))]
+        moments = [{m: held.get(f"{i}.{m}") for m in MOMENTS} for i in range(len(parameters))]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return Run(), best
     with torch.no_grad():
-        for parameter, value, pair in zip(parameters, values, moments, strict=True):
+        for parameter, value, found in zip(parameters, values, moments, strict=True):
             parameter.copy_(value)
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"])), **dict(zip(MOMENTS, pair, strict=True)),
-            }  # fmt: skip
+            if all(moment is not None for moment in found.values()):
+                optimizer.state[parameter] = found
     run = Run(
         step=state["step"], points=points, best=state["best"], losses=state["losses"], seconds=state["seconds"]
     )  # fmt: skip
@@ -213,7 +314,7 @@ def _save(
     found: dict[str, Tensor] = {}
     for i, (parameter, kept) in enumerate(zip(parameters, best, strict=True)):
         found |= {f"{i}": parameter.detach(), f"{i}.best": kept}
-        found |= {f"{i}.{m}": optimizer.state[parameter][m] for m in MOMENTS}
+        found |= {f"{i}.{m}": moment for m, moment in optimizer.state[parameter].items()}
     save_file({n: t.contiguous() for n, t in found.items()}, folder / f"{name}.part")
     os.replace(folder / f"{name}.part", folder / name)
     state: Mapping[str, Any] = {

@@ -83,6 +83,22 @@ def test_one_gain_for_all_channels_stays_as_it_is():
     assert record.sites == 0
 
 
+def test_a_gain_may_be_computed_from_a_weight_but_not_from_an_input():
+    def gemma(self, x):
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (normed * (1.0 + self.w)).type_as(x)
+
+    record, program = fused(Call(gemma, w=nn.Parameter(torch.rand(8))), normal(2, 8))
+    assert record.sites == 1 and ops(program) == ["add", "rms_norm", "type_as"]
+
+    def gated(self, x):
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return normed * (self.w + x[0])
+
+    record, _ = fused(Call(gated, w=nn.Parameter(torch.rand(8))), normal(2, 8))
+    assert record.sites == 0
+
+
 def test_a_norm_whose_inner_value_is_read_elsewhere_stays():
     def forward(self, x):
         normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)

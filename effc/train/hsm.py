@@ -1,0 +1,213 @@
+"""Trains hybrid sparsification modules: a mask that closes by a schedule, and modules that stay near a change of basis.
+
+For s of `milestone` steps s₀ (PAT, AAAI 2025, eq. 6 to 12):
+
+    τ(s) = 1 / (1 − ln s / ln s₀)       β(s) = max(0, ½ − s/s₀)       from s₀ on the gate is 0 or 1
+    loss = loss of the outputs + count + identity
+
+    mode        count                             identity                              mask
+    paper       |k − #{m > 0}|                    ‖L Lᵀ − I‖ + ‖Uᵀ U − I‖, all          as above
+    released    10 |#{m ≥ 0} − k| / k,            mean (L Lᵀ − I)², of the embedding    τ and the gate stand still from
+                and m near ±½                     and of the last layer                 0.8 s₀ on
+    effc        none: 0 lies between the k-th     mean (L Lᵀ − I)², mean over all       as above, and m goes as far as
+                and the next m at every step                                            `travel` in s₀ steps
+
+Counts are stepped through in the gradient. A mask that is not trained fades: (1 − s/s₀), or in the released code
+exp(−2.77 s/s₀). Held-out samples judge the graph with exactly k channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from effc.errors import TuneError
+from effc.ir.program import Graph
+from effc.nn.hsm import EDGE, HARD, centred, gate, hard
+from effc.train.terms import Live, Own
+
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+WORD = "hsm"
+FROZEN = 0.8
+"""The share of s₀ after which the released code holds the gate still."""
+FADE = 2.77
+BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hsm:
+    """The schedule of a mask and the losses of its modules; the mode is that of `insert-hsm`.
+
+    `milestone` is the share of the steps in which the mask closes. `mask_lr` is the mask's own rate, else `travel` over
+    the steps of the milestone in the mode effc, and the rate of all others else. `identity` and `count` weigh losses.
+    """
+
+    term: Literal["hsm"] = "hsm"
+    milestone: Annotated[float, Field(gt=0, le=1)] = 1 / 3
+    mask_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    travel: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    identity: Share = 1.0
+    count: Share = 1.0
+
+    def begin(self, graph: Graph, steps: int, rate: Callable[[int], float]) -> HsmCourse:
+        state = graph.pending.get(WORD)
+        if state is None or state.get("is_hard"):
+            raise TuneError(
+                "the term hsm is for a graph with hybrid sparsification modules whose mask is soft",
+                hint="put insert-hsm in front of tune, and harden-hsm behind it",
+            )
+        return HsmCourse(self, state, graph.tensors(), steps)
+
+
+class HsmCourse:
+    """One training of one graph."""
+
+    word = WORD
+
+    def __init__(
+        self, term: Hsm, state: dict[str, Any], tensors: dict[str, Tensor], steps: int
+    ) -> None:
+        self.term, self.mode, self.count = term, state["mode"], int(state["kept"])
+        self.is_trained = state["mask"] == "trained"
+        self.start = tensors[f"{WORD}.mask"]
+        self.places = [
+            name for place in state["places"] if (name := f"{WORD}.{place}") + ".down" in tensors
+        ]
+        self.has_identity = any(
+            n.endswith((".scale", ".values")) for n in tensors if n.startswith(f"{WORD}.")
+        )
+        self.milestone = max(1, round(term.milestone * steps))
+
+    def owns(self) -> dict[str, Own]:
+        own = self.term.mask_lr
+        if not self.is_trained or (own is None and self.mode != "effc"):
+            return {}
+        until = math.inf if self.mode == "released" else self.milestone
+        rate = own if own is not None else self.term.travel / self.milestone
+        return {f"{WORD}.mask": Own(rate=lambda step: rate if step < until else 0.0)}
+
+    def stands(self, step: int, live: Live) -> dict[str, Tensor]:
+        mask = live.get(f"{WORD}.mask", self.start)
+        if not self.is_trained:
+            tau, beta = self._fading(step)
+            return self._gate(None, tau, beta)
+        if self.mode == "released":
+            still = step >= FROZEN * self.milestone
+            tau, beta = schedule(min(step, FROZEN * self.milestone), self.milestone)
+            return self._gate(mask.detach() if still else mask, tau, beta)
+        if step >= self.milestone:
+            return self._gate(
+                hard(mask.detach(), self.count) if self.mode == "effc" else mask.detach(), HARD, 0.0
+            )
+        return self._gate(
+            centred(mask, self.count) if self.mode == "effc" else mask,
+            *schedule(step, self.milestone),
+        )
+
+    def judged(self, step: int, live: Live) -> dict[str, Tensor]:
+        mask = live.get(f"{WORD}.mask", self.start).detach()
+        if self.mode == "effc" and self.is_trained and step >= self.milestone:
+            return {}
+        return self._gate(hard(mask, self.count), HARD, 0.0)
+
+    def is_ready(self, step: int) -> bool:
+        """From where on the mask is closed: before, nobody has trained what channels will be without the others."""
+        return (
+            step >= (FROZEN if self.mode == "released" and self.is_trained else 1) * self.milestone
+        )
+
+    def losses(self, step: int, live: Live) -> dict[str, Tensor]:
+        found = {}
+        if self.has_identity and self.term.identity and self.places:
+            found["identity"] = self.term.identity * self._identity(live)
+        mask = live.get(f"{WORD}.mask")
+        if mask is not None and self.is_trained and self.term.count and self.mode != "effc":
+            found["count"] = self.term.count * self._count(mask)
+            if self.mode == "released":
+                found["sides"] = sides(mask)
+        return found
+
+    def told(self, step: int, live: Live) -> dict[str, Any]:
+        mask = live.get(f"{WORD}.mask", self.start).detach()
+        standing = self.stands(step, live)
+        values = gate(
+            standing.get(f"{WORD}.mask", mask), standing[f"{WORD}.tau"], standing[f"{WORD}.beta"]
+        )
+        inside = values.detach().clamp(0, 1)
+        return {
+            "kept": int((values > 0.5).sum()),
+            "undecided": int(((inside > EDGE) & (inside < 1 - EDGE)).sum()),
+            "gates": torch.histc(inside.to(torch.float32), BINS, 0, 1).int().tolist(),
+            **{name: round(float(value), 6) for name, value in self.losses(step, live).items()},
+        }
+
+    def _gate(self, mask: Tensor | None, tau: float, beta: float) -> dict[str, Tensor]:
+        found = {
+            f"{WORD}.tau": self.start.new_tensor(tau),
+            f"{WORD}.beta": self.start.new_tensor(beta),
+        }
+        return found if mask is None else {**found, f"{WORD}.mask": mask}
+
+    def _fading(self, step: int) -> tuple[float, float]:
+        """τ and β of a gate that is 1 for m = 1, and `left` for m = −1."""
+        share = step / self.milestone
+        left = max(0.0, 1 - share)
+        if self.mode == "released":
+            left = math.exp(-FADE * (share if share < 1 else 1 + 4 * (share - 1)))
+        if left <= 0:
+            return HARD, 0.0
+        return min(HARD, math.log((2 - left) / left)), left / 2
+
+    def _identity(self, live: Live) -> Tensor:
+        """How far the small factors are from orthonormal ones."""
+        names = (
+            self.places
+            if self.mode != "released"
+            else list(dict.fromkeys([self.places[0], *self.places[-2:]]))
+        )
+        terms = []
+        for name in names:
+            down, up = live.get(f"{name}.down"), live.get(f"{name}.up")
+            if down is None or up is None:
+                continue
+            if self.mode == "paper":
+                terms.append(_far(down @ down.T).norm() + _far(up.T @ up).norm())
+            else:
+                terms.append(_far(down @ down.T).square().mean())
+        if not terms:
+            return self.start.new_zeros(())
+        total = torch.stack(terms)
+        return total.mean() if self.mode == "effc" else total.sum()
+
+    def _count(self, mask: Tensor) -> Tensor:
+        on = (mask >= 0 if self.mode == "released" else mask > 0).to(mask.dtype)
+        on = on + mask - mask.detach()
+        gap = (on.sum() - self.count).abs()
+        return 10 * gap / self.count if self.mode == "released" else gap
+
+
+def schedule(step: float, milestone: int) -> tuple[float, float]:
+    """τ and β. The gate of a milestone of one step is hard from the first step behind it."""
+    if step <= 0:
+        return 0.0, 0.5
+    left = 1 - math.log(step) / math.log(milestone) if milestone > 1 else 0.0
+    return (min(HARD, 1 / left) if left > 0 else HARD), max(0.0, 0.5 - step / milestone)
+
+
+def sides(mask: Tensor) -> Tensor:
+    """How far m is from ½ where it is above 0, and from −½ elsewhere; 0 of a side that has none."""
+    parts = [
+        (mask[where] - at).square().mean()
+        for where, at in ((mask > 0, 0.5), (mask <= 0, -0.5)) if bool(where.any())
+    ]  # fmt: skip
+    return torch.stack(parts).sum()
+
+
+def _far(product: Tensor) -> Tensor:
+    return product - torch.eye(len(product), dtype=product.dtype)

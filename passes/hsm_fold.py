@@ -1,0 +1,190 @@
+"""Folds hybrid sparsification modules into the layers in front of them, and removes the width that their mask drops.
+
+    W' = (diag(s) D W)[S, :]       b' = (diag(s) D b)[S]       E' = (E Dᵀ diag(s))[:, S]
+
+Computed in float64, S the channels that stay. What reads the stream loses the same columns, and norms get the gain and
+the epsilon of the shorter mean (`passes/prune_dims.py`). What is left has the operators of the graph as it was before
+`insert-hsm`, with smaller constants: no mask, no gather, no small products.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from effc.errors import PostconditionError, PreconditionError
+from effc.ir.axes import Stop, of
+from effc.ir.edit import is_constant, refresh, replace, tensor_name, tensor_of
+from effc.ir.program import Graph, Program
+from effc.ir.select import op_name
+from effc.nn.hsm import matrix
+from effc.passes.base import Pass, Stats
+from effc.passes.coupling import Coupling, coupled_dims
+from effc.passes.coupling_rules import Call
+from effc.passes.hsm import WORD, inserted
+from effc.passes.layernorm import put
+from effc.passes.prune_dims import remove
+from effc.passes.writers import Stream, is_later, sources, stream_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Module:
+    """One module in the graph: what it reads and gives, and where its tensors are, None where it is the mask alone."""
+
+    value: fx.Node
+    out: fx.Node
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldHsm(Pass):
+    """Folds hybrid sparsification modules with a hard mask into the layers in front of them, and removes width."""
+
+    name = "fold-hsm"
+    renews = True
+
+    def requires(self, program: Program) -> None:
+        for graph in program:
+            if not self.takes(graph.role):
+                continue
+            if not inserted(graph, self.name).get("is_hard"):
+                raise PreconditionError(
+                    f"{self.name}: the mask is soft yet, and no channel is exactly 0",
+                    where=f"graph {graph.role!r}",
+                    hint="put harden-hsm in front",
+                )
+            for _ in _plan(graph):
+                pass
+
+    def rewrite(self, graph: Graph, stats: Stats) -> int:
+        tensors = graph.tensors()
+        keep = tensors[f"{WORD}.keep"] > 0
+        found = list(_plan(graph))
+        before = graph.weight_bytes() - sum(
+            t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(f"{WORD}.")
+        )
+        for module, made in found:
+            if module.name is not None:
+                _fold(graph, made, _matrix(tensors, module.name, len(keep)) * keep[:, None])
+        for module, _ in found:
+            replace(graph, module.out, module.value)
+        refresh(graph)
+        if grown := graph.weight_bytes() - before:
+            stats.notes["untied"] = {"bytes": grown}
+            log.info("tables that others read too are two tensors now: %.1f MB more", grown / 1e6)
+        coupling = coupled_dims(graph)
+        unit = of(coupling.reading.of(found[0][0].value)[-1])
+        if unit.stop is not None:
+            raise PreconditionError(
+                f"{self.name}: the width cannot be removed: {unit.stop}",
+                hint=unit.stop.hint or "a pass behind insert-hsm made something else of the stream",
+            )
+        remove(coupling, {unit: np.asarray(keep)})
+        del graph.pending[WORD]
+        return len(found)
+
+    def ensures(self, program: Program) -> None:
+        for graph in program:
+            left = [name for name in graph.tensors() if name.startswith(f"{WORD}.")]
+            if self.takes(graph.role) and (left or WORD in graph.pending):
+                raise PostconditionError(
+                    f"{self.name} left {', '.join(left)} in the graph",
+                    hint="something else reads them; leave out the passes behind insert-hsm one by one",
+                )
+
+
+def _plan(graph: Graph) -> Iterator[tuple[Module, list[tuple[fx.Node, int, list[fx.Node]]]]]:
+    """Modules, and the tensors that take each up: with their dimension of the width, and who reads them.
+
+    Raises PreconditionError where what writes the stream is no layer with a constant weight.
+    """
+    coupling = coupled_dims(graph)
+    stream: Stream | None = None
+    for module in _modules(graph):
+        unit = of(coupling.reading.of(module.value)[-1])
+        if stream is None or stream.unit is not unit:
+            stream = stream_of(coupling, unit)
+        made = sources(stream, module.value)
+        if isinstance(made, Stop):
+            raise _refusal(str(made))
+        parts = [part for node in made for part in _parts(coupling, stream, node, module)]
+        yield module, parts
+
+
+def _parts(
+    coupling: Coupling, stream: Stream, node: fx.Node, module: Module
+) -> Iterator[tuple[fx.Node, int, list[fx.Node]]]:
+    graph, reading = coupling.graph, coupling.reading
+
+    def dim(tensor: fx.Node) -> int:
+        return next(d for d, axis in enumerate(reading.of(tensor)) if of(axis) is stream.unit)
+
+    if node in stream.writes:
+        weight, bias = stream.writes[node].weight, Call(node)["bias"]
+        name = reading.names[node]
+        if is_later(coupling, weight):
+            raise _refusal(
+                f"{name} was put beside a layer to be trained", "put merge-lora in front"
+            )
+        if not is_constant(graph, weight):
+            raise _refusal(
+                f"the weight of {name} is computed", "put merge-lora in front, and quantize behind"
+            )
+        yield weight, dim(weight), [node]
+        if isinstance(bias, fx.Node):
+            yield bias, dim(bias), [node]
+        return
+    if not is_constant(graph, node):
+        raise _refusal(f"the constant {node.name} is computed", "put fold-constants in front")
+    inside = {module.value}
+    todo = [module.value]
+    while todo:
+        for operand in todo.pop().all_input_nodes:
+            if operand in stream.given and operand not in inside and stream.has(operand):
+                inside.add(operand)
+                todo += [] if operand in stream.writes else [operand]
+    readers = [user for user in node.users if user in inside or user is module.out]
+    yield node, dim(node), readers
+
+
+LINEAR = "what stands between insert-hsm and fold-hsm must leave the stream linear in its layers"
+
+
+def _refusal(why: str, hint: str = LINEAR) -> PreconditionError:
+    return PreconditionError(f"fold-hsm: a module cannot be folded: {why}", hint=hint)
+
+
+def _modules(graph: Graph) -> Iterator[Module]:
+    """The modules of a graph whose mask is hard."""
+    (keep,) = [n for n in graph.placeholders().values() if tensor_name(graph, n) == f"{WORD}.keep"]
+    factors = [keep, *(n for n in keep.users if n.meta["val"].dim() == 1)]
+    for node in graph.nodes:
+        if op_name(node) == "addcmul" and node.args[2] in factors:
+            inner, value, _ = node.args
+            down = tensor_name(graph, inner.args[0].args[1])  # type: ignore[union-attr]
+            assert isinstance(value, fx.Node) and down is not None
+            yield Module(value=value, out=node, name=down.removesuffix(".down"))
+        elif op_name(node) == "mul" and node.args[1] is keep and node.meta["val"].dim() > 1:
+            assert isinstance(node.args[0], fx.Node)
+            yield Module(value=node.args[0], out=node, name=None)
+
+
+def _matrix(tensors: dict[str, Tensor], name: str, width: int) -> Tensor:
+    down, up, values, scale = (
+        tensors.get(f"{name}.{part}") for part in ("down", "up", "values", "scale")
+    )
+    return matrix(down, up, values, scale, width=width)
+
+
+def _fold(graph: Graph, parts: list[tuple[fx.Node, int, list[fx.Node]]], by: Tensor) -> None:
+    for constant, dim, readers in parts:
+        tensor = tensor_of(graph, constant)
+        exact = torch.tensordot(tensor.to(torch.float64), by, dims=([dim], [1])).movedim(-1, dim)
+        put(graph, constant, readers, exact.to(tensor.dtype).contiguous(), "hsm")
