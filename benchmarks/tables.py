@@ -932,6 +932,42 @@ def summary() -> str:
     return "\n".join(table(["processor", *heads, "STS-B Spearman"], rows)).strip()
 
 
+def kept() -> str:
+    """The README's table of pruning: where units of the best ranking are above units drawn by chance, and no other."""
+    rows = []
+    for found in results("pruning"):
+        units = found["units"]
+        best: dict[tuple[str, str], tuple[float, list[str]]] = {}
+        for name, ratio, ranking in dict.fromkeys(
+            (name, ratio, ranking) for name, ranking, ratio, _ in map(_unit, units) if ranking
+        ):
+            seeds = [s for n, r, q, s in map(_unit, units) if (n, r, q) == (name, ranking, ratio)]
+            own, chance = (
+                np.array([units[f"{name}: {r}, {ratio}, {s}"]["int8"] for s in seeds])
+                for r in (ranking, "random")
+            )
+            gap = student(own - chance)
+            if ranking == "random" or gap.low <= 0:
+                continue
+            share = units[f"{name}: {ranking}, {ratio}, {seeds[0]}"]["share"]
+            row = [
+                name, f"{share:.0%}", ranking, f"{units[f'{name} whole']['accuracy']:.4f} → {own.mean():.4f}",
+                f"{gap.low:+.4f}, {gap.high:+.4f}", str(len(seeds)),
+            ]  # fmt: skip
+            if (name, ratio) not in best or own.mean() > best[name, ratio][0]:
+                best[name, ratio] = own.mean(), row
+        rows += [row for _, row in best.values()]
+    heads = ["model", "parameters gone", "ranking", "accuracy", "above chance", "seeds"]
+    return "\n".join(table(heads, rows)).strip()
+
+
+def _unit(key: str) -> tuple[str, str, str, str]:
+    """Model, ranking, ratio and seed of a unit; without a ranking where it is something else."""
+    name, colon, rest = key.partition(": ")
+    parts = rest.split(", ")
+    return (name, parts[0], parts[1], parts[2]) if colon and len(parts) == 3 else (key, "", "", "")
+
+
 def demo() -> str:
     """What `make demo` printed, the lines of the compile: `bash tools/demo.sh | tee benchmarks/results/demo.txt`."""
     lines = DEMO.read_text(encoding="utf-8").splitlines()
@@ -984,6 +1020,7 @@ def main(check: bool) -> int:
     page = "\n".join([HEAD, *(line for part in parts for line in part())]).rstrip() + "\n"
     readme = README.read_text(encoding="utf-8")
     readme = filled(readme, "tools/demo.sh", f"\n{demo()}\n")
+    readme = filled(readme, "benchmarks/tables.py: pruning", kept())
     wanted = {PAGE: page, README: filled(readme, "benchmarks/tables.py", summary())}
     stale = [
         f for f, text in wanted.items() if not f.is_file() or f.read_text(encoding="utf-8") != text

@@ -25,7 +25,7 @@ from effc.ir.select import op_name
 from effc.nn.hsm import matrix
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, coupled_dims
-from effc.passes.coupling_rules import Call
+from effc.passes.coupling_reading import Call
 from effc.passes.hsm import WORD, inserted
 from effc.passes.layernorm import put
 from effc.passes.prune_dims import remove

@@ -18,7 +18,7 @@ from effc.ir.axes import Axis, Stop, leaves, of
 from effc.ir.edit import tensor_name
 from effc.ir.select import op_name
 from effc.passes.coupling import Coupling
-from effc.passes.coupling_rules import Call, Reading, Use, every, tensors_of
+from effc.passes.coupling_reading import Call, Reading, Use, every, tensors_of
 from effc.passes.layernorm import FACTORS, MOVES, SUMS
 
 PARTS = ("stack", "split", "split_with_sizes", "chunk", "unbind", "getitem", "repeat", "flip")
