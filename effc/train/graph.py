@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effc.ir.program import Graph
+from effc.ir.program import Graph, place_of
 
 
 class InGraph(nn.Module):
@@ -21,12 +21,12 @@ class InGraph(nn.Module):
         by_place: dict[Any, int] = {}
         weights: list[nn.Parameter] = []
         for name, tensor in graph.tensors().items():
-            key = _place(tensor)
+            key = place_of(tensor)
             if name in names and key not in by_place:
                 by_place[key] = len(weights)
                 weights.append(nn.Parameter(tensor.detach().clone()))
         for name, tensor in graph.tensors().items():
-            if (place := by_place.get(_place(tensor))) is not None:
+            if (place := by_place.get(place_of(tensor))) is not None:
                 self.places[name] = place
         self.weights = nn.ParameterList(weights)
 
@@ -39,10 +39,6 @@ class InGraph(nn.Module):
         """The parameters by the names of the graph's tensors; one object for those that are shared."""
         held = [weight.detach() for weight in self.weights]
         return {name: held[place] for name, place in self.places.items()}
-
-
-def _place(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def mask_of(feeds: Mapping[str, Tensor]) -> Tensor | None:
