@@ -17,6 +17,7 @@ _NAMES = {
     "trace": "effc.ir.trace:trace",
     "apply": "effc.passes.pipeline:apply",
     "clock": "effc.timing:clock",
+    "save_adapter": "effc.passes.lora:save_adapter",
     "show": "effc.ir.show:show",
     "trainer": "effc.tuning:trainer",
     "Pass": "effc.passes.base:Pass",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from effc.ir.trace import trace as trace
     from effc.passes import register as register
     from effc.passes.base import Pass as Pass
+    from effc.passes.lora import save_adapter as save_adapter
     from effc.passes.pipeline import apply as apply
     from effc.source import Source as Source
     from effc.timing import clock as clock

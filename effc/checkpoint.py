@@ -3,6 +3,7 @@
     CKPT/tune.json                  what it was made from, the curves, and the sha256 of every file
     CKPT/STEP.ROLE.safetensors      tensors by the names that the graph has for them
     CKPT/recipe.yaml
+    CKPT/adapter/…                  what passes have for others, such as an adapter in the form of PEFT
 
 `effc compile RECIPE --tuned CKPT` takes them, and refuses a checkpoint of another model or of other steps.
 """
@@ -88,8 +89,12 @@ def write(
     decisions: Mapping[str, Any],
     made: Mapping[str, Made],
     recipe: str,
+    more: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a checkpoint in one piece; `made` is by step and role, as `1.main`. Raises TuneError."""
+    """Write a checkpoint in one piece; `made` is by step and role, as `1.main`. Raises TuneError.
+
+    `more` are files by name, for others than effc.
+    """
     refuse(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with scratch.held(out.parent, f".{out.name}.") as stage:
@@ -98,10 +103,14 @@ def write(
         for key, (tensors, _) in made.items():
             (place / f"{key}.safetensors").write_bytes(save(apart(tensors)))
         (place / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        for name, data in (more or {}).items():
+            file = place.joinpath(*paths.parts(name))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
         content = {
             "schema": SCHEMA, "source": source.digest, "steps": steps_of(passes),
             "decisions": dict(decisions), "curves": {key: curve for key, (_, curve) in made.items()},
-            "files": {file.name: sha256(file) for file in sorted(place.iterdir())},
+            "files": {name: sha256(place / name) for name in sorted(paths.below(place))},
         }  # fmt: skip
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
         (place / RECORD).write_text(text + "\n", encoding="utf-8")
@@ -131,7 +140,14 @@ def _strangers(out: Path) -> bool:
         return True
     files = content.get("files")
     known = {RECORD, *files} if isinstance(files, dict) else set()
-    return any(file.name not in known for file in out.iterdir())
+    folders = {
+        "/".join(name.split("/")[:end]) for name in known for end in range(name.count("/") + 1)
+    }
+    return any(
+        found.relative_to(out).as_posix()
+        not in (folders if found.is_dir() and not found.is_symlink() else known)
+        for found in out.rglob("*")
+    )
 
 
 def steps_of(passes: Sequence[Pass]) -> list[Json]:

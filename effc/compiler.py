@@ -24,6 +24,7 @@ from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
 from effc.ir.show import graph_digest, tensors_digest
 from effc.ir.trace import trace
+from effc.passes.base import Model, Pass
 from effc.progress import Progress
 from effc.recipe import QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
 from effc.room import within
@@ -297,6 +298,7 @@ def tune(
     kept.sweep()
     decisions: Json = {}
     made: dict[str, checkpoint.Made] = {}
+    more: dict[str, bytes] = {}
     builders = builders_of(recipe, source, original, progress, kept, max_ram_bytes=max_ram_bytes)
     for role, builder in builders.items():
         for target in recipe.targets:
@@ -310,10 +312,22 @@ def tune(
                         hint="train for each by itself: --set targets=[ort]; or put what differs behind `tune`",
                     )
                 made[step] = tensors, curve
+            more |= _files(built, source, role, recipe.passes[: last + 1])
     checkpoint.write(
-        out, source, recipe.passes, decisions=decisions, made=made, recipe=recipe.portable()
-    )
+        out, source, recipe.passes, decisions=decisions, made=made, more=more, recipe=recipe.portable(),
+    )  # fmt: skip
     return {"out": str(out), "curves": {step: curve for step, (_, curve) in sorted(made.items())}}
+
+
+def _files(built: Built, source: Source, role: str, passes: Sequence[Pass]) -> dict[str, bytes]:
+    """What passes have for others once a graph is trained, by place; of several graphs each in a folder of its own."""
+    model = Model(name=source.name, kind=source.kind, stem=source.stem(role))
+    folder = f"{role}/" if len(source.modules) > 1 else ""
+    return {
+        f"{folder}{name}": content
+        for pass_ in passes if pass_.takes(role)
+        for name, content in pass_.files(built.program[role], model).items()
+    }  # fmt: skip
 
 
 def twin_of(source: Source, role: str, builders: Mapping[str, Builder]) -> Builder | None:

@@ -26,7 +26,7 @@ from effc.build import Builder
 from effc.cache import Cache
 from effc.calib.data import Batch
 from effc.ir.memory import peak_bytes
-from effc.ir.program import Graph, Program
+from effc.ir.program import Graph, Program, place_of
 from effc.passes.pipeline import apply
 from effc.progress import Progress, resident_mb
 from effc.recipe import Recipe
@@ -191,7 +191,10 @@ class _Probe:
         train = self.builder.tuner.trainer(index, lambda done, of: None)
         record = apply(brief, program, data or None, train=train)
         (curve,) = record.notes.values()
-        need = 4 * program.weight_bytes() / 1e6  # gradients, moments, and the best
+        graph = program.only()
+        tensors, names = graph.tensors(), pass_.trained(graph)
+        trained = {place_of(tensors[name]): tensors[name].nbytes for name in names}
+        need = 4 * sum(trained.values()) / 1e6  # gradients, moments, and the best
         need += 2 * max((self._activations_mb(batch.inputs) for batch in data), default=0.0)
         seconds = 1.1 * pass_.steps * curve[-1]["seconds"] / curve[-1]["step"]
         self._add(pass_.name, seconds, extra_mb=need, how="probed")

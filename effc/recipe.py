@@ -26,7 +26,7 @@ from effc.backends.options import OPTIONS
 from effc.errors import PreconditionError, RecipeError, UsageError
 from effc.machine import default_threads
 from effc.passes import PASSES
-from effc.passes.base import Pass
+from effc.passes.base import FILES, Pass
 from effc.source import import_code
 from effc.table import nearest, unknown
 
@@ -192,6 +192,11 @@ class Recipe:
         ):
             part = data.get(section) or {}
             part.update({key: Path(part[key]).name for key in keys if part.get(key)})
+        for pass_ in data.get("passes") or ():
+            if isinstance(pass_, dict):
+                pass_.update(
+                    {k: Path(pass_[k]).name for k in FILES if isinstance(pass_.get(k), str)}
+                )
         if self.metric is not None:
             data["metric"] = {Path(n).name: Path(file).name for n, file in data["metric"].items()}
         if self.plugins:
@@ -580,9 +585,18 @@ class _Reader:
             value = data.get(section)
             if isinstance(value, dict) and isinstance(value.get(key), str):
                 data[section] = {**value, key: find(value[key])}
+        if isinstance(data.get("passes"), list):
+            data["passes"] = [self._beside(pass_) for pass_ in data["passes"]]
         if data.get("metric"):
             data["metric"] = {self._code(n): self._path(file) for n, file in data["metric"].items()}
         return data
+
+    def _beside(self, pass_: Any) -> Any:
+        """A pass with the files that its options name."""
+        if not isinstance(pass_, dict):
+            return pass_
+        named = {k: self._path(v) for k, v in pass_.items() if k in FILES and isinstance(v, str)}
+        return {**pass_, **named}
 
     def _code(self, text: str) -> str:
         """`file.py:function` is a path, `module:function` is none."""

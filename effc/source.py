@@ -105,6 +105,10 @@ class Source:
         (module,) = self.modules.values()
         return module
 
+    def stem(self, role: str) -> str:
+        """What stands before the names of a model's own modules where effc has put it into a module of its own."""
+        return "model." if isinstance(self.modules[role], cached.Cached) else ""
+
     def only(self, role: str) -> Source:
         """The same with one of its graphs."""
 
@@ -221,7 +225,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if (path / "adapter_config.json").exists():
         raise SourceError(
             f"{path} holds an adapter of another model (adapter_config.json)",
-            hint="merge it first: merge_and_unload() of peft, and save_pretrained",
+            hint="name its base as the source, and the adapter in a pass: {pass: attach-lora, adapter: DIR}",
         )
     return config
 

@@ -8,6 +8,7 @@ from effc.table import Table
 PASSES = Table(
     "pass",
     {
+        "attach-lora": "effc.passes.lora:AttachLora",
         "awq": "effc.passes.awq:Awq",
         "drop-noops": "effc.passes.cleanup:DropNoops",
         "simplify-mask": "effc.passes.cleanup:SimplifyMask",
@@ -20,6 +21,7 @@ PASSES = Table(
         "harden-hsm": "effc.passes.hsm:HardenHsm",
         "insert-hsm": "effc.passes.hsm:InsertHsm",
         "layernorm-to-rmsnorm": "effc.passes.layernorm:LayerNormToRMSNorm",
+        "merge-lora": "effc.passes.lora:MergeLora",
         "mixed-precision": "effc.passes.mixed_precision:MixedPrecision",
         "pca-rotate": "effc.passes.pca_rotate:PCARotate",
         "prune-dims": "effc.passes.prune_dims:PruneDims",

@@ -17,7 +17,7 @@ the same step can be taken again, on other weights, without the data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -30,6 +30,8 @@ from effc.ir.check import Drift
 from effc.ir.program import Graph, Program
 
 Effect = Literal["exact", "lossy"]
+FILES = ("file", "adapter")
+"""Options of passes that name a file or a folder."""
 
 
 class Stats:
@@ -115,6 +117,15 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Model:
+    """What files for others say of a model: its name, its kind, and what stands before its own names in the graph."""
+
+    name: str
+    kind: str
+    stem: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pass:
     """One rewriting step. Override `rewrite`, and whatever else the step needs."""
 
@@ -176,6 +187,10 @@ class Pass:
 
     def ensures(self, program: Program) -> None:
         """Raise PostconditionError where the pass did not do what it is for."""
+
+    def files(self, graph: Graph, model: Model) -> Mapping[str, bytes]:
+        """What of the pass is of use to others once the graph is trained, as files by name; none for most."""
+        return {}
 
 
 Trainer = Callable[[Pass, Graph, Stats], dict[str, Tensor]]

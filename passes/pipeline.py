@@ -22,7 +22,7 @@ from effc.errors import EffcError, PassError, PostconditionError, PreconditionEr
 from effc.ir.check import Drift, drift, problems
 from effc.ir.edit import refresh
 from effc.ir.program import Graph, Program
-from effc.passes.base import Clock, Pass, PassRecord, Stats, Trainer
+from effc.passes.base import FILES, Clock, Pass, PassRecord, Stats, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,7 @@ def run(
 def options_of(pass_: Pass) -> dict[str, Any]:
     """The options of a pass as plain values, those left at None out, and of files their names alone."""
     options = {k: v for k, v in dataclasses.asdict(pass_).items() if v is not None and v != ()}
-    if isinstance(options.get("file"), str):
-        options["file"] = Path(options["file"]).name
-    return options
+    return {k: Path(v).name if k in FILES and isinstance(v, str) else v for k, v in options.items()}
 
 
 def _graphs(pass_: Pass, program: Program) -> list[Graph]:

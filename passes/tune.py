@@ -19,6 +19,7 @@ from effc.ir.edit import rebind, tensor_name
 from effc.ir.program import Graph, Program
 from effc.ir.select import op_name
 from effc.ir.show import tensors_digest
+from effc.ir.splice import attached
 from effc.passes.base import Pass, Stats
 from effc.quant.ops import DEQUANTIZE
 from effc.train.hsm import Hsm
@@ -36,6 +37,8 @@ Terms = tuple[
 @dataclass(frozen=True, kw_only=True)
 class Tune(Pass):
     """Trains the tensors of the graph that match `tensors`, `steps` of AdamW with a warm-up and a cosine.
+
+    Where none are named, they are those that passes attached, and all where nothing is attached.
 
     The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
     `labels` of the samples, the next of their `tokens`, or none. `file` has the samples, those of `calib` where None;
@@ -62,7 +65,7 @@ class Tune(Pass):
     samples: Count = 2048
     held: Annotated[int, Field(ge=0)] = 128
     seed: int = 0
-    tensors: str | tuple[str, ...] = "*"
+    tensors: str | tuple[str, ...] | None = None
     terms: Terms = ()
 
     def requires(self, program: Program) -> None:
@@ -80,7 +83,10 @@ class Tune(Pass):
 
     def trained(self, graph: Graph) -> list[str]:
         """Names of the tensors that are trained: parameters of the model, and what passes made of them, that match."""
-        words = (self.tensors,) if isinstance(self.tensors, str) else self.tensors
+        if self.tensors is None and (found := attached(graph)):
+            return found
+        wanted = "*" if self.tensors is None else self.tensors
+        words = (wanted,) if isinstance(wanted, str) else wanted
         layers = {
             tensor_name(graph, n)
             for node in graph.nodes if op_name(node) in LAYERS

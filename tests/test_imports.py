@@ -29,7 +29,7 @@ LINES = [
     ir nn
     calib
     causal
-    processor noise generate gguf cached
+    processor noise generate gguf cached adapter
     source
     passes backends
     metrics

@@ -143,11 +143,19 @@ def insert_after(
 
 def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
     """Let every user of `old` read `new`, outputs included, and take `old` out."""
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    redirect(graph, old, new, [user for user in old.users if user is not new])
+    graph.fx.erase_node(old)
+
+
+def redirect(graph: Graph, old: fx.Node, new: fx.Node, users: Sequence[fx.Node]) -> None:
+    """Let those `users` of `old` read `new`, outputs included."""
+    for user in users:
+        user.replace_input_with(old, new)
+    if not any(user.op == "output" for user in users):
+        return
     for spec in graph.exported.graph_signature.output_specs:
         if isinstance(spec.arg, TensorArgument) and spec.arg.name == old.name:
             spec.arg = TensorArgument(new.name)
-    graph.fx.erase_node(old)
 
 
 def retype(graph: Graph, name: str, dtype: torch.dtype) -> fx.Node:

@@ -30,6 +30,13 @@ class Origin:
     transforms: tuple[str, ...] = ()
 
 
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor have in common: where its values lie, their shape and their strides."""
+    storage = tensor.untyped_storage()
+    where = storage.data_ptr() or storage._cdata  # tensors of shapes alone lie nowhere
+    return where, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
 @dataclass
 class Graph:
     """One exported graph under its role. Edit it through `effc.ir.edit` alone."""
@@ -122,10 +129,7 @@ class Graph:
         return sum(t.numel() * t.element_size() for t in seen.values())
 
     def _unique(self) -> list[Tensor]:
-        by_place: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        for tensor in self.tensors().values():
-            by_place.setdefault((tensor.data_ptr(), tuple(tensor.shape)), tensor)
-        return list(by_place.values())
+        return list({place_of(t)[:-1]: t for t in self.tensors().values()}.values())
 
     def clone(self) -> Graph:
         """A graph of its own over the same tensors: the copy costs no weight memory."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effc.ir.program import Graph
+from effc.ir.program import Graph, place_of
 
 
 class InGraph(nn.Module):
@@ -24,12 +24,12 @@ class InGraph(nn.Module):
         by_place: dict[Any, int] = {}
         weights: list[nn.Parameter] = []
         for name, tensor in graph.tensors().items():
-            key = _place(tensor)
+            key = place_of(tensor)
             if name in names and key not in by_place:
                 by_place[key] = len(weights)
                 weights.append(nn.Parameter(tensor.detach().clone()))
         for name, tensor in graph.tensors().items():
-            if (place := by_place.get(_place(tensor))) is not None:
+            if (place := by_place.get(place_of(tensor))) is not None:
                 self.places[name] = place
         self.weights = nn.ParameterList(weights)
         self.instead: dict[str, Tensor] = {}
@@ -48,10 +48,6 @@ class InGraph(nn.Module):
         held = [weight.detach() for weight in self.weights]
         found = {name: held[place] for name, place in self.places.items()}
         return found | {name: tensor.detach() for name, tensor in self.instead.items()}
-
-
-def _place(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def mask_of(feeds: Mapping[str, Tensor]) -> Tensor | None:

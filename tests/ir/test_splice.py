@@ -7,8 +7,9 @@ from torch import nn
 
 import effc
 from effc.ir.check import problems
-from effc.ir.edit import refresh, replace
-from effc.ir.splice import splice
+from effc.ir.edit import redirect, refresh, replace
+from effc.ir.select import module_path
+from effc.ir.splice import attached, is_spliced, matched, small_graph, splice
 
 
 def grafted(module, *, name="adapter"):
@@ -109,3 +110,96 @@ def test_more_than_four_inputs_are_refused():
     add = node_of(program, "add")
     with pytest.raises(ValueError, match="up to four inputs, not 5"):
         splice(program.only(), add, nn.Identity(), [add.args[0]] * 5, "many")
+
+
+class Scaled(nn.Module):
+    """A layer beside its input, three tenths of it."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        return x + nn.functional.linear(x, self.weight) * 0.3
+
+
+def chain():
+    """`relu(x) + sigmoid(x)`"""
+    program = effc.trace(Call(lambda self, x: torch.relu(x) + torch.sigmoid(x)), normal(2, 4))
+    graph = program.only()
+    return program, node_of(graph, "relu"), node_of(graph, "sigmoid")
+
+
+def test_one_trace_serves_modules_that_differ_in_values(monkeypatch):
+    from effc.ir import splice as spliced
+
+    program, *sites = chain()
+    graph = program.only()
+    last = list(graph.nodes)[-1]
+    modules = [Scaled(normal(4, 4, seed=s)) for s in (1, 2)]
+    small = small_graph(modules[0], [sites[0].meta["val"]])
+    monkeypatch.setattr(spliced, "trace", None)  # nothing is traced any more
+    for site, module, name in zip(sites, modules, "ab", strict=True):
+        (new,) = splice(graph, site.next, module, [site], name, like=small)
+        redirect(graph, site, new, [last])
+    refresh(graph)
+    assert problems(graph) == [] and attached(graph) == ["a.weight", "b.weight"]
+    for module, name in zip(modules, "ab", strict=True):
+        assert torch.equal(graph.tensors()[f"{name}.weight"], module.weight)
+
+
+def test_a_tensor_of_the_graph_may_stand_for_a_parameter_and_the_module_is_that_of_the_scope():
+    program = effc.trace(
+        Call(lambda self, x: torch.relu(self.fc(x)), fc=nn.Linear(4, 4)), normal(2, 4)
+    )
+    graph = program.only()
+    linear, relu = node_of(graph, "linear"), node_of(graph, "relu")
+    module = Scaled(normal(4, 4))
+    (first,) = splice(graph, relu, module, [linear], "a", scope=linear)
+    relu.replace_input_with(linear, first)
+    small = small_graph(module, [linear.meta["val"]])
+    shared = {"weight": matched(small, first)["weight"]}
+    (second,) = splice(graph, relu, module, [first], "a", like=small, shared=shared)
+    relu.replace_input_with(first, second)
+    refresh(graph)
+    assert attached(graph) == ["a.weight"]
+    assert module_path(first) == "fc" and module_path(second) == ""
+    assert is_spliced(graph, "a.weight") and not is_spliced(graph, "fc.weight")
+
+
+def test_what_was_spliced_in_is_found_again_whatever_its_literal_is():
+    program, relu, _ = chain()
+    graph = program.only()
+    (new,) = splice(graph, relu.next, Scaled(normal(4, 4)), [relu], "a")
+    small = small_graph(Scaled(torch.zeros(4, 4)), [torch.zeros(2, 4)])
+    found = matched(small, new)
+    assert found["a"] is relu and found["weight"].name == "b_a_weight"
+    assert matched(small, relu) is None and matched(small, new.args[1]) is None
+
+    class Other(Scaled):
+        def forward(self, x):
+            return x + nn.functional.linear(x, self.weight) * 0.7
+
+    other = small_graph(Other(torch.zeros(4, 4)), [torch.zeros(2, 4)])
+    assert matched(other, new) is None
+    assert matched(other, new, free=0.7)["free"] == 0.3
+
+    class Twice(Scaled):
+        def forward(self, x):
+            return x * 2 + nn.functional.linear(x, self.weight) * 0.3
+
+    assert matched(small_graph(Twice(torch.zeros(4, 4)), [torch.zeros(2, 4)]), new) is None
+
+
+def test_an_input_of_a_match_is_one_and_the_same_everywhere():
+    class Sum(nn.Module):
+        def forward(self, a):
+            return a + a * 2
+
+    program = effc.trace(Call(lambda self, x: torch.relu(x) + torch.sigmoid(x) * 2), normal(2, 4))
+    small = small_graph(Sum(), [torch.zeros(2, 4)])
+    assert matched(small, node_of(program, "add")) is None
+    same = effc.trace(Call(lambda self, x: torch.relu(x) + torch.relu(x) * 2), normal(2, 4))
+    assert matched(small, node_of(same, "add")) is None  # equal, and two nodes
+    one = effc.trace(Call(lambda self, x: (lambda y: y + y * 2)(torch.relu(x))), normal(2, 4))
+    assert matched(small, node_of(one, "add"))["a"] is node_of(one, "relu")
