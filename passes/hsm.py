@@ -19,10 +19,10 @@ from torch import Tensor, fx
 
 from effc.errors import CalibrationError, PreconditionError
 from effc.ir.axes import Stop, of
-from effc.ir.edit import lift, replace, tensor_name
+from effc.ir.edit import lift, replace, sizes_of, tensor_name
 from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import op_name
-from effc.ir.splice import splice
+from effc.ir.splice import small_graph, splice
 from effc.nn import hsm
 from effc.nn.hsm import Gate, Hybrid, Mode
 from effc.passes import layernorm
@@ -119,13 +119,14 @@ class InsertHsm(Pass):
         start = next(iter(graph.nodes))
         module = Gate(mask, is_trained=self.mask == "trained")
         (gate,) = _spliced(graph, start, module, [], WORD)
+        traced: dict[Any, Graph] = {}
         for number, place in enumerate(found):
             mask_only = place.is_table and self.embedding == "mask-only"
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             hybrid = Hybrid(
                 width, 0 if mask_only else rank, mode=self.mode, identity=self.identity, draw=draw, dtype=dtype
             )  # fmt: skip
-            _put(graph, place, hybrid, gate)
+            _put(graph, place, hybrid, gate, traced)
         graph.pending[WORD] = {
             "group": group.name, "width": width, "kept": count, "mode": self.mode, "mask": self.mask,
             "places": [place.name for place in found],
@@ -288,21 +289,32 @@ def _widths(coupling: Coupling) -> list[Group]:
     return list(found.values())
 
 
-def _put(graph: Graph, place: Place, module: Hybrid, gate: fx.Node) -> None:
-    value = place.value
+def _put(
+    graph: Graph, place: Place, module: Hybrid, gate: fx.Node, traced: dict[Any, Graph]
+) -> None:
+    value, seen = place.value, place.value.meta["val"]
     order = list(graph.fx.nodes)
     before = value.next if value.op != "placeholder" else min(place.readers, key=order.index)
-    (out,) = _spliced(graph, before, module, [value, gate], f"{WORD}.{place.name}")
+    key = (module.rank, sizes_of(seen.shape), seen.dtype)
+    if key not in traced:
+        traced[key] = small_graph(module, [seen, gate.meta["val"]])
+    name = f"{WORD}.{place.name}"
+    (out,) = _spliced(graph, before, module, [value, gate], name, like=traced[key])
     for reader in place.readers:
         reader.replace_input_with(value, out)
 
 
 def _spliced(
-    graph: Graph, before: fx.Node, module: torch.nn.Module, inputs: list[fx.Node], name: str
+    graph: Graph,
+    before: fx.Node,
+    module: torch.nn.Module,
+    inputs: list[fx.Node],
+    name: str,
+    like: Graph | None = None,
 ) -> tuple[fx.Node, ...]:
     """`splice`, with nodes that say that they are of a module of that name, and not of the one they stand in."""
     first = before.prev
-    found = splice(graph, before, module, inputs, name)
+    found = splice(graph, before, module, inputs, name, like=like)
     node = before.prev
     while node is not first and node.op == "call_function":
         node.meta["nn_module_stack"] = {name: (name, type(module).__name__)}

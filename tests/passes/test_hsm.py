@@ -21,6 +21,7 @@ from effc.errors import CalibrationError, PostconditionError, PreconditionError,
 from effc.ir import axes
 from effc.ir.check import drift
 from effc.ir.edit import rebind, tensor_of
+from effc.ir.splice import attached
 from effc.ir.values import Values
 from effc.nn.hsm import HARD, Gate, Hybrid, centred, gate, hard, kept
 from effc.passes import hsm_fold, prune_dims
@@ -28,6 +29,7 @@ from effc.passes.coupling import coupled_dims
 from effc.passes.hsm import HardenHsm, InsertHsm
 from effc.passes.hsm_fold import FoldHsm
 from effc.passes.layernorm import LayerNormToRMSNorm
+from effc.passes.lora import AttachLora, MergeLora
 from effc.passes.prune_dims import PruneDims
 from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
@@ -473,34 +475,36 @@ def test_a_weight_that_is_computed_is_not_folded_into():
         effc.apply(FoldHsm(), program)
 
 
-def test_a_branch_that_was_attached_is_to_be_merged_first():
-    from effc.ir.edit import insert, refresh
-    from effc.ir.splice import splice
-
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(16, 2))
-
-        def forward(self, x):
-            return nn.functional.linear(nn.functional.linear(x, self.a), self.b)
-
-    def attach(program):
-        graph = program.only()
-        (layer,) = [n for n in graph.nodes if effc.ir.select.module_path(n) == "o"]
-        after = layer.next
-        (branch,) = splice(graph, after, Branch(), [layer.args[0]], "o.adapter")
-        total = insert(graph, after, torch.ops.aten.add.Tensor, (layer, branch))
-        layer.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-        refresh(graph)
-        return program
-
-    behind = attach(hardened(stream(), rank=2))
-    with pytest.raises(PreconditionError, match="to be trained") as refused:
-        effc.apply(FoldHsm(), behind)
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_adapters_beside_the_modules_are_merged_in_front_of_the_fold(form):
+    program = inserted(stream(bias=True), rank=2)
+    effc.apply(AttachLora(rank=2, form=form), program)
+    graph = program.only()
+    assert len(attached(graph)) == 1 + 3 * 3 + 8 * (3 if form == "dora" else 2)
+    assert not any(name.startswith("hsm.") and "lora" in name for name in graph.tensors())
+    draw = torch.Generator().manual_seed(2)
+    for name in attached(graph):
+        tensor = graph.tensors()[name]
+        rebind(graph, name, tensor + 0.2 * torch.randn(tensor.shape, generator=draw), "stirred")
+    effc.apply(HardenHsm(), program)
+    with pytest.raises(PreconditionError, match="cannot be folded") as refused:
+        effc.apply(FoldHsm(), program)
     assert "merge-lora" in refused.value.hint
-    before = inserted(attach(stream()), rank=2)  # one place behind the layer and its branch
-    assert before.only().pending["hsm"]["places"] == ["table", "o", "down"]
+    wanted = program.run(FEEDS)
+    effc.apply(MergeLora(), program, probes={"main": [FEEDS]})
+    assert folded(program) <= 1e-5
+    assert drift(wanted, program.run(FEEDS)).rel_l2 <= 1e-5
+
+
+def test_modules_go_in_behind_adapters_that_are_there():
+    program = stream()
+    effc.apply(AttachLora(rank=2), program)
+    assert inserted(program, rank=2).only().pending["hsm"]["places"] == ["table", "o", "down"]
+    program = stream()
+    effc.apply(AttachLora(rank=2, form="dora"), program)
+    with pytest.raises(PreconditionError, match="writes the stream by itself") as refused:
+        inserted(program)
+    assert "in front of attach-lora" in refused.value.hint
 
 
 # -- how it is trained
