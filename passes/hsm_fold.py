@@ -22,7 +22,7 @@ from effc.ir.axes import Stop, of
 from effc.ir.edit import is_constant, refresh, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Program
 from effc.ir.select import op_name
-from effc.ir.splice import is_spliced, matched, small_graph
+from effc.ir.splice import attached, is_spliced, matched, small_graph
 from effc.nn.hsm import Hybrid, Mode, matrix
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, coupled_dims
@@ -114,7 +114,8 @@ def _plan(graph: Graph) -> Iterator[tuple[Module, list[tuple[fx.Node, int, list[
             stream = stream_of(coupling, unit)
         made = sources(stream, module.value)
         if isinstance(made, Stop):
-            raise _refusal(str(made))
+            others = any(not name.startswith(f"{WORD}.") for name in attached(graph))
+            raise _refusal(str(made), MERGE if others else LINEAR)
         parts = [part for node in made for part in _parts(coupling, stream, node, module)]
         yield module, parts
 
@@ -155,6 +156,7 @@ def _parts(
     yield node, dim(node), readers
 
 
+MERGE = "put merge-lora in front"
 LINEAR = "what stands between insert-hsm and fold-hsm must leave the stream linear in its layers"
 
 
