@@ -132,9 +132,7 @@ def _parts(
         weight, bias = stream.writes[node].weight, Call(node)["bias"]
         name = reading.names[node]
         if is_later(coupling, weight):
-            raise _refusal(
-                f"{name} was put beside a layer to be trained", "put merge-lora in front"
-            )
+            raise _refusal(f"{name} was put beside a layer to be trained", MERGE)
         if not is_constant(graph, weight):
             raise _refusal(
                 f"the weight of {name} is computed", "put merge-lora in front, and quantize behind"

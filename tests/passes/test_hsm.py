@@ -599,6 +599,10 @@ def test_a_mask_of_its_own_has_its_own_rate():
     (own,) = course.owns().values()
     assert sum(own.rate(step) for step in range(30)) == pytest.approx(0.6)
     assert own.rate(10) == 0 and own.weight_decay == 0
+    ranked = inserted(stream(), rank=3, importance="magnitude").only()
+    for graph_, travel in ((graph, 1.0), (ranked, 0.1)):
+        (own,) = Hsm().begin(graph_, 30, lambda step: 1.0).owns().values()
+        assert sum(own.rate(step) for step in range(30)) == pytest.approx(travel)
     paper = inserted(stream(), rank=3, mode="paper").only()
     assert Hsm().begin(paper, 30, lambda step: 1.0).owns() == {}
     assert list(Hsm(mask_lr=0.1).begin(paper, 30, lambda step: 1.0).owns()) == ["hsm.mask"]
@@ -615,6 +619,22 @@ def test_the_gate_closes_as_the_paper_says(milestone, tau):
     above = gate(torch.tensor([0.5]), *map(torch.tensor, schedule(2500, 10_000)))
     if milestone == 10_000:
         assert float(above) == pytest.approx(1.215, abs=1e-3)  # β is added outside
+
+
+def test_ours_fades_on_a_line_what_lies_below_the_kth():
+    graph = inserted(stream(), rank=3).only()
+    course = Hsm(milestone=1).begin(graph, 20, lambda step: 1.0)
+    mask = torch.linspace(1, -1, 16).requires_grad_()
+    for step in range(21):
+        standing = course.stands(step, {"hsm.mask": mask})
+        values = gate(standing.get("hsm.mask", mask), standing["hsm.tau"], standing["hsm.beta"])
+        share = step / 20
+        wanted = [1.0] * 8 + [1 - share] * 8
+        assert values.tolist() == pytest.approx(wanted, abs=2e-3)
+        if step != 10:
+            assert course.told(step, {"hsm.mask": mask})["kept"] == (16 if share < 0.5 else 8)
+    course.stands(10, {"hsm.mask": mask})["hsm.beta"].sum().backward()
+    assert bool((mask.grad > 0).all())
 
 
 def test_the_first_step_of_the_released_code_is_a_number():
@@ -771,10 +791,39 @@ def test_a_recipe_that_cannot_work_is_refused(passes, words):
 
 def test_a_random_mask_is_that_of_its_seed():
     def chosen(seed):
-        record = effc.apply(InsertHsm(ratio=0.25, mask="random", seed=seed), stream())
-        return record.decisions["main/table@1"]
+        program = stream()
+        record = effc.apply(InsertHsm(ratio=0.25, mask="random", seed=seed), program)
+        stay = kept(program.only().tensors()["hsm.mask"], 8).tolist()
+        assert stay == sorted(record.decisions["main/table@1"][:8])
+        return stay
 
-    assert chosen(0) == chosen(0) != chosen(1) and len(chosen(1)) == 8
+    assert chosen(0) == chosen(0) != chosen(1)
+    with pytest.raises(PreconditionError, match="asks no importance"):
+        inserted(stream(), mask="random", importance="magnitude")
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation", "wanda", "taylor", "first"])
+def test_a_mask_may_start_in_an_order_of_importance(importance):
+    def made(pass_, program, **options):
+        data = [effc.Batch(inputs=window) for window in windows()]
+        return effc.apply(pass_, program, data, **options)
+
+    program, fixed = stream(), stream()
+    pass_ = InsertHsm(ratio=0.25, importance=importance)
+    assert pass_.measures == (importance in ("activation", "wanda", "taylor"))
+    record = made(pass_, program)
+    assert record.drift.rel_l2 == 0
+    mask = program.only().tensors()["hsm.mask"]
+    order = record.decisions["main/table@1"]
+    assert mask[order].tolist() == pytest.approx(np.linspace(0.5, -0.5, 16).tolist())
+    made(dataclasses.replace(pass_, mask="frozen"), fixed)
+    assert kept(fixed.only().tensors()["hsm.mask"], 8).tolist() == sorted(order[:8])
+    pruned = stream()  # the least important go here as there
+    removed = made(PruneDims(ratio=0.5, importance=importance, groups="table@1"), pruned)
+    assert removed.decisions["main/table@1"] == sorted(order[:8])
+    again = stream()
+    effc.apply(pass_, again, recorded=record.decisions)
+    assert torch.equal(again.only().tensors()["hsm.mask"], mask)
 
 
 def test_the_width_may_be_pruned_alone_as_before():
