@@ -5,11 +5,13 @@ import json
 import logging
 import random
 from collections import Counter
+from pathlib import Path
 
 import architectures
 import numpy as np
 import pytest
 import torch
+import yaml
 from architectures import FAMILIES, program_of
 from graphs import assert_graph, engine, ops
 from hypothesis import HealthCheck, given, settings
@@ -34,6 +36,7 @@ from effc.passes.prune_dims import PruneDims
 from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
 from effc.train.hsm import Hsm, schedule, sides
+from kit import assert_letter, cli
 
 WORDS = 23
 
@@ -833,3 +836,105 @@ def test_the_width_may_be_pruned_alone_as_before():
     assert shapes(program)["table.weight"] == (WORDS, 12)
     assert coupled_dims(program.only()).groups["table@1"].size == 12
     assert axes.size_of(coupled_dims(program.only()).groups["table@1"].unit, {}) == 12
+
+
+# -- as a recipe
+
+
+FACTORY = """
+import sys
+sys.path[:0] = [{tests!r}, {passes!r}]
+import torch
+from test_hsm import FEEDS, Stream
+
+def net():
+    torch.manual_seed(0)
+    class Net(Stream):
+        def forward(self, ids):
+            return {{"logits": super().forward(ids)}}
+    return Net(), FEEDS
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A factory, words, and a recipe from the inserted modules to integers."""
+    monkeypatch.setenv("EFFC_CACHE", str(tmp_path / "cache"))
+    here = Path(__file__).parent
+    text = FACTORY.format(tests=str(here.parent), passes=str(here))
+    (tmp_path / "model.py").write_text(text)
+    ids = np.concatenate([w["ids"] for w in windows(40)])
+    np.savez(tmp_path / "data.npz", ids=ids.astype(np.int64))
+    passes = [
+        {**INSERT, "rank": 2}, {"pass": "attach-lora", "rank": 2},
+        {"pass": "tune", "steps": 30, "lr": 0.01, "samples": 128, "held": 32, "terms": ["hsm"]},
+        "merge-lora", "harden-hsm", "fold-hsm",
+    ]  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.dump({
+        "source": {"python": f"{tmp_path / 'model.py'}:net"}, "passes": passes,
+        "calib": {"file": str(tmp_path / "data.npz"), "samples": 32}, "bench": False, "gate": False,
+    }))  # fmt: skip
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_from_a_recipe_to_an_engine_and_again(place):
+    ran = cli("compile", place / "r.yaml", "-o", place / "one")
+    assert ran.code == 0, ran.err
+    report = json.loads((place / "one" / "report.json").read_text())
+    by_name = {p["name"]: p for p in report["passes"]}
+    last = by_name["tune"]["notes"]["main/curve"][-1]
+    assert last["told"]["hsm"]["kept"] == 8 and sum(last["told"]["hsm"]["gates"]) == 16
+    assert by_name["harden-hsm"]["notes"]["main/gates"]["kept"] == 8
+    assert by_name["fold-hsm"]["drift"]["rel_l2"] <= 1e-5
+    assert "8 of 16 channels stay; their gates were within 0 of 0 and 1" in ran.out
+    assert "hsm: gates" in (place / "one" / "report.html").read_text()
+    decisions = json.loads((place / "one" / "decisions.json").read_text())
+    assert len(decisions["4:harden-hsm"]["main/table@1"]) == 8
+
+    def engine_of(out):
+        return json.loads((place / out / "manifest.json").read_text())["engines"][0]["sha256"]
+
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck", "--json", place / "t.json")
+    assert ran.code == 0, ran.err
+    assert json.loads((place / "t.json").read_text())["curves"]["2.main"][-1]["told"]["hsm"]
+    for out, words in (
+        ("two", ("--tuned", place / "ck")),
+        ("three", ("--decisions", place / "one" / "decisions.json")),
+    ):
+        ran = cli("compile", place / "r.yaml", "-o", place / out, *words)
+        assert ran.code == 0, ran.err
+        assert engine_of(out) == engine_of("one")
+    model = ("--trust-code", "--model", f"{place / 'model.py'}:net")
+    ran = cli("verify", place / "one", *model)
+    assert ran.code == 0, ran.err
+    words = ("--tuned", place / "ck", "--calib", place / "data.npz")
+    ran = cli("explain", place / "one", *model[1:], *words)
+    assert ran.code == 0 and "a node is off" not in ran.out and "harden-hsm" in ran.out, ran.err
+
+
+@pytest.mark.slow
+def test_a_plan_of_it_is_made_without_training(place):
+    ran = cli("compile", place / "r.yaml", "-o", place / "out", "--plan")
+    assert ran.code == 0 and "fold-hsm" in ran.out, ran.err
+    assert not (place / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_mask_is_refused(place):
+    assert cli("tune", place / "r.yaml", "-o", place / "ck").code == 0
+    words = ("--tuned", place / "ck", "-o", place / "out")
+    ran = cli("compile", place / "r.yaml", *words, "--set", "passes.0.ratio=0.6")
+    assert_letter(ran, "TuneError", 13, "trained by other passes")
+
+
+@pytest.mark.slow
+def test_a_model_whose_width_cannot_go_is_refused_by_a_recipe(place):
+    from kit import save_encoder, write_sentences
+
+    save_encoder(place / "bert")
+    write_sentences(place / "lines.txt")
+    words = ("--set", f"source={{transformers: {place / 'bert'}}}",
+             "--set", f"calib={{file: {place / 'lines.txt'}}}")  # fmt: skip
+    ran = cli("compile", place / "r.yaml", "-o", place / "out", *words)
+    assert_letter(ran, "PreconditionError", 6, "post-LN")
