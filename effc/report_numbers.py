@@ -64,6 +64,12 @@ def curve_words(curve: Any) -> str:
     return f"{words} in {curve[-1]['step']} steps, the least at {best['step']}, {curve[-1]['seconds']:.0f} s"
 
 
+def gate_words(gates: Any) -> str:
+    """`48 of 64 channels stay; their gates were within 0.012 of 0 and 1, and 3 had not decided`"""
+    words = f"{gates['kept']} of {gates['of']} channels stay; their gates were within {gates['gap']:.2g} of 0 and 1"
+    return f"{words}, and {gates['undecided']} had not decided" if gates["undecided"] else words
+
+
 def size_words(sizes: Any) -> list[str]:
     """What the groups of a pruned graph bought, a line for every kind, and all of them together.
 

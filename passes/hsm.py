@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from effc.calib.probe import Probe
 from effc.errors import CalibrationError, PreconditionError
 from effc.ir.axes import Stop, of
-from effc.ir.edit import lift, replace, tensor_name
+from effc.ir.edit import lift, replace, sizes_of, tensor_name
 from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import op_name
-from effc.ir.splice import splice
+from effc.ir.splice import small_graph, splice
 from effc.nn import hsm
 from effc.nn.hsm import Gate, Hybrid, Mode
 from effc.passes import layernorm
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
+from effc.passes.importance import IMPORTANCES
 from effc.passes.tune import Tune
 from effc.passes.writers import Place, places
 from effc.table import unknown
@@ -46,6 +49,7 @@ class InsertHsm(Pass):
 
     `ratio` is the part of the width that will go, in whole multiples of `align`. `rank` is that of the change of basis,
     a number or a share of the width. `mask` says whether the channels that go are learned, or fixed and only faded out.
+    With an `importance` the mask starts in its order, or the least important channels are those that are fixed.
     """
 
     name = "insert-hsm"
@@ -55,10 +59,15 @@ class InsertHsm(Pass):
     rank: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.05
     mode: Mode = "effc"
     mask: Literal["trained", "frozen", "random"] = "trained"
+    importance: str | None = None
     identity: bool = True
     embedding: Literal["full", "mask-only"] = "full"
     group: str | None = None
     seed: int = 0
+
+    @property
+    def measures(self) -> bool:
+        return self.importance is not None and bool(IMPORTANCES[self.importance].measures)
 
     def agrees(self, behind: Sequence[Pass]) -> None:
         names = [pass_.name for pass_ in behind]
@@ -82,6 +91,13 @@ class InsertHsm(Pass):
                     hint="put harden-hsm and fold-hsm behind the first ones, or leave the second insert-hsm out",
                 )
             group, _ = self._plan(coupled_dims(graph))
+            if self.importance is not None:
+                IMPORTANCES[self.importance]  # a word that nobody knows is refused before any work
+                if self.mask == "random":
+                    raise PreconditionError(
+                        f"{self.name}: a random mask asks no importance",
+                        hint="leave `importance` out, or set mask: frozen",
+                    )
             self.count(group.size)
             self.rank_of(group.size)
 
@@ -110,42 +126,67 @@ class InsertHsm(Pass):
             )
         return found
 
+    def probes(self, graph: Graph) -> Iterable[Probe]:
+        if self.importance is not None:
+            coupling = coupled_dims(graph)
+            group, _ = self._plan(coupling)
+            yield from IMPORTANCES[self.importance]().probes(coupling, group)
+
     def rewrite(self, graph: Graph, stats: Stats) -> int:
-        group, found = self._plan(coupled_dims(graph))
+        coupling = coupled_dims(graph)
+        group, found = self._plan(coupling)
         width = group.size
         count, rank = self.count(width), self.rank_of(width)
         dtype = found[0].value.meta["val"].dtype
-        mask = self._mask(f"{graph.role}/{group.name}", width, count, stats).to(dtype)
+        mask = self._mask(coupling, group, count, stats).to(dtype)
         start = next(iter(graph.nodes))
         module = Gate(mask, is_trained=self.mask == "trained")
         (gate,) = _spliced(graph, start, module, [], WORD)
+        traced: dict[Any, Graph] = {}
         for number, place in enumerate(found):
             mask_only = place.is_table and self.embedding == "mask-only"
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             hybrid = Hybrid(
                 width, 0 if mask_only else rank, mode=self.mode, identity=self.identity, draw=draw, dtype=dtype
             )  # fmt: skip
-            _put(graph, place, hybrid, gate)
+            _put(graph, place, hybrid, gate, traced)
         graph.pending[WORD] = {
             "group": group.name, "width": width, "kept": count, "mode": self.mode, "mask": self.mask,
-            "places": [place.name for place in found],
+            "importance": self.importance, "places": [place.name for place in found],
         }  # fmt: skip
         stats.notes["width"] = {"group": group.name, "of": width, "stay": count, "rank": rank}
         return len(found)
 
-    def _mask(self, key: str, width: int, count: int, stats: Stats) -> Tensor:
-        """m at first: 0 where it is trained, else 1 for the channels that stay and −1 for the others."""
-        if self.mask == "trained":
+    def _mask(self, coupling: Coupling, group: Group, count: int, stats: Stats) -> Tensor:
+        """m at first: 0, or from ½ down to −½ by importance; of a fixed mask 1 for what stays and −1 for the rest."""
+        width, key = group.size, f"{coupling.graph.role}/{group.name}"
+        if self.importance is None and self.mask == "trained":
             return torch.zeros(width)
-        first = width - count if self.mode == "paper" else 0
-        chosen = list(range(first, first + count))
+        order = _known(
+            stats.decide(key, partial(self._order, coupling, group, count, stats)),
+            width,
+            width,
+            key,
+        )
+        found = torch.full((width,), -1.0)
+        found[order[:count]] = 1.0
+        if self.mask == "trained":
+            found[order] = torch.linspace(0.5, -0.5, width)
+        return found
+
+    def _order(self, coupling: Coupling, group: Group, count: int, stats: Stats) -> list[int]:
+        """Channels, those that stay first."""
+        width = group.size
         if self.mask == "random":
             draw = torch.Generator().manual_seed(self.seed)
-            made = sorted(torch.randperm(width, generator=draw)[:count].tolist())
-            chosen = _known(stats.decide(key, lambda: made), width, count, key)
-        found = torch.full((width,), -1.0)
-        found[chosen] = 1.0
-        return found
+            return [int(place) for place in torch.randperm(width, generator=draw)]
+        if self.importance is not None:
+            scores = IMPORTANCES[self.importance]().scores(coupling, group, stats)
+            return [int(place) for place in hsm.ranked(scores)]
+        first = (
+            width - count if self.mode == "paper" else 0
+        )  # the paper takes the first away, its code the last
+        return [(first + place) % width for place in range(width)]
 
     def _plan(self, coupling: Coupling) -> tuple[Group, list[Place]]:
         """The width and its places. Raises PreconditionError with the reason where there are none."""
@@ -288,21 +329,32 @@ def _widths(coupling: Coupling) -> list[Group]:
     return list(found.values())
 
 
-def _put(graph: Graph, place: Place, module: Hybrid, gate: fx.Node) -> None:
-    value = place.value
+def _put(
+    graph: Graph, place: Place, module: Hybrid, gate: fx.Node, traced: dict[Any, Graph]
+) -> None:
+    value, seen = place.value, place.value.meta["val"]
     order = list(graph.fx.nodes)
     before = value.next if value.op != "placeholder" else min(place.readers, key=order.index)
-    (out,) = _spliced(graph, before, module, [value, gate], f"{WORD}.{place.name}")
+    key = (module.rank, sizes_of(seen.shape), seen.dtype)
+    if key not in traced:
+        traced[key] = small_graph(module, [seen, gate.meta["val"]])
+    name = f"{WORD}.{place.name}"
+    (out,) = _spliced(graph, before, module, [value, gate], name, like=traced[key])
     for reader in place.readers:
         reader.replace_input_with(value, out)
 
 
 def _spliced(
-    graph: Graph, before: fx.Node, module: torch.nn.Module, inputs: list[fx.Node], name: str
+    graph: Graph,
+    before: fx.Node,
+    module: torch.nn.Module,
+    inputs: list[fx.Node],
+    name: str,
+    like: Graph | None = None,
 ) -> tuple[fx.Node, ...]:
     """`splice`, with nodes that say that they are of a module of that name, and not of the one they stand in."""
     first = before.prev
-    found = splice(graph, before, module, inputs, name)
+    found = splice(graph, before, module, inputs, name, like=like)
     node = before.prev
     while node is not first and node.op == "call_function":
         node.meta["nn_module_stack"] = {name: (name, type(module).__name__)}

@@ -22,7 +22,8 @@ from effc.ir.axes import Stop, of
 from effc.ir.edit import is_constant, refresh, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Program
 from effc.ir.select import op_name
-from effc.nn.hsm import matrix
+from effc.ir.splice import attached, is_spliced, matched, small_graph
+from effc.nn.hsm import Hybrid, Mode, matrix
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, coupled_dims
 from effc.passes.coupling_reading import Call
@@ -113,7 +114,8 @@ def _plan(graph: Graph) -> Iterator[tuple[Module, list[tuple[fx.Node, int, list[
             stream = stream_of(coupling, unit)
         made = sources(stream, module.value)
         if isinstance(made, Stop):
-            raise _refusal(str(made))
+            others = any(not name.startswith(f"{WORD}.") for name in attached(graph))
+            raise _refusal(str(made), MERGE if others else LINEAR)
         parts = [part for node in made for part in _parts(coupling, stream, node, module)]
         yield module, parts
 
@@ -130,9 +132,7 @@ def _parts(
         weight, bias = stream.writes[node].weight, Call(node)["bias"]
         name = reading.names[node]
         if is_later(coupling, weight):
-            raise _refusal(
-                f"{name} was put beside a layer to be trained", "put merge-lora in front"
-            )
+            raise _refusal(f"{name} was put beside a layer to be trained", MERGE)
         if not is_constant(graph, weight):
             raise _refusal(
                 f"the weight of {name} is computed", "put merge-lora in front, and quantize behind"
@@ -154,6 +154,7 @@ def _parts(
     yield node, dim(node), readers
 
 
+MERGE = "put merge-lora in front"
 LINEAR = "what stands between insert-hsm and fold-hsm must leave the stream linear in its layers"
 
 
@@ -164,16 +165,24 @@ def _refusal(why: str, hint: str = LINEAR) -> PreconditionError:
 def _modules(graph: Graph) -> Iterator[Module]:
     """The modules of a graph whose mask is hard."""
     (keep,) = [n for n in graph.placeholders().values() if tensor_name(graph, n) == f"{WORD}.keep"]
-    factors = [keep, *(n for n in keep.users if n.meta["val"].dim() == 1)]
+    smalls = list(_smalls())
     for node in graph.nodes:
-        if op_name(node) == "addcmul" and node.args[2] in factors:
-            inner, value, _ = node.args
-            down = tensor_name(graph, inner.args[0].args[1])  # type: ignore[union-attr]
-            assert isinstance(value, fx.Node) and down is not None
-            yield Module(value=value, out=node, name=down.removesuffix(".down"))
-        elif op_name(node) == "mul" and node.args[1] is keep and node.meta["val"].dim() > 1:
-            assert isinstance(node.args[0], fx.Node)
-            yield Module(value=node.args[0], out=node, name=None)
+        hits = (matched(small, node) for small in smalls if op_name(node) in ("addcmul", "mul"))
+        hit = next((h for h in hits if h is not None and h["b"] is keep), None)
+        if hit is None or is_spliced(graph, tensor_name(graph, hit["a"]) or ""):
+            continue  # no module, or the scale of one
+        down = tensor_name(graph, hit.get("down"))
+        yield Module(value=hit["a"], out=node, name=down and down.removesuffix(".down"))
+
+
+def _smalls() -> Iterator[Graph]:
+    """The graphs of all forms of a module."""
+    value, gate = torch.zeros(2, 4), torch.zeros(4)
+    forms: list[tuple[int, Mode, bool]] = [
+        (2, "effc", True), (2, "paper", True), (2, "effc", False), (0, "effc", False),
+    ]  # fmt: skip
+    for rank, mode, identity in forms:
+        yield small_graph(Hybrid(4, rank, mode=mode, identity=identity), [value, gate])
 
 
 def _matrix(tensors: dict[str, Tensor], name: str, width: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import fx
 from effc.ir.axes import Axis, Stop, leaves, of
 from effc.ir.edit import tensor_name
 from effc.ir.select import op_name
+from effc.ir.splice import is_spliced
 from effc.passes.coupling import Coupling
 from effc.passes.coupling_reading import Call, Reading, Use, every, tensors_of
 from effc.passes.layernorm import FACTORS, MOVES, SUMS
@@ -28,8 +29,6 @@ THROUGH_ZERO = (
     *("abs", "sin", "sinh", "erf", "sign", "sqrt", "square", "neg", "expm1", "log1p"),
 )
 """Functions that give 0 for 0."""
-LATER = "spliced"
-"""What the origin of a tensor says that a pass put there, and no model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,6 +124,10 @@ def places(coupling: Coupling, unit: Axis) -> list[Place] | Stop:
         if isinstance(made, Stop):
             return made
         layers = [n for n in made if n in stream.writes]
+        if layers and all(is_later(coupling, stream.writes[n].weight) for n in layers):
+            why = "what was attached beside a layer writes the stream by itself"
+            hint = "put insert-hsm in front of attach-lora"
+            return stream.reading.why(layers[0], why, hint)
         name = stream.reading.names[layers[0]] if layers else _constant_name(stream, made[0])
         is_table = any(op_name(n) == "embedding" for n in layers)
         found.append(Place(value=value, name=name, is_table=is_table, readers=tuple(readers)))
@@ -152,8 +155,7 @@ def sources(stream: Stream, value: fx.Node) -> list[fx.Node] | Stop:
 
 def is_later(coupling: Coupling, weight: fx.Node) -> bool:
     """Whether a weight is one that a pass put there to be trained."""
-    origin = coupling.graph.origins.get(tensor_name(coupling.graph, weight) or "")
-    return origin is not None and origin.transforms[:1] == (LATER,)
+    return is_spliced(coupling.graph, tensor_name(coupling.graph, weight) or "")
 
 
 def _constant_name(stream: Stream, node: fx.Node) -> str:

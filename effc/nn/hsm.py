@@ -107,15 +107,19 @@ def gate(mask: Tensor, tau: Tensor, beta: Tensor) -> Tensor:
     return torch.sigmoid(tau * mask) + beta
 
 
+def ranked(mask: Tensor) -> Tensor:
+    """Channels from the largest mask to the least, of equal ones the first."""
+    return torch.sort(mask.detach().to(torch.float64), descending=True, stable=True).indices
+
+
 def kept(mask: Tensor, count: int) -> Tensor:
     """The channels that stay, in order: those of the largest mask, of equal ones the first."""
-    order = torch.sort(mask.detach().to(torch.float64), descending=True, stable=True).indices
-    return order[:count].sort().values
+    return ranked(mask)[:count].sort().values
 
 
 def hard(mask: Tensor, count: int) -> Tensor:
     """A mask of the same order whose gate at `HARD` is 1 for exactly `count` channels, and 0 for the others."""
-    found = torch.full_like(mask, -LEAST)
+    found = torch.full_like(mask.detach(), -LEAST)
     found[kept(mask, count)] = LEAST
     return found
 
@@ -124,8 +128,8 @@ def centred(mask: Tensor, count: int) -> Tensor:
     """The mask with its 0 between the channels that stay and those that go; what it is moved by has no gradient."""
     if not 0 < count < len(mask):
         return mask
-    ranked = mask.detach().sort(descending=True).values
-    return mask - (ranked[count - 1] + ranked[count]) / 2
+    values = mask.detach()[ranked(mask)]
+    return mask - (values[count - 1] + values[count]) / 2
 
 
 def matrix(

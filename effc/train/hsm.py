@@ -1,19 +1,19 @@
 """Trains hybrid sparsification modules: a mask that closes by a schedule, and modules that stay near a change of basis.
 
-For s of `milestone` steps s₀ (PAT, AAAI 2025, eq. 6 to 12):
+The paper's gate, for s of `milestone` steps s₀ (PAT, AAAI 2025, eq. 6 to 12), and what is added to the loss:
 
-    τ(s) = 1 / (1 − ln s / ln s₀)       β(s) = max(0, ½ − s/s₀)       from s₀ on the gate is 0 or 1
-    loss = loss of the outputs + count + identity
+    M = sigmoid(τ m) + β       τ = 1 / (1 − ln s / ln s₀)       β = max(0, ½ − s/s₀)       from s₀ on 0 or 1
 
-    mode        count                             identity                              mask
-    paper       |k − #{m > 0}|                    ‖L Lᵀ − I‖ + ‖Uᵀ U − I‖, all          as above
-    released    10 |#{m ≥ 0} − k| / k,            mean (L Lᵀ − I)², of the embedding    τ and the gate stand still from
-                and m near ±½                     and of the last layer                 0.8 s₀ on
-    effc        none: 0 lies between the k-th     mean (L Lᵀ − I)², mean over all       as above, and m goes as far as
-                and the next m at every step                                            `travel` in s₀ steps
+    mode        gate                              count                        identity
+    paper       as above                          |k − #{m > 0}|               ‖L Lᵀ − I‖ + ‖Uᵀ U − I‖, all
+    released    as above, and stands still from   10 |#{m ≥ 0} − k| / k,       mean (L Lᵀ − I)², of the embedding
+                0.8 s₀ on                         and m near ±½                and of the last layer
+    effc        1 − s/s₀ (1 − sigmoid((m − θ) c))  none: k of them lie above θ  mean (L Lᵀ − I)², mean over all
 
-Counts are stepped through in the gradient. A mask that is not trained fades: (1 − s/s₀), or in the released code
-exp(−2.77 s/s₀). Held-out samples judge the graph with exactly k channels.
+In ours a channel fades on a line, and which ones do is decided all along: θ lies between the k-th and the next m at
+every step, and c is large, so that none is left half open. Its mask has a rate of its own, by which an entry can go as
+far as `travel`. Counts are stepped through in the gradient. A mask that is not trained fades as 1 − s/s₀, or in the
+released code as exp(−2.77 s/s₀). Held-out samples judge the graph with exactly k channels.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ WORD = "hsm"
 FROZEN = 0.8
 """The share of s₀ after which the released code holds the gate still."""
 FADE = 2.77
+SHARP = 100
+"""c, over the travel."""
+NEAR = 0.1
+"""How far a mask goes that starts in an order of importance, from ½ to −½: a tenth of the ranks."""
 BINS = 10
 
 
@@ -44,14 +48,15 @@ BINS = 10
 class Hsm:
     """The schedule of a mask and the losses of its modules; the mode is that of `insert-hsm`.
 
-    `milestone` is the share of the steps in which the mask closes. `mask_lr` is the mask's own rate, else `travel` over
-    the steps of the milestone in the mode effc, and the rate of all others else. `identity` and `count` weigh losses.
+    `milestone` is the share of the steps in which the mask closes. `mask_lr` is the mask's own rate; without one it is
+    `travel` over the steps of the milestone in the mode effc, and the rate of all others else. `travel` is 1, or 0.1
+    for a mask that starts in an order of importance. `identity` and `count` weigh losses.
     """
 
     term: Literal["hsm"] = "hsm"
     milestone: Annotated[float, Field(gt=0, le=1)] = 1 / 3
     mask_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    travel: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    travel: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     identity: Share = 1.0
     count: Share = 1.0
 
@@ -83,13 +88,14 @@ class HsmCourse:
             n.endswith((".scale", ".values")) for n in tensors if n.startswith(f"{WORD}.")
         )
         self.milestone = max(1, round(term.milestone * steps))
+        self.travel = term.travel or (NEAR if state.get("importance") else 1.0)
 
     def owns(self) -> dict[str, Own]:
         own = self.term.mask_lr
         if not self.is_trained or (own is None and self.mode != "effc"):
             return {}
         until = math.inf if self.mode == "released" else self.milestone
-        rate = own if own is not None else self.term.travel / self.milestone
+        rate = own if own is not None else self.travel / self.milestone
         return {f"{WORD}.mask": Own(rate=lambda step: rate if step < until else 0.0)}
 
     def stands(self, step: int, live: Live) -> dict[str, Tensor]:
@@ -102,13 +108,13 @@ class HsmCourse:
             tau, beta = schedule(min(step, FROZEN * self.milestone), self.milestone)
             return self._gate(mask.detach() if still else mask, tau, beta)
         if step >= self.milestone:
-            return self._gate(
-                hard(mask.detach(), self.count) if self.mode == "effc" else mask.detach(), HARD, 0.0
-            )
-        return self._gate(
-            centred(mask, self.count) if self.mode == "effc" else mask,
-            *schedule(step, self.milestone),
-        )
+            closed = hard(mask, self.count) if self.mode == "effc" else mask.detach()
+            return self._gate(closed, HARD, 0.0)
+        if self.mode == "effc":
+            stays = torch.sigmoid(centred(mask, self.count) * SHARP / self.travel)
+            made = 1 - step / self.milestone * (1 - stays)
+            return {f"{WORD}.tau": self.start.new_zeros(()), f"{WORD}.beta": made - 0.5}
+        return self._gate(mask, *schedule(step, self.milestone))
 
     def judged(self, step: int, live: Live) -> dict[str, Tensor]:
         mask = live.get(f"{WORD}.mask", self.start).detach()

@@ -5,11 +5,13 @@ import json
 import logging
 import random
 from collections import Counter
+from pathlib import Path
 
 import architectures
 import numpy as np
 import pytest
 import torch
+import yaml
 from architectures import FAMILIES, program_of
 from graphs import assert_graph, engine, ops
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +23,7 @@ from effc.errors import CalibrationError, PostconditionError, PreconditionError,
 from effc.ir import axes
 from effc.ir.check import drift
 from effc.ir.edit import rebind, tensor_of
+from effc.ir.splice import attached
 from effc.ir.values import Values
 from effc.nn.hsm import HARD, Gate, Hybrid, centred, gate, hard, kept
 from effc.passes import hsm_fold, prune_dims
@@ -28,10 +31,12 @@ from effc.passes.coupling import coupled_dims
 from effc.passes.hsm import HardenHsm, InsertHsm
 from effc.passes.hsm_fold import FoldHsm
 from effc.passes.layernorm import LayerNormToRMSNorm
+from effc.passes.lora import AttachLora, MergeLora
 from effc.passes.prune_dims import PruneDims
 from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
 from effc.train.hsm import Hsm, schedule, sides
+from kit import assert_letter, cli
 
 WORDS = 23
 
@@ -473,34 +478,36 @@ def test_a_weight_that_is_computed_is_not_folded_into():
         effc.apply(FoldHsm(), program)
 
 
-def test_a_branch_that_was_attached_is_to_be_merged_first():
-    from effc.ir.edit import insert, refresh
-    from effc.ir.splice import splice
-
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(16, 2))
-
-        def forward(self, x):
-            return nn.functional.linear(nn.functional.linear(x, self.a), self.b)
-
-    def attach(program):
-        graph = program.only()
-        (layer,) = [n for n in graph.nodes if effc.ir.select.module_path(n) == "o"]
-        after = layer.next
-        (branch,) = splice(graph, after, Branch(), [layer.args[0]], "o.adapter")
-        total = insert(graph, after, torch.ops.aten.add.Tensor, (layer, branch))
-        layer.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-        refresh(graph)
-        return program
-
-    behind = attach(hardened(stream(), rank=2))
-    with pytest.raises(PreconditionError, match="to be trained") as refused:
-        effc.apply(FoldHsm(), behind)
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_adapters_beside_the_modules_are_merged_in_front_of_the_fold(form):
+    program = inserted(stream(bias=True), rank=2)
+    effc.apply(AttachLora(rank=2, form=form), program)
+    graph = program.only()
+    assert len(attached(graph)) == 1 + 3 * 3 + 8 * (3 if form == "dora" else 2)
+    assert not any(name.startswith("hsm.") and "lora" in name for name in graph.tensors())
+    draw = torch.Generator().manual_seed(2)
+    for name in attached(graph):
+        tensor = graph.tensors()[name]
+        rebind(graph, name, tensor + 0.2 * torch.randn(tensor.shape, generator=draw), "stirred")
+    effc.apply(HardenHsm(), program)
+    with pytest.raises(PreconditionError, match="cannot be folded") as refused:
+        effc.apply(FoldHsm(), program)
     assert "merge-lora" in refused.value.hint
-    before = inserted(attach(stream()), rank=2)  # one place behind the layer and its branch
-    assert before.only().pending["hsm"]["places"] == ["table", "o", "down"]
+    wanted = program.run(FEEDS)
+    effc.apply(MergeLora(), program, probes={"main": [FEEDS]})
+    assert folded(program) <= 1e-5
+    assert drift(wanted, program.run(FEEDS)).rel_l2 <= 1e-5
+
+
+def test_modules_go_in_behind_adapters_that_are_there():
+    program = stream()
+    effc.apply(AttachLora(rank=2), program)
+    assert inserted(program, rank=2).only().pending["hsm"]["places"] == ["table", "o", "down"]
+    program = stream()
+    effc.apply(AttachLora(rank=2, form="dora"), program)
+    with pytest.raises(PreconditionError, match="writes the stream by itself") as refused:
+        inserted(program)
+    assert "in front of attach-lora" in refused.value.hint
 
 
 # -- how it is trained
@@ -595,6 +602,10 @@ def test_a_mask_of_its_own_has_its_own_rate():
     (own,) = course.owns().values()
     assert sum(own.rate(step) for step in range(30)) == pytest.approx(0.6)
     assert own.rate(10) == 0 and own.weight_decay == 0
+    ranked = inserted(stream(), rank=3, importance="magnitude").only()
+    for graph_, travel in ((graph, 1.0), (ranked, 0.1)):
+        (own,) = Hsm().begin(graph_, 30, lambda step: 1.0).owns().values()
+        assert sum(own.rate(step) for step in range(30)) == pytest.approx(travel)
     paper = inserted(stream(), rank=3, mode="paper").only()
     assert Hsm().begin(paper, 30, lambda step: 1.0).owns() == {}
     assert list(Hsm(mask_lr=0.1).begin(paper, 30, lambda step: 1.0).owns()) == ["hsm.mask"]
@@ -611,6 +622,23 @@ def test_the_gate_closes_as_the_paper_says(milestone, tau):
     above = gate(torch.tensor([0.5]), *map(torch.tensor, schedule(2500, 10_000)))
     if milestone == 10_000:
         assert float(above) == pytest.approx(1.215, abs=1e-3)  # β is added outside
+
+
+def test_ours_fades_on_a_line_what_lies_below_the_kth():
+    graph = inserted(stream(), rank=3).only()
+    course = Hsm(milestone=1).begin(graph, 20, lambda step: 1.0)
+    mask = torch.linspace(1, -1, 16).requires_grad_()
+    for step in range(21):
+        standing = course.stands(step, {"hsm.mask": mask})
+        values = gate(standing.get("hsm.mask", mask), standing["hsm.tau"], standing["hsm.beta"])
+        share = step / 20
+        wanted = [1.0] * 8 + [1 - share] * 8
+        assert values.tolist() == pytest.approx(wanted, abs=2e-3)
+        if step != 10:
+            assert course.told(step, {"hsm.mask": mask})["kept"] == (16 if share < 0.5 else 8)
+    near = (mask.detach() / 50).requires_grad_()  # who is near θ is who still learns
+    course.stands(10, {"hsm.mask": near})["hsm.beta"].sum().backward()
+    assert bool((near.grad > 0).all())
 
 
 def test_the_first_step_of_the_released_code_is_a_number():
@@ -767,10 +795,39 @@ def test_a_recipe_that_cannot_work_is_refused(passes, words):
 
 def test_a_random_mask_is_that_of_its_seed():
     def chosen(seed):
-        record = effc.apply(InsertHsm(ratio=0.25, mask="random", seed=seed), stream())
-        return record.decisions["main/table@1"]
+        program = stream()
+        record = effc.apply(InsertHsm(ratio=0.25, mask="random", seed=seed), program)
+        stay = kept(program.only().tensors()["hsm.mask"], 8).tolist()
+        assert stay == sorted(record.decisions["main/table@1"][:8])
+        return stay
 
-    assert chosen(0) == chosen(0) != chosen(1) and len(chosen(1)) == 8
+    assert chosen(0) == chosen(0) != chosen(1)
+    with pytest.raises(PreconditionError, match="asks no importance"):
+        inserted(stream(), mask="random", importance="magnitude")
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation", "wanda", "taylor", "first"])
+def test_a_mask_may_start_in_an_order_of_importance(importance):
+    def made(pass_, program, **options):
+        data = [effc.Batch(inputs=window) for window in windows()]
+        return effc.apply(pass_, program, data, **options)
+
+    program, fixed = stream(), stream()
+    pass_ = InsertHsm(ratio=0.25, importance=importance)
+    assert pass_.measures == (importance in ("activation", "wanda", "taylor"))
+    record = made(pass_, program)
+    assert record.drift.rel_l2 == 0
+    mask = program.only().tensors()["hsm.mask"]
+    order = record.decisions["main/table@1"]
+    assert mask[order].tolist() == pytest.approx(np.linspace(0.5, -0.5, 16).tolist())
+    made(dataclasses.replace(pass_, mask="frozen"), fixed)
+    assert kept(fixed.only().tensors()["hsm.mask"], 8).tolist() == sorted(order[:8])
+    pruned = stream()  # the least important go here as there
+    removed = made(PruneDims(ratio=0.5, importance=importance, groups="table@1"), pruned)
+    assert removed.decisions["main/table@1"] == sorted(order[:8])
+    again = stream()
+    effc.apply(pass_, again, recorded=record.decisions)
+    assert torch.equal(again.only().tensors()["hsm.mask"], mask)
 
 
 def test_the_width_may_be_pruned_alone_as_before():
@@ -779,3 +836,105 @@ def test_the_width_may_be_pruned_alone_as_before():
     assert shapes(program)["table.weight"] == (WORDS, 12)
     assert coupled_dims(program.only()).groups["table@1"].size == 12
     assert axes.size_of(coupled_dims(program.only()).groups["table@1"].unit, {}) == 12
+
+
+# -- as a recipe
+
+
+FACTORY = """
+import sys
+sys.path[:0] = [{tests!r}, {passes!r}]
+import torch
+from test_hsm import FEEDS, Stream
+
+def net():
+    torch.manual_seed(0)
+    class Net(Stream):
+        def forward(self, ids):
+            return {{"logits": super().forward(ids)}}
+    return Net(), FEEDS
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A factory, words, and a recipe from the inserted modules to integers."""
+    monkeypatch.setenv("EFFC_CACHE", str(tmp_path / "cache"))
+    here = Path(__file__).parent
+    text = FACTORY.format(tests=str(here.parent), passes=str(here))
+    (tmp_path / "model.py").write_text(text)
+    ids = np.concatenate([w["ids"] for w in windows(40)])
+    np.savez(tmp_path / "data.npz", ids=ids.astype(np.int64))
+    passes = [
+        {**INSERT, "rank": 2}, {"pass": "attach-lora", "rank": 2},
+        {"pass": "tune", "steps": 30, "lr": 0.01, "samples": 128, "held": 32, "terms": ["hsm"]},
+        "merge-lora", "harden-hsm", "fold-hsm",
+    ]  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.dump({
+        "source": {"python": f"{tmp_path / 'model.py'}:net"}, "passes": passes,
+        "calib": {"file": str(tmp_path / "data.npz"), "samples": 32}, "bench": False, "gate": False,
+    }))  # fmt: skip
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_from_a_recipe_to_an_engine_and_again(place):
+    ran = cli("compile", place / "r.yaml", "-o", place / "one")
+    assert ran.code == 0, ran.err
+    report = json.loads((place / "one" / "report.json").read_text())
+    by_name = {p["name"]: p for p in report["passes"]}
+    last = by_name["tune"]["notes"]["main/curve"][-1]
+    assert last["told"]["hsm"]["kept"] == 8 and sum(last["told"]["hsm"]["gates"]) == 16
+    assert by_name["harden-hsm"]["notes"]["main/gates"]["kept"] == 8
+    assert by_name["fold-hsm"]["drift"]["rel_l2"] <= 1e-5
+    assert "8 of 16 channels stay; their gates were within 0 of 0 and 1" in ran.out
+    assert "hsm: gates" in (place / "one" / "report.html").read_text()
+    decisions = json.loads((place / "one" / "decisions.json").read_text())
+    assert len(decisions["4:harden-hsm"]["main/table@1"]) == 8
+
+    def engine_of(out):
+        return json.loads((place / out / "manifest.json").read_text())["engines"][0]["sha256"]
+
+    ran = cli("tune", place / "r.yaml", "-o", place / "ck", "--json", place / "t.json")
+    assert ran.code == 0, ran.err
+    assert json.loads((place / "t.json").read_text())["curves"]["2.main"][-1]["told"]["hsm"]
+    for out, words in (
+        ("two", ("--tuned", place / "ck")),
+        ("three", ("--decisions", place / "one" / "decisions.json")),
+    ):
+        ran = cli("compile", place / "r.yaml", "-o", place / out, *words)
+        assert ran.code == 0, ran.err
+        assert engine_of(out) == engine_of("one")
+    model = ("--trust-code", "--model", f"{place / 'model.py'}:net")
+    ran = cli("verify", place / "one", *model)
+    assert ran.code == 0, ran.err
+    words = ("--tuned", place / "ck", "--calib", place / "data.npz")
+    ran = cli("explain", place / "one", *model[1:], *words)
+    assert ran.code == 0 and "a node is off" not in ran.out and "harden-hsm" in ran.out, ran.err
+
+
+@pytest.mark.slow
+def test_a_plan_of_it_is_made_without_training(place):
+    ran = cli("compile", place / "r.yaml", "-o", place / "out", "--plan")
+    assert ran.code == 0 and "fold-hsm" in ran.out, ran.err
+    assert not (place / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_mask_is_refused(place):
+    assert cli("tune", place / "r.yaml", "-o", place / "ck").code == 0
+    words = ("--tuned", place / "ck", "-o", place / "out")
+    ran = cli("compile", place / "r.yaml", *words, "--set", "passes.0.ratio=0.6")
+    assert_letter(ran, "TuneError", 13, "trained by other passes")
+
+
+@pytest.mark.slow
+def test_a_model_whose_width_cannot_go_is_refused_by_a_recipe(place):
+    from kit import save_encoder, write_sentences
+
+    save_encoder(place / "bert")
+    write_sentences(place / "lines.txt")
+    words = ("--set", f"source={{transformers: {place / 'bert'}}}",
+             "--set", f"calib={{file: {place / 'lines.txt'}}}")  # fmt: skip
+    ran = cli("compile", place / "r.yaml", "-o", place / "out", *words)
+    assert_letter(ran, "PreconditionError", 6, "post-LN")
