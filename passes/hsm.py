@@ -49,7 +49,8 @@ class InsertHsm(Pass):
 
     `ratio` is the part of the width that will go, in whole multiples of `align`. `rank` is that of the change of basis,
     a number or a share of the width. `mask` says whether the channels that go are learned, or fixed and only faded out.
-    With an `importance` the mask starts in its order, or the least important channels are those that are fixed.
+    The mask starts in the order of an `importance`, by `magnitude` in the mode effc and by none in the others, or the
+    least important channels are those that are fixed.
     """
 
     name = "insert-hsm"
@@ -67,7 +68,14 @@ class InsertHsm(Pass):
 
     @property
     def measures(self) -> bool:
-        return self.importance is not None and bool(IMPORTANCES[self.importance].measures)
+        return self.ranking is not None and bool(IMPORTANCES[self.ranking].measures)
+
+    @property
+    def ranking(self) -> str | None:
+        """What channels are ranked by; None where by nothing."""
+        if self.importance is None:
+            return "magnitude" if self.mode == "effc" and self.mask != "random" else None
+        return None if self.importance == "none" else self.importance
 
     def agrees(self, behind: Sequence[Pass]) -> None:
         names = [pass_.name for pass_ in behind]
@@ -91,8 +99,8 @@ class InsertHsm(Pass):
                     hint="put harden-hsm and fold-hsm behind the first ones, or leave the second insert-hsm out",
                 )
             group, _ = self._plan(coupled_dims(graph))
-            if self.importance is not None:
-                IMPORTANCES[self.importance]  # a word that nobody knows is refused before any work
+            if self.ranking is not None:
+                IMPORTANCES[self.ranking]  # a word that nobody knows is refused before any work
                 if self.mask == "random":
                     raise PreconditionError(
                         f"{self.name}: a random mask asks no importance",
@@ -127,10 +135,10 @@ class InsertHsm(Pass):
         return found
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
-        if self.importance is not None:
+        if self.ranking is not None:
             coupling = coupled_dims(graph)
             group, _ = self._plan(coupling)
-            yield from IMPORTANCES[self.importance]().probes(coupling, group)
+            yield from IMPORTANCES[self.ranking]().probes(coupling, group)
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         coupling = coupled_dims(graph)
@@ -152,7 +160,7 @@ class InsertHsm(Pass):
             _put(graph, place, hybrid, gate, traced)
         graph.pending[WORD] = {
             "group": group.name, "width": width, "kept": count, "mode": self.mode, "mask": self.mask,
-            "importance": self.importance, "places": [place.name for place in found],
+            "importance": self.ranking, "places": [place.name for place in found],
         }  # fmt: skip
         stats.notes["width"] = {"group": group.name, "of": width, "stay": count, "rank": rank}
         return len(found)
@@ -160,7 +168,7 @@ class InsertHsm(Pass):
     def _mask(self, coupling: Coupling, group: Group, count: int, stats: Stats) -> Tensor:
         """m at first: 0, or from ½ down to −½ by importance; of a fixed mask 1 for what stays and −1 for the rest."""
         width, key = group.size, f"{coupling.graph.role}/{group.name}"
-        if self.importance is None and self.mask == "trained":
+        if self.ranking is None and self.mask == "trained":
             return torch.zeros(width)
         order = _known(
             stats.decide(key, partial(self._order, coupling, group, count, stats)),
@@ -180,8 +188,8 @@ class InsertHsm(Pass):
         if self.mask == "random":
             draw = torch.Generator().manual_seed(self.seed)
             return [int(place) for place in torch.randperm(width, generator=draw)]
-        if self.importance is not None:
-            scores = IMPORTANCES[self.importance]().scores(coupling, group, stats)
+        if self.ranking is not None:
+            scores = IMPORTANCES[self.ranking]().scores(coupling, group, stats)
             return [int(place) for place in hsm.ranked(scores)]
         first = (
             width - count if self.mode == "paper" else 0
@@ -265,7 +273,7 @@ class HardenHsm(Pass):
         keep = torch.zeros_like(mask.detach())
         keep[list(chosen)] = 1
         stats.notes["gates"] = told = gates(mask, tau, beta, keep)
-        _warn(told, state, mask)
+        _warn(told, is_open=not bool(tau))
         node = lift(graph, f"{WORD}.keep", keep, Origin(f"{WORD}.keep", (f"of {WORD}.mask",)))
         replace(graph, _gate(graph), node)
         graph.pending[WORD] = {**state, "is_hard": True}
@@ -282,14 +290,14 @@ def gates(mask: Tensor, tau: Tensor, beta: Tensor, keep: Tensor) -> dict[str, An
     }  # fmt: skip
 
 
-def _warn(told: dict[str, Any], state: dict[str, Any], mask: Tensor) -> None:
+def _warn(told: dict[str, Any], *, is_open: bool) -> None:
     """Say where a mask has not become what it is taken for."""
     hint = "train it for longer, or with a higher mask_lr: {pass: tune, terms: [{term: hsm, mask_lr: 0.01}]}"
-    if bool((mask == mask[0]).all()):
+    if is_open:
         log.warning(
-            "harden-hsm: the mask is the same for all channels, so the first %d stay: nothing has trained it; %s",
-            told["kept"], hint,
-        )  # fmt: skip
+            "harden-hsm: all gates are open as insert-hsm left them: nothing has trained the mask; "
+            "put {pass: tune, terms: [hsm], …} in front"
+        )
     elif told["crossed"]:
         log.warning(
             "harden-hsm: %d of %d gates are on the other side of what %d kept channels make of them; %s",
