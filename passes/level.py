@@ -10,7 +10,7 @@ sizes are made alike, s_j = size_j^α, is chosen by the error that both sides ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -20,10 +20,12 @@ from torch import Tensor, fx
 
 from effc.calib.collectors import Channels
 from effc.calib.probe import Probe
+from effc.errors import PreconditionError
 from effc.ir.edit import is_constant, lift, tensor_name, tensor_of
 from effc.ir.program import Graph
 from effc.ir.select import Select, op_name, site_names, value_key
 from effc.passes.base import Pass, Stats
+from effc.passes.quantize import Quantize
 from effc.passes.scaling import Place, places, rescale
 from effc.passes.shift import owner, shift
 from effc.passes.smooth import expected_error
@@ -58,6 +60,16 @@ class Level(Pass):
     @property
     def measures(self) -> bool:
         return True
+
+    def agrees(self, behind: Sequence[Pass]) -> None:
+        mine = (self.bits, self.activation_bits)
+        found = [(p.bits, p.activation_bits) for p in behind if isinstance(p, Quantize)]
+        if found and mine not in found:
+            raise PreconditionError(
+                f"level chooses sizes for {mine[0]} and {mine[1]} bits, and what quantises behind it has "
+                f"{found[0][0]} and {found[0][1]}",
+                hint="give level the bits and activation_bits of the quantize or noisyquant behind it",
+            )
 
     def sites(self, graph: Graph) -> list[fx.Node]:
         """The layers whose input may be changed, in order of execution."""

@@ -74,7 +74,8 @@ def expected(distance: Tensor, amplitude: float, half: float, *, power: int = 1)
         plain: Tensor = (half - _wrapped(distance, half)[1].abs()) ** power
         return plain
     above = _integral(distance + amplitude, half, power)
-    return (above - _integral(distance - amplitude, half, power)) / (2 * amplitude)
+    mean: Tensor = (above - _integral(distance - amplitude, half, power)) / (2 * amplitude)
+    return mean
 
 
 def _wrapped(y: Tensor, half: float) -> tuple[Tensor, Tensor]:
@@ -137,4 +138,5 @@ def refit(weight: Tensor, x: Tensor, seen: Tensor) -> Tensor:
     eye = torch.eye(len(gram), dtype=torch.float64)
     damping = DAMPING * (float(gram.diagonal().mean()) or 1.0)
     gain = torch.linalg.solve(gram + damping * eye, seen.T @ (x - seen))
-    return (weight.double() + weight.double() @ gain.T).to(torch.float32)
+    made: Tensor = (weight.double() + weight.double() @ gain.T).to(torch.float32)
+    return made

@@ -7,6 +7,7 @@ from torch import nn
 
 import effc
 from effc.backends.dialect import TENSORRT
+from effc.errors import PreconditionError
 from effc.ir.edit import tensor_of
 from effc.passes.level import Level
 from effc.passes.quantize import Quantize
@@ -22,6 +23,8 @@ def uneven(bias=True):
     }  # fmt: skip
     nn.init.normal_(parts["norm"].bias, std=3.0)
     parts["norm"].weight.data[::5] *= 12
+    for layer in (parts["a"], parts["b"]):
+        layer.weight.data[:, ::5] /= 12
 
     def forward(self, x):
         y = self.norm(x)
@@ -78,3 +81,10 @@ def test_decisions_are_replayed_without_data():
     effc.apply(Level(), again, recorded=record.decisions, dialect=TENSORRT)
     x = normal(4, SIZE, seed=9)
     assert torch.equal(first.run(x=x)["output"], again.run(x=x)["output"])
+
+
+def test_other_bits_than_those_behind_it_are_refused():
+    Level(bits=6, activation_bits=6).agrees([Quantize(bits=6, activation_bits=6)])
+    with pytest.raises(PreconditionError, match=r"4 and 8 bits.* 6 and 6") as caught:
+        Level(bits=4).agrees([Quantize(bits=6, activation_bits=6)])
+    assert caught.value.hint
