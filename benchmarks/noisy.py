@@ -62,7 +62,18 @@ def arms() -> dict[str, list[Json]]:
         "level, offsets": [level, offsets()],
         "level, offsets, gptq": [level, offsets(**best)],
         "level, offsets, gptq, refit": [level, offsets(refit=True, **best)],
+        "offsets by output": [offsets(clip="output")],
+        "offsets by output, gptq": [offsets(clip="output", **best)],
+        "level, offsets by output": [level, offsets(clip="output")],
         "level, offsets by output, gptq": [level, offsets(clip="output", **best)],
+        "level, offsets by output, gptq, refit": [
+            level,
+            offsets(clip="output", refit=True, **best),
+        ],
+        "level alike, offsets by output, gptq": [
+            {**level, "alike": True},
+            offsets(clip="output", **best),
+        ],
     }
 
 
