@@ -252,6 +252,72 @@ class Directions(Gram):
         super().update(exact / sizes.clamp(min=torch.finfo(torch.float64).tiny), mask)
 
 
+class Rows:
+    """A sample of rows of the last axis: `most` of them, every row as likely as any other.
+
+    Half of the samples that a batch is of are held out: rows of every second one, so that what is chosen by the others
+    can be told from luck. Which rows are kept is drawn; merging keeps those drawn first.
+    """
+
+    def __init__(self, most: int = 2048, seed: int = 0) -> None:
+        self.most, self.samples, self.count = most, 0, 0
+        self._draw = torch.Generator().manual_seed(seed)
+        self.rows = torch.zeros(0, 0)
+        self.places = torch.zeros(0, dtype=torch.float64)
+        """What every row drew; the lowest stay."""
+        self.held = torch.zeros(0, dtype=torch.bool)
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        sample = (torch.arange(len(x)) + self.samples).reshape(-1, *[1] * (x.dim() - 2))
+        held = (sample % 2 == 1).expand(x.shape[:-1])
+        self.samples += len(x)
+        rows, held = (x, held) if mask is None else (x[mask.bool()], held[mask.bool()])
+        rows, held = rows.detach().reshape(-1, x.shape[-1]).to(torch.float32), held.reshape(-1)
+        if not len(rows):
+            return
+        _ends(rows.reshape(-1))
+        seen = Rows(self.most)
+        places = torch.rand(len(rows), generator=self._draw, dtype=torch.float64)
+        first = places.argsort()[: self.most]
+        seen.rows, seen.held, seen.places = rows[first], held[first], places[first]
+        made = self.merge(seen)
+        self.rows, self.held, self.places = made.rows, made.held, made.places
+        self.count += len(rows)
+
+    def merge(self, other: Rows) -> Rows:
+        made = Rows(self.most)
+        made.samples, made.count = self.samples + other.samples, self.count + other.count
+        sides = [side for side in (self, other) if len(side.places)]
+        if not sides:
+            return made
+        places = torch.cat([side.places for side in sides])
+        first = places.argsort(stable=True)[: self.most]
+        made.places = places[first]
+        made.rows = torch.cat([side.rows for side in sides])[first]
+        made.held = torch.cat([side.held for side in sides])[first]
+        return made
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Rows to choose by and rows held out, each [rows, channels]; both are all where one would be none.
+
+        Raises CalibrationError where no row was seen.
+        """
+        if not len(self.rows):
+            raise CalibrationError(
+                "the calibration data is nothing but padding",
+                hint="give samples that the model reads",
+            )
+        if not bool(self.held.any()) or bool(self.held.all()):
+            return self.rows, self.rows
+        return self.rows[~self.held], self.rows[self.held]
+
+    def range(self, scheme: Scheme) -> tuple[float, float]:
+        return (float(self.rows.min()), float(self.rows.max())) if len(self.rows) else (0.0, 0.0)
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return self.most * (shape[-1] * 4 + FLOAT64 + 1)
+
+
 class LogHistogram:
     """Counts of values in bins that grow with the value: 32 bins a power of two and sign, and the exact ends.
 

@@ -23,7 +23,6 @@ from effc.ir.select import module_path, op_name, site_names
 from effc.ir.values import Compared, Values, call, compared, reads
 from effc.layers import Layers
 from effc.noise import PAIR, Local, bits_of, grid_for
-from effc.passes import PASSES
 from effc.quant.affine import fake_quantize, pair_scale, weight_qparams
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.quant.scheme import Scheme
@@ -143,13 +142,9 @@ class _Trial:
             advice += self._ranges(x, scheme, scale, zero, total)
             near = float((self.padding.without(self.value, x).abs() < scale / 2).double().mean())
             if near > NEAR:
-                word = (
-                    "`pass: noisyquant`"
-                    if "noisyquant" in PASSES
-                    else "NoisyQuant, not available yet,"
-                )
                 advice.append(
-                    f"{word} may help: {100 * near:.2g} % of its input lies within half a step of zero; not tried out"
+                    f"`pass: noisyquant` may help: {100 * near:.2g} % of its input lies within half a step of "
+                    "zero; not tried out"
                 )
         else:
             advice += self._weights(exact, of_weight)

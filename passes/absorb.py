@@ -46,7 +46,8 @@ def owners(graph: Graph, value: fx.Node, axis: int) -> list[fx.Node]:
         case "mul" if args[0] is not args[1] and all(_same_shape(value, side) for side in args):
             return _alone(graph, args[1], axis) or _alone(graph, args[0], axis)
         case word if word in RESHAPES and axis == last:
-            return _values_of_attention(graph, value)
+            made = values_of_attention(value)
+            return [] if made is None else _alone(graph, made, made.meta["val"].dim() - 1)
     return []
 
 
@@ -70,24 +71,24 @@ def _same_shape(value: fx.Node, side: Any) -> bool:
     return isinstance(side, fx.Node) and side.meta["val"].shape == value.meta["val"].shape
 
 
-def _values_of_attention(graph: Graph, value: fx.Node) -> list[fx.Node]:
-    """Rows of the layer that made the values, where `value` is attention with its heads side by side again."""
+def values_of_attention(value: fx.Node) -> fx.Node | None:
+    """What made the values, where `value` is attention with its heads side by side again, channel by channel alike."""
     attention = _turned(value.args[0])
     if attention is None or op_name(attention) != "scaled_dot_product_attention":
-        return []
+        return None
     query, key, values = cast("tuple[Any, ...]", attention.args[:3])
     if values in (query, key):
-        return []
+        return None
     split = _turned(values)
     if split is None or op_name(split) not in RESHAPES:
-        return []
+        return None
     made: Any = split.args[0]
     _, heads, _, size = values.meta["val"].shape
     rows = made.meta["val"].shape
     same = attention.meta["val"].shape[1] == heads and attention.meta["val"].shape[3] == size
     if not same or rows[-1] != heads * size or value.meta["val"].shape[-1] != rows[-1]:
-        return []
-    return _alone(graph, made, len(rows) - 1)
+        return None
+    return made if isinstance(made, fx.Node) else None
 
 
 def _turned(value: Any) -> fx.Node | None:

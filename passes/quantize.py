@@ -65,8 +65,8 @@ class Quantize(Pass):
     effect = "lossy"
 
     dtype: Literal["int", "fp8"] = "int"
-    bits: Literal[4, 6, 8] = 8
-    activation_bits: Literal[4, 6, 8, 16] = 8
+    bits: Literal[3, 4, 5, 6, 7, 8] = 8
+    activation_bits: Literal[3, 4, 5, 6, 7, 8, 16] = 8
     range: Literal["mse", "minmax", "percentile"] = "mse"
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
     weight_range: Literal["minmax", "mse"] = "minmax"
@@ -236,9 +236,9 @@ class Quantize(Pass):
                 continue
             value = node.args[0]
             assert isinstance(value, fx.Node)
-            if _weight(node) in compensated:
+            if weight_of(node) in compensated:
                 yield Probe(key=_gram_key(graph, names, node), node=value, collector=Gram())
-            if self.bias_correction and _constant_bias(graph, node) is not None:
+            if self.bias_correction and constant_bias(graph, node) is not None:
                 key = _mean_key(graph, names, node)
                 yield Probe(key=key, node=value, collector=Channels(_channel_axis(node)))
             if not self._static or self._of_tokens:
@@ -249,7 +249,7 @@ class Quantize(Pass):
                 collector=self._collector(),
             )
             if op_name(node).startswith("conv") and self.conv_output:
-                end = _behind(node)
+                end = end_of(node)
                 yield Probe(
                     key=value_key(graph, names, end),
                     node=end,
@@ -260,7 +260,7 @@ class Quantize(Pass):
         """Weights whose codes make up for each other, with the linear layers that read them; no table is among them."""
         found: dict[fx.Node, list[fx.Node]] = {}
         for site in sites if self.rounding == "gptq" else ():
-            found.setdefault(_weight(site), []).append(site)
+            found.setdefault(weight_of(site), []).append(site)
         return {w: s for w, s in found.items() if all(op_name(n) == "linear" for n in s)}
 
     def _collector(self) -> Any:
@@ -273,16 +273,17 @@ class Quantize(Pass):
         sites = self.sites(graph)
         if not sites:
             return 0
-        work = _Work(self, graph, stats, site_names(graph))
-        schemes = _weight_schemes(self, graph, sites)
+        return self._quantised(Work(self, graph, stats, site_names(graph)), sites)
+
+    def _quantised(self, work: Work, sites: list[fx.Node]) -> int:
+        schemes = _weight_schemes(self, work.graph, sites)
         for node in sites:
-            weight_node = _weight(node)
+            weight_node = weight_of(node)
             weight = work.weight(node, weight_node, schemes[weight_node])
             if op_name(node) == "embedding":
                 work.embedding(node, weight)
                 continue
-            if self.bias_correction:
-                work.correct_bias(node, weight)
+            work.correct_bias(node, weight)
             if self._static:
                 work.input(node)
             work.layer(node, weight)
@@ -291,7 +292,7 @@ class Quantize(Pass):
 
 def _fits(graph: Graph, node: fx.Node, floor: float) -> bool:
     """Whether a node of the right operator really is a site."""
-    weight = _weight(node)
+    weight = weight_of(node)
     if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
         return False
     value = weight.meta["val"]
@@ -303,13 +304,13 @@ def _fits(graph: Graph, node: fx.Node, floor: float) -> bool:
     return bool(value.dim() >= 2)
 
 
-def _weight(node: fx.Node) -> fx.Node:
+def weight_of(node: fx.Node) -> fx.Node:
     place = 0 if op_name(node) == "embedding" else 1
     weight = node.args[place]
     return weight  # type: ignore[return-value]  # `_fits` has seen to it that a site's is a node
 
 
-def _constant_bias(graph: Graph, site: fx.Node) -> fx.Node | None:
+def constant_bias(graph: Graph, site: fx.Node) -> fx.Node | None:
     bias = site.args[2] if len(site.args) > 2 else None
     return bias if isinstance(bias, fx.Node) and is_constant(graph, bias) else None
 
@@ -329,7 +330,7 @@ def _gram_key(graph: Graph, names: dict[fx.Node, str], site: fx.Node) -> str:
     return f"{value_key(graph, names, site.args[0])}:gram"  # type: ignore[arg-type]
 
 
-def _behind(conv: fx.Node) -> fx.Node:
+def end_of(conv: fx.Node) -> fx.Node:
     """The node whose value leaves a convolution: its activation where that is the only reader."""
     if len(conv.users) == 1:
         (user,) = conv.users
@@ -349,11 +350,11 @@ def _ends_in_conv(node: fx.Node) -> bool:
 
 def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict[fx.Node, Scheme]:
     """One scheme per weight. A table that is looked up has 8 bit per row, or 4 in groups, whoever else reads it."""
-    looked_up = {_weight(n) for n in sites if op_name(n) == "embedding"}
-    multiplied = {_weight(n) for n in sites if op_name(n) != "embedding"}
+    looked_up = {weight_of(n) for n in sites if op_name(n) == "embedding"}
+    multiplied = {weight_of(n) for n in sites if op_name(n) != "embedding"}
     schemes = {}
     for node in sites:
-        weight = _weight(node)
+        weight = weight_of(node)
         if weight in looked_up:
             bits = pass_.table_bits if weight in multiplied else 8
             found = weight_scheme(weight.meta["val"].shape, bits, pass_.group)
@@ -377,7 +378,7 @@ def weight_scheme(
 
 
 @dataclass
-class _Quantized:
+class Quantized:
     codes: fx.Node
     scale: fx.Node
     zero_point: fx.Node
@@ -385,14 +386,14 @@ class _Quantized:
     scales: Tensor
 
 
-class _Work:
+class Work:
     """The edits of one rewrite, remembering what is quantised already."""
 
     def __init__(
         self, pass_: Quantize, graph: Graph, stats: Stats, names: dict[fx.Node, str]
     ) -> None:
         self.options, self.graph, self.stats, self.names = pass_, graph, stats, names
-        self.weights: dict[fx.Node, _Quantized] = {}
+        self.weights: dict[fx.Node, Quantized] = {}
         self.values: dict[fx.Node, fx.Node] = {}
         self.grids: dict[fx.Node, tuple[float, int]] = {}
         self.schemes: dict[fx.Node, Scheme] = {}
@@ -404,11 +405,11 @@ class _Work:
         }
         """By weight, where Σ x xᵀ of what its layers read stand."""
 
-    def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> _Quantized:
+    def weight(self, site: fx.Node, node: fx.Node, scheme: Scheme) -> Quantized:
         if node in self.weights:
             return self.weights[node]
         name = tensor_name(self.graph, node) or ""
-        tensor = tensor_of(self.graph, node)
+        tensor = self.target(node)
         multiplied = scheme.group is None and any(op_name(u) != "embedding" for u in node.users)
         limit = self.options._pair_limit if multiplied else None
         scale, zero = weight_qparams(
@@ -417,9 +418,8 @@ class _Work:
         if node in self.grams:
 
             def compensated() -> Tensor:
-                seen = [self.stats[key] for key in self.grams[node]]
-                gram = torch.stack([part.matrix() for part in seen]).sum(0)
-                if (rows := sum(part.count for part in seen)) < len(gram):
+                gram, rows = self.gram(node)
+                if rows < len(gram):
                     log.warning("%s: %d rows are few for %d channels", name, rows, len(gram))
                 return gptq(tensor, gram, scale, zero, scheme, pair_limit=limit)
 
@@ -430,7 +430,7 @@ class _Work:
         kind = "fp8" if scheme.fp8 else "int8"
         word = f"quantize {'fp8' if scheme.fp8 else f'bits={scheme.bits}'} axis={scheme.axis} group={scheme.group or 0}"
         origin = Origin(origin.source, (*origin.transforms, word))
-        done = _Quantized(
+        done = Quantized(
             codes=lift(self.graph, f"{name}_{kind}", codes, origin),
             scale=lift(self.graph, f"{name}_scale", scale, origin),
             zero_point=lift(self.graph, f"{name}_zero_point", zero, origin),
@@ -440,7 +440,18 @@ class _Work:
         self.weights[node] = done
         return done
 
-    def embedding(self, site: fx.Node, weight: _Quantized) -> None:
+    def target(self, node: fx.Node) -> Tensor:
+        """What a weight is to be near to on its grid: itself."""
+        return tensor_of(self.graph, node)
+
+    def gram(self, node: fx.Node) -> tuple[Tensor, int]:
+        """Σ x xᵀ of what layers with a weight read, and of how many rows that is."""
+        seen = [self.stats[key] for key in self.grams[node]]
+        return torch.stack([part.matrix() for part in seen]).sum(0), sum(
+            part.count for part in seen
+        )
+
+    def embedding(self, site: fx.Node, weight: Quantized) -> None:
         """Rows are looked up as integers and scaled afterwards: the table is never turned to float."""
         indices, rest = site.args[1], site.args[2:]
         if weight.scheme.group:
@@ -454,7 +465,7 @@ class _Work:
         self.names[result] = self.names[site]  # ranges were measured under this name
         replace(self.graph, site, result)
 
-    def _embedding_in_groups(self, site: fx.Node, weight: _Quantized) -> None:
+    def _embedding_in_groups(self, site: fx.Node, weight: Quantized) -> None:
         def rows(table: fx.Node) -> fx.Node:
             return insert(self.graph, site, aten.embedding.default, (table, *site.args[1:]))
 
@@ -466,23 +477,27 @@ class _Work:
         self.names[result] = self.names[site]
         replace(self.graph, site, result)
 
-    def correct_bias(self, site: fx.Node, weight: _Quantized) -> None:
+    def correct_bias(self, site: fx.Node, weight: Quantized) -> None:
         """Give the mean of the layer's output back what rounding the weights takes from it."""
-        bias, key = _constant_bias(self.graph, site), self.means[site]
-        if bias is None:
+        bias, key = constant_bias(self.graph, site), self.means[site]
+        if bias is None or not self.options.bias_correction:
             return
         means = self.stats.decide(key, lambda: [steady(float(m)) for m in self.stats[key].mean()])
-        original = tensor_of(self.graph, _weight(site))
+        original = tensor_of(self.graph, weight_of(site))
         codes, zero = (tensor_of(self.graph, part) for part in (weight.codes, weight.zero_point))
         lost = columns(original - dequantize(codes, weight.scales, zero, weight.scheme)).double()
         mean = torch.tensor(means, dtype=torch.float64)[channels(original, len(means))]
         made = tensor_of(self.graph, bias).double() + (lost.sum(2) * mean).sum(1)
+        self.correct(site, bias, made.to(torch.float32))
+
+    def correct(self, site: fx.Node, bias: fx.Node, made: Tensor) -> None:
+        """Put a bias anew: the one that there is may be read elsewhere too."""
         name = tensor_name(self.graph, bias) or ""
         origin = self.graph.origins[name]
         origin = Origin(origin.source, (*origin.transforms, "bias correction"))
-        site.update_arg(2, lift(self.graph, f"{name}_corrected", made.to(torch.float32), origin))
+        site.update_arg(2, lift(self.graph, f"{name}_corrected", made, origin))
 
-    def layer(self, site: fx.Node, weight: _Quantized) -> None:
+    def layer(self, site: fx.Node, weight: Quantized) -> None:
         group = weight.scheme.group or 0
         args = (weight.codes, weight.scale, weight.zero_point, 0, group)
         site.update_arg(1, insert(self.graph, site, DEQUANTIZE, args))
@@ -532,7 +547,7 @@ class _Work:
         if list(value.users) == [codes] and self._clamps(value, *self.grids[pair]):
             codes.update_arg(0, value.args[0])
 
-    def _conv(self, site: fx.Node, weight: _Quantized) -> None:
+    def _conv(self, site: fx.Node, weight: Quantized) -> None:
         """Integer bias on the grid s_x·s_w, and a grid behind the layer, where the fused kernel wants them."""
         bias = site.args[2] if len(site.args) > 2 else None
         dequantized = site.args[0]
@@ -558,7 +573,7 @@ class _Work:
             site.update_arg(2, insert(self.graph, site, DEQUANTIZE, (lifted, scale, zero, 0, 0)))
         if not self.options.conv_output:
             return
-        end = _behind(site)
+        end = end_of(site)
         readers = list(end.users)
         if end not in self.values and all(reader.op != "output" for reader in readers):
             pair = self._pair(end, after=end)
@@ -594,6 +609,17 @@ class _Work:
                 return low >= least and high <= most + step / 2
         return False
 
+    def grid(self, value: fx.Node, key: str, scheme: Scheme) -> tuple[float, int]:
+        """Step and zero point of a value, decided under `key`."""
+
+        def make() -> list[float | int]:
+            low, high = map(steady, self.stats[key].range(scheme))
+            scale, zero = qparams(torch.tensor(low), torch.tensor(high), scheme)
+            return [float(scale), int(zero)]
+
+        step, zero_point = self.stats.decide(key, make)
+        return step, zero_point
+
     def _pair(
         self, value: fx.Node, *, before: fx.Node | None = None, after: fx.Node | None = None
     ) -> fx.Node:
@@ -602,13 +628,7 @@ class _Work:
         source: Any = value.args[0] if op_name(value) in SAME_GRID else None
         kept = self.grids.get(source)
         scheme = self.scheme(value) if kept is None else self.schemes[source]
-
-        def make() -> list[float | int]:
-            low, high = map(steady, self.stats[key].range(scheme))
-            scale, zero = qparams(torch.tensor(low), torch.tensor(high), scheme)
-            return [float(scale), int(zero)]
-
-        step, zero_point = kept if kept is not None else self.stats.decide(key, make)
+        step, zero_point = kept if kept is not None else self.grid(value, key, scheme)
         origin = Origin(key, ("range",))
         stem = self.names.get(value, value.name).replace(":", ".")
         scale = lift(self.graph, f"{stem}_scale", torch.tensor(step, dtype=torch.float32), origin)

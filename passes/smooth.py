@@ -130,11 +130,16 @@ def _powers(
 
 
 def expected_error(
-    low: Tensor, high: Tensor, squares: Tensor, weights: Sequence[Tensor], powers: Tensor
+    low: Tensor,
+    high: Tensor,
+    squares: Tensor,
+    weights: Sequence[Tensor],
+    powers: Tensor,
+    codes: tuple[int, int] = (CODES, CODES),
 ) -> float:
     """Expected squared error of layers over an activation of channels [C] within `low` … `high`, mean square `squares`.
 
-    step²/12 a value, for the grid of x / s and that of every row of W · s:
+    step²/12 a value, for the grid of x / s and that of every row of W · s, with `codes` on either side of zero:
 
         Σ_ij (step_x · W_ij s_j)² / 12  +  Σ_i step_i² / 12 · Σ_j E[x_j²] / s_j²
 
@@ -142,12 +147,12 @@ def expected_error(
     """
     scale = torch.exp2(powers)
     inner = squares / scale.square()
-    step = float(torch.maximum((high / scale).amax(), -(low / scale).amin())) / CODES
+    step = float(torch.maximum((high / scale).amax(), -(low / scale).amin())) / codes[0]
     noise = 0.0
     for weight in weights:
         index, parts = channels(weight, len(scale)), columns(weight).double()
         scaled = parts * scale[index][..., None]
-        steps = scaled.abs().amax((1, 2)) / CODES
+        steps = scaled.abs().amax((1, 2)) / codes[1]
         noise += step**2 / 12 * float(scaled.square().sum())
         noise += float((steps.square() * inner[index].sum(1)).sum()) / 12 * parts.shape[2]
     return noise

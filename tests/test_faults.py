@@ -352,7 +352,7 @@ def recipe(tmp_path: Path, text: str) -> Path:
 RECIPES = {
     "an unknown section": ("calibb: {file: a}", "unknown key 'calibb'", "'calib'", "line 2"),
     "an unknown key": ("calib:\n  fil: a.txt", "calib.fil", "'file'", "line 3"),
-    "a wrong value": ("passes:\n- {pass: quantize, bits: 5}", "passes[0].bits", "line 3"),
+    "a wrong value": ("passes:\n- {pass: quantize, bits: 9}", "passes[0].bits", "line 3"),
     "an unknown option": (
         "passes:\n- {pass: quantize, bit: 8}",
         "passes[0].bit",

@@ -235,6 +235,17 @@ def test_fewer_bits_lose_more():
     assert 0 < drifts[0] < drifts[1] < drifts[2]
 
 
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+@pytest.mark.parametrize("bits", [3, 5, 7])
+def test_weights_of_odd_bits_in_groups_are_what_the_graph_says(bits, target, tmp_path):
+    program = effc.trace(nn.Linear(64, 8), normal(2, 64))
+    quantize(program, bits=bits, activation_bits=16, group=16, dialect=DIALECTS[target])
+    x = normal(2, 64, seed=5)
+    with engine(program, tmp_path, target) as opened:
+        found = opened({"input": x.numpy()})["output"]
+    assert distance(program.run(input=x)["output"], found) < 1e-2
+
+
 def test_groups_have_a_scale_each_where_the_row_is_whole_groups():
     module = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 48), nn.Linear(48, 8))
     program = effc.trace(module, normal(2, 64))
