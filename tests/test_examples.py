@@ -11,6 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("examples/*/run.py"))
 KEYS = {
     "minilm": {"shapes", "outputs", "metric", "model_bytes", "int8_sites", "total_sites"},
+    "pat": {
+        "arms",
+        "fold_rel_err_fp32",
+        "fold_rel_err_fp64",
+        "linear_param_ratio",
+        "engine_rel_l2",
+        "prefill_speedup",
+    },
     "own_pass": {"before", "after", "sites", "max_abs", "recipe"},
 }
 
