@@ -61,7 +61,7 @@ def compile(
     kv_cache: str = "float32",
     ratio: float | None = None,
     latency_budget: float | None = None,
-    align: str | None = None,
+    align: int | str | None = None,
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
@@ -124,7 +124,7 @@ def from_flags(
     kv_cache: str = "float32",
     ratio: float | None = None,
     latency_budget: float | None = None,
-    align: str | None = None,
+    align: int | str | None = None,
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
@@ -156,7 +156,7 @@ def from_flags(
 
 
 def _pruning(
-    ratio: float | None, latency_budget: float | None, align: str | None, *, has_data: bool
+    ratio: float | None, latency_budget: float | None, align: int | str | None, *, has_data: bool
 ) -> list[Json]:
     """The pass that flags of pruning stand for, if any. Raises UsageError where they go against each other."""
     if ratio is None and latency_budget is None:
@@ -170,11 +170,11 @@ def _pruning(
         raise UsageError(
             "--ratio and --latency-budget both say how much is pruned", hint="leave one of them out"
         )
-    if align is not None and align != "auto" and not (align.isdecimal() and int(align)):
+    multiple = int(align) if str(align).isdecimal() else 0
+    if align not in (None, "auto") and multiple < 1:
         raise UsageError(f"--align {align} is neither a number nor auto", hint="--align 8")
     made: Json = {
-        "ratio": ratio, "latency_budget": latency_budget,
-        "align": int(align) if align is not None and align != "auto" else align,
+        "ratio": ratio, "latency_budget": latency_budget, "align": multiple or align,
         "importance": "taylor" if has_data else "magnitude",
     }  # fmt: skip
     return [{"pass": "prune-dims", **{k: v for k, v in made.items() if v is not None}}]

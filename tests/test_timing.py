@@ -10,6 +10,7 @@ from torch import nn
 
 import effc
 from effc.backends.ort import Ort
+from effc.compiler import from_flags
 from effc.errors import PreconditionError
 from effc.passes.mixed_precision import MixedPrecision
 from effc.passes.quantize import Quantize
@@ -139,3 +140,8 @@ def test_a_budget_and_an_alignment_are_flags_too(place):
 def test_flags_of_pruning_that_say_nothing(place, words, told):
     ran = cli("compile", f"{place / 'model.py'}:net", "-o", place / "out", *words)
     assert ran.code == 2 and told in ran.err and "Traceback" not in ran.err
+
+
+def test_a_multiple_is_a_number_in_python():
+    (step,) = from_flags("model.py:net", ratio=0.25, align=8)["passes"]
+    assert step["align"] == 8
