@@ -61,13 +61,19 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, 
     if scaled is None or op_name(scaled) != "mul":
         return None
     weight = scaled.args[0] if scaled.args[1] is normed else scaled.args[1]
-    if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
+    if not isinstance(weight, fx.Node) or not _is_fixed(graph, weight):
         return None
     assert isinstance(x, fx.Node)
     value = x.meta["val"]
     same = value.dtype == scaled.meta["val"].dtype
     whole = list(weight.meta["val"].shape) == [value.shape[-1]]
     return (scaled, x, weight, add.args[1]) if same and whole else None
+
+
+def _is_fixed(graph: Graph, node: fx.Node) -> bool:
+    """Whether a value is a constant, or computed from constants alone, as Gemma's 1 + g is; it is folded later."""
+    inputs = node.all_input_nodes
+    return is_constant(graph, node) or (bool(inputs) and all(_is_fixed(graph, n) for n in inputs))
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
