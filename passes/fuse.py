@@ -61,7 +61,7 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, 
     if scaled is None or op_name(scaled) != "mul":
         return None
     weight = scaled.args[0] if scaled.args[1] is normed else scaled.args[1]
-    if not isinstance(weight, fx.Node) or not _is_of_constants(graph, weight):
+    if not isinstance(weight, fx.Node) or not _is_fixed(graph, weight):
         return None
     assert isinstance(x, fx.Node)
     value = x.meta["val"]
@@ -70,17 +70,10 @@ def _rms_norm(graph: Graph, rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, 
     return (scaled, x, weight, add.args[1]) if same and whole else None
 
 
-def _is_of_constants(graph: Graph, node: fx.Node) -> bool:
-    """Whether a value is a constant, or computed from constants alone, as Gemma's gain is: 1 + weight."""
-    seen, todo = {node}, [node]
-    while todo:
-        place = todo.pop()
-        operands = place.all_input_nodes
-        if not operands and not is_constant(graph, place):
-            return False
-        todo += [n for n in operands if n not in seen]
-        seen.update(operands)
-    return True
+def _is_fixed(graph: Graph, node: fx.Node) -> bool:
+    """Whether a value is a constant, or computed from constants alone, as Gemma's 1 + g is; it is folded later."""
+    inputs = node.all_input_nodes
+    return is_constant(graph, node) or (bool(inputs) and all(_is_fixed(graph, n) for n in inputs))
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -146,7 +146,12 @@ def _exported(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> Export
     shapes = {words[name]: dict.fromkeys(dims.get(name, {}), Dim.AUTO) for name in feeds}
     given = {words[name]: value for name, value in feeds.items()}
     with torch.no_grad():
-        return torch.export.export(module, (), kwargs=given, dynamic_shapes=shapes)
+        exported = torch.export.export(module, (), kwargs=given, dynamic_shapes=shapes)
+    # torch 2.13 forgets readers of outputs where it inlines a part that ran without gradients
+    for node in exported.graph.nodes:
+        for source in node.all_input_nodes:
+            source.users.setdefault(node)
+    return exported
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:

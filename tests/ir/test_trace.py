@@ -7,6 +7,7 @@ from torch import nn
 
 import effc
 from effc.errors import TraceError
+from effc.passes.cleanup import DropNoops
 
 
 def test_a_linear_layer():
@@ -94,6 +95,26 @@ def test_writes_into_tensors_become_new_tensors():
     kept = x.clone()
     assert torch.equal(program.run(x=x)["output"], forward(None, x.clone()))
     assert torch.equal(x, kept)
+
+
+def test_every_value_knows_its_readers_even_those_that_nobody_wants():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.pool = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.no_grad():
+                table = torch.arange(8.0)
+            normed = self.norm(x + table)
+            torch.tanh(self.pool(normed[:, 0]))  # as a model whose second output is dropped
+            return normed
+
+    program = effc.trace(Pooled(), normal(2, 3, 8))
+    nodes = list(program.only().fx.nodes)
+    assert all(node in source.users for node in nodes for source in node.all_input_nodes)
+    effc.apply(DropNoops(), program)
+    assert "tanh" not in ops(program)
 
 
 def test_training_behaviour_is_not_traced_and_the_module_is_left_as_it_was():

@@ -20,6 +20,8 @@ from torch import nn
 
 import effc
 from effc.ir.program import Origin
+from effc.passes.cleanup import FoldConstants
+from effc.passes.coupling import coupled_dims
 from effc.passes.fuse import FoldBatchNorm, FuseProjections, FuseRMSNorm
 
 
@@ -54,6 +56,26 @@ def test_the_order_of_factors_does_not_matter(function):
     record, program = fused(Call(lambda self, x: function(self.w, x), w=weight), normal(2, 8))
     assert record.sites == 1
     assert ops(program) == ["rms_norm"]
+
+
+def test_a_gain_that_is_computed_from_the_weight_is_one_too():
+    def gemma(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + self.w)
+
+    record, program = fused(Call(gemma, w=nn.Parameter(torch.rand(8))), normal(2, 8))
+    assert record.sites == 1 and ops(program) == ["add", "rms_norm"]
+    effc.apply(FoldConstants(), program)
+    assert ops(program) == ["rms_norm"]
+    (norm,) = coupled_dims(program.only()).reading.norms  # its width may lose channels
+    assert norm[0].target is torch.ops.aten.rms_norm.default
+
+
+def test_a_gain_that_is_computed_from_the_input_is_none():
+    def gated(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (self.w + x[0])
+
+    record, _ = fused(Call(gated, w=nn.Parameter(torch.rand(8))), normal(2, 8))
+    assert record.sites == 0
 
 
 @pytest.mark.parametrize(
