@@ -170,7 +170,7 @@ def _pruning(
         raise UsageError(
             "--ratio and --latency-budget both say how much is pruned", hint="leave one of them out"
         )
-    multiple = int(align) if str(align).isdecimal() else 0
+    multiple = int(str(align)) if str(align).isdecimal() else 0
     if align not in (None, "auto") and multiple < 1:
         raise UsageError(f"--align {align} is neither a number nor auto", hint="--align 8")
     made: Json = {
