@@ -29,7 +29,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Terms = tuple[
-    Annotated[Hsm, BeforeValidator(lambda x: {"term": x} if isinstance(x, str) else x)], ...
+    Annotated[
+        Hsm,
+        BeforeValidator(
+            lambda x: {"term": x} if isinstance(x, str) else x,
+            json_schema_input_type=Hsm | Literal["hsm"],
+        ),
+    ],
+    ...,
 ]
 """What is done beside lowering the loss, by word; a further one is a member of a union here."""
 
