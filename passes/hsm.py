@@ -26,7 +26,7 @@ from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import op_name
 from effc.ir.splice import small_graph, splice
 from effc.nn import hsm
-from effc.nn.hsm import Gate, Hybrid, Mode
+from effc.nn.hsm import WORD, Gate, Hybrid, Mode
 from effc.passes import layernorm
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
@@ -37,8 +37,6 @@ from effc.table import unknown
 
 log = logging.getLogger(__name__)
 
-WORD = "hsm"
-"""What the modules stand under in `Graph.pending`, and what the names of their tensors begin with."""
 WIDE = 1024
 """Widths from here on are kept in multiples of 64, as kernels of GPUs cut them, and those below in multiples of 8."""
 

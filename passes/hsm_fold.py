@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from effc.ir.edit import is_constant, refresh, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Program
 from effc.ir.select import op_name
 from effc.ir.splice import attached, is_spliced, matched, small_graph
-from effc.nn.hsm import Hybrid, Mode, matrix
+from effc.nn.hsm import WORD, Hybrid, Mode, matrix
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, coupled_dims
 from effc.passes.coupling_reading import Call
-from effc.passes.hsm import WORD, inserted
+from effc.passes.hsm import inserted
 from effc.passes.layernorm import put
 from effc.passes.prune_dims import remove
 from effc.passes.writers import Stream, is_later, sources, stream_of
@@ -165,9 +166,8 @@ def _refusal(why: str, hint: str = LINEAR) -> PreconditionError:
 def _modules(graph: Graph) -> Iterator[Module]:
     """The modules of a graph whose mask is hard."""
     (keep,) = [n for n in graph.placeholders().values() if tensor_name(graph, n) == f"{WORD}.keep"]
-    smalls = list(_smalls())
     for node in graph.nodes:
-        hits = (matched(small, node) for small in smalls if op_name(node) in ("addcmul", "mul"))
+        hits = (matched(small, node) for small in _smalls() if op_name(node) in ("addcmul", "mul"))
         hit = next((h for h in hits if h is not None and h["b"] is keep), None)
         if hit is None or is_spliced(graph, tensor_name(graph, hit["a"]) or ""):
             continue  # no module, or the scale of one
@@ -175,14 +175,17 @@ def _modules(graph: Graph) -> Iterator[Module]:
         yield Module(value=hit["a"], out=node, name=down and down.removesuffix(".down"))
 
 
-def _smalls() -> Iterator[Graph]:
-    """The graphs of all forms of a module."""
+@cache
+def _smalls() -> tuple[Graph, ...]:
+    """The graphs of all forms of a module, which nobody edits."""
     value, gate = torch.zeros(2, 4), torch.zeros(4)
     forms: list[tuple[int, Mode, bool]] = [
         (2, "effc", True), (2, "paper", True), (2, "effc", False), (0, "effc", False),
     ]  # fmt: skip
-    for rank, mode, identity in forms:
-        yield small_graph(Hybrid(4, rank, mode=mode, identity=identity), [value, gate])
+    return tuple(
+        small_graph(Hybrid(4, rank, mode=mode, identity=identity), [value, gate])
+        for rank, mode, identity in forms
+    )
 
 
 def _matrix(tensors: dict[str, Tensor], name: str, width: int) -> Tensor:

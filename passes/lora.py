@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -100,17 +101,19 @@ class AttachLora(Pass):
 
     def requires(self, program: Program) -> None:
         self.agrees(())
+        given = self._given()
         for graph in program:
             if self.takes(graph.role):
-                for site, _, _ in self._adapters(graph):
+                for site, _, _ in self._adapters(graph, given):
                     _refuse_twice(graph, site)
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
-        if self.adapter is not None:
-            _hold_recorded(graph, stats, self.adapter)
+        given = self._given()
+        if given is not None:
+            _hold_recorded(graph, stats, given, str(self.adapter))
         traced: dict[Any, Graph] = {}
         changed = count = 0
-        for site, low, rooted in list(self._adapters(graph)):
+        for site, low, rooted in list(self._adapters(graph, given)):
             attach(graph, site, low, rooted=rooted, traced=traced)
             changed += len(site.layers)
             parts = (low.a, low.b, low.magnitude)
@@ -118,14 +121,17 @@ class AttachLora(Pass):
         stats.notes["parameters"] = count
         return changed
 
-    def _adapters(self, graph: Graph) -> Iterator[tuple[Site, Low, bool]]:
+    def _given(self) -> Adapter | None:
+        """The adapter that is named; None where a new one is made."""
+        return None if self.adapter is None else read(Path(self.adapter))
+
+    def _adapters(self, graph: Graph, given: Adapter | None) -> Iterator[tuple[Site, Low, bool]]:
         """Every site, what is to stand beside it, and whether its scale is by the root of the rank.
 
         Raises PreconditionError where there is none, or where one cannot have it.
         """
-        if self.adapter is not None:
-            given = read(Path(self.adapter))
-            for site, low in _fitted(graph, given, self.adapter):
+        if given is not None:
+            for site, low in _fitted(graph, given, str(self.adapter)):
                 yield site, low, given.rooted
             return
         found = sites(graph, self.select, output=self.output)
@@ -280,10 +286,9 @@ def _fitted(graph: Graph, adapter: Adapter, place: str) -> Iterator[tuple[Site, 
         )  # fmt: skip
 
 
-def _hold_recorded(graph: Graph, stats: Stats, place: str) -> None:
+def _hold_recorded(graph: Graph, stats: Stats, given: Adapter, place: str) -> None:
     """Raise CalibrationError where a replay is given another adapter: what was decided behind it is not for that."""
-    digest = read(Path(place)).digest
-    if stats.decide(f"{graph.role}/adapter", lambda: digest) != digest:
+    if stats.decide(f"{graph.role}/adapter", lambda: given.digest) != given.digest:
         raise CalibrationError(
             f"{place} is another adapter than that of the recorded decisions",
             hint="name the one that they were made with, or compile again without them",
@@ -351,9 +356,11 @@ class Place:
 def places(graph: Graph) -> list[Place]:
     """Every adapter of a graph that stands beside a layer as `attach` puts it there."""
     ours = set(_names(graph))
-    smalls, found = _smalls() if ours else [], []
+    found: list[Place] = []
+    if not ours:
+        return found
     for node in graph.nodes:
-        matches = (matched(small, node, _FREE) for small in smalls if op_name(node) == "add")
+        matches = (matched(small, node, _FREE) for small in _smalls() if op_name(node) == "add")
         hit = next((m for m in matches if m is not None and _is_ours(graph, m, ours)), None)
         if hit is not None:
             found.append(
@@ -365,15 +372,16 @@ def places(graph: Graph) -> list[Place]:
     return found
 
 
-def _smalls() -> list[Graph]:
-    """The graphs of both modules, that of DoRA with a bias too."""
+@cache
+def _smalls() -> tuple[Graph, ...]:
+    """The graphs of both modules, that of DoRA with a bias too; nobody edits them."""
     a, b, size = torch.zeros(2, 4), torch.zeros(3, 2), torch.zeros(3)
     x, base, weight, bias = torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(3, 4), torch.zeros(3)
     dora = Dora(a, b, _FREE, size)
-    return [
+    return (
         small_graph(Lora(a, b, _FREE), [x, base]),
         small_graph(dora, [x, base, weight]), small_graph(dora, [x, base, weight, bias]),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def _names(graph: Graph) -> list[str]:

@@ -195,19 +195,20 @@ class _Search:
         channels = self.x.shape[1]
         middles = (self.x.quantile(TAIL, 0) + self.x.quantile(1 - TAIL, 0)) / 2
         flat = [torch.full((channels,), f * base.scale) for f in FRACTIONS]
-        flat_choices = [self._scored(self._shifted_grid(base), n, self.x) for n in flat]
+        grid = self._shifted_grid(base)
+        flat_choices = [self._scored(grid, n, self.x) for n in flat]
         centre = (self.x.amin() + self.x.amax()) / 2
         wide = [self._choice(torch.full((channels,), float(-centre * t))) for t in CENTRED]
         yield [*flat_choices, *wide]
         yield [
-            self._scored(grid := self._shifted_grid(base), a * grid.scale * pattern, self.x)
+            self._scored(grid, a * grid.scale * pattern, self.x)
             for seed in range(SEEDS)
             for pattern in [noise.uniform(channels, self.options.seed + seed)]
             for a in (0.25, 0.5, 1.0)
         ]
         start = min([*flat_choices, *wide], key=lambda c: c.loss)
         centred = [self._choice(-n) for n in (self.x.mean(0), middles)]
-        zero = _Choice(self._shifted_grid(base), torch.zeros(channels))
+        zero = _Choice(grid, torch.zeros(channels))
         yield [
             *centred,
             *(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+WORD = "hsm"
+"""What the modules stand under in `Graph.pending`, what the names of their tensors begin with, and the term's word."""
 Mode = Literal["paper", "released", "effc"]
 """How the paper says it, how its authors' code does it, and ours where the two conflict."""
 HARD = 1e6

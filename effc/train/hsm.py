@@ -29,11 +29,10 @@ from torch import Tensor
 
 from effc.errors import TuneError
 from effc.ir.program import Graph
-from effc.nn.hsm import EDGE, HARD, centred, gate, hard
+from effc.nn.hsm import EDGE, HARD, WORD, centred, gate, hard
 from effc.train.terms import Live, Own
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-WORD = "hsm"
 FROZEN = 0.8
 """The share of s₀ after which the released code holds the gate still."""
 FADE = 2.77
