@@ -28,6 +28,8 @@ from effc.source import load
 THREADS, BUDGET_S = 2, 20.0
 LAYERS, WORDS = 8, 512
 PASTS = (128, 512, 1024, 4096)
+FOUR_BITS = {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32}
+KNOWN = "the cat sat on a mat and then it was warm so we all went home to sleep until rain came"
 SIZES = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
     "num_hidden_layers": LAYERS, "vocab_size": WORDS, "max_position_embeddings": 8192,
@@ -53,13 +55,22 @@ def model(place: Path, text: str, sizes: Mapping[str, Any] = SIZES) -> None:
     ).save_pretrained(place)
 
 
-def compiled(place: Path, text: Path, name: str, passes: list[Any]) -> dict[str, Any]:
-    """Engines by role of a package with 4-bit weights and those passes in front."""
-    four = {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32}
+def sentences(place: Path) -> Path:
+    """A file of text of the words that the model knows."""
+    draw = np.random.default_rng(0)
+    text = place / "text.txt"
+    text.write_text("\n".join(" ".join(draw.choice(KNOWN.split(), 40)) for _ in range(64)))
+    return text
+
+
+def compiled(
+    place: Path, text: Path, name: str, passes: list[Any], target: str = "ort"
+) -> dict[str, Any]:
+    """Engines by role of a package of that name, of the model beside it."""
     made = recipe.build({
         "source": {"transformers": str(place / "model"), "roles": list(causal.ROLES)},
-        "calib": {"file": str(text), "samples": 32}, "passes": [*passes, four],
-        "targets": ["ort"], "gate": False, "bench": False,
+        "calib": {"file": str(text), "samples": 32}, "passes": passes, "targets": [target],
+        "gate": False, "bench": False,
     })  # fmt: skip
     compile(made, place / name, threads=THREADS)
     manifest = package.read(place / name)
@@ -67,15 +78,12 @@ def compiled(place: Path, text: Path, name: str, passes: list[Any]) -> dict[str,
 
 
 def main() -> int:
-    words = "the cat sat on a mat and then it was warm so we all went home to sleep until rain came"
     with tempfile.TemporaryDirectory(prefix="effc-cache-") as folder:
         place = Path(folder)
-        text = place / "text.txt"
-        draw = np.random.default_rng(0)
-        text.write_text("\n".join(" ".join(draw.choice(words.split(), 40)) for _ in range(64)))
-        model(place / "model", words)
-        floats = compiled(place, text, "floats", [])
-        codes = compiled(place, text, "codes", ["quantize-cache"])
+        text = sentences(place)
+        model(place / "model", KNOWN)
+        floats = compiled(place, text, "floats", [FOUR_BITS])
+        codes = compiled(place, text, "codes", ["quantize-cache", FOUR_BITS])
         samples = Samples(
             load({"transformers": str(place / "model")}), CalibSpec(file=str(text), samples=32)
         )

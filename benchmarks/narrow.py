@@ -23,13 +23,8 @@ import common
 import numpy as np
 from decoder import Adapted
 
-import effc
-from effc import bench, causal, measure, package, recipe
-from effc.backends.dialect import DIALECTS
-from effc.compiler import compile, trace_source
-from effc.engine import lowered as lowered_of
-from effc.passes import CANONICAL, PASSES
-from effc.passes.coupling import coupled_dims
+from effc import bench, causal, measure
+from effc.compiler import trace_source
 from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import load
@@ -52,7 +47,7 @@ KINDS: dict[str, list[Any]] = {
         {"pass": "quantize", "activation_scale": "token", "select": {"module": DOWN}, "graphs": READS},
         {"pass": "quantize", "select": {"exclude": DOWN}, "graphs": READS},
         {"pass": "fuse-projections", "graphs": WRITES},
-        {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": 32, "graphs": WRITES},
+        {**cache.FOUR_BITS, "graphs": WRITES},
     ],
 }  # fmt: skip
 """What is done to a model: 8 bit on both sides of a product where it reads, 4-bit weights where it writes."""
@@ -60,30 +55,15 @@ KINDS: dict[str, list[Any]] = {
 
 def width(model: Path) -> str:
     """The name of the residual stream in the graph as the passes of every compile leave it."""
-    program = trace_source(load({"transformers": str(model)}))
-    for word in CANONICAL:
-        effc.apply(PASSES[word](), program, dialect=DIALECTS["ort"])
-    groups = coupled_dims(program.only()).prunable()
-    (found,) = [
-        g
-        for g in groups
-        if g.size == SIZES["hidden_size"] and len(g.readers) > SIZES["num_hidden_layers"]
-    ]
+    found = common.stream(common.cleaned(trace_source(load({"transformers": str(model)}))))
+    assert found.size == SIZES["hidden_size"]
     return found.name
 
 
-def compiled(model: Path, text: Path, out: Path, target: str, passes: list[Any]) -> dict[str, Any]:
-    """The engines of a package by role."""
-    if target == "openvino":  # has no kernels for a scale per token
-        drop = "activation_scale"
-        passes = [{k: v for k, v in pass_.items() if k != drop} for pass_ in passes]
-    made = recipe.build({
-        "source": {"transformers": str(model), "roles": list(causal.ROLES)},
-        "calib": {"file": str(text), "samples": 32}, "passes": passes, "targets": [target],
-        "gate": False, "bench": False,
-    })  # fmt: skip
-    compile(made, out, threads=THREADS)
-    return {entry.role: lowered_of(out, entry) for entry in package.read(out).engines}
+def of_target(target: str, passes: list[Any]) -> list[Any]:
+    """The passes as a target can have them: OpenVINO has no kernels for a scale per token."""
+    drop = "activation_scale" if target == "openvino" else None
+    return [{k: v for k, v in pass_.items() if k != drop} for pass_ in passes]
 
 
 def adapted(open_: Callable[[], Any], feeds: dict[str, Any]) -> Callable[[], Any]:
@@ -92,13 +72,10 @@ def adapted(open_: Callable[[], Any], feeds: dict[str, Any]) -> Callable[[], Any
 
 
 def main() -> int:
-    words = "the cat sat on a mat and then it was warm so we all went home to sleep until rain came"
     with tempfile.TemporaryDirectory(prefix="effc-narrow-") as folder:
         place = Path(folder)
-        text = place / "text.txt"
-        draw = np.random.default_rng(0)
-        text.write_text("\n".join(" ".join(draw.choice(words.split(), 40)) for _ in range(64)))
-        cache.model(place / "model", words, SIZES)
+        text = cache.sentences(place)
+        cache.model(place / "model", cache.KNOWN, SIZES)
         source = load({"transformers": str(place / "model")})
         plain = measure.plain_export(trace_source(source).only(), place / "plain", "ort")
         samples = Samples(source, CalibSpec(file=str(text), samples=32))
@@ -109,8 +86,8 @@ def main() -> int:
             "groups": width(place / "model"),
         }
         made = {
-            (word, kind, target): compiled(
-                place / "model", text, place / f"{word} {kind} {target}", target, [*first, *passes]
+            (word, kind, target): cache.compiled(
+                place, text, f"{word} {kind} {target}", [*first, *of_target(target, passes)], target
             )
             for kind, passes in KINDS.items() for target in TARGETS
             for word, first in (("whole", []), ("narrow", [prune]))

@@ -27,7 +27,7 @@ from effc.backends.dialect import DIALECTS
 from effc.calib.data import Batch
 from effc.compiler import trace_source
 from effc.ir.program import Program
-from effc.passes import CANONICAL, PASSES
+from effc.passes import PASSES
 from effc.source import load
 
 Json = dict[str, Any]
@@ -85,7 +85,9 @@ def main(words: list[str]) -> int:
     torch.set_num_threads(2)
     count, draws, *bits = [*map(int, words), *(10_000, DRAWS)[len(words) :]]
     pictures, labels = read(data / "fashion-mnist")
-    model = cleaned(trace_source(load({"transformers": str(data / "vit-fashion-mnist")})))
+    model = common.cleaned(
+        trace_source(load({"transformers": str(data / "vit-fashion-mnist")})), TARGET
+    )
     wanted = logits(model, pictures[:count])
     seen = {}
     for bit in bits or BITS:
@@ -117,12 +119,6 @@ def read(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     labels = bytes_of("t10k-labels-idx1-ubyte.gz", 8)
     order = np.random.default_rng(0).permutation(len(labels))
     return torch.from_numpy(images[order]) / 127.5 - 1, torch.from_numpy(labels[order].copy())
-
-
-def cleaned(program: Program) -> Program:
-    for word in CANONICAL:
-        effc.apply(PASSES[word](), program, dialect=DIALECTS[TARGET])
-    return program
 
 
 def logits(program: Program, pictures: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from effc.backends.ort import Ort
 from effc.calib.data import Batch
 from effc.compiler import trace_source
 from effc.ir.program import Program
-from effc.passes import CANONICAL, PASSES
+from effc.passes import PASSES
 from effc.passes.coupling import coupled_dims
 from effc.passes.prune_dims import PruneDims
 from effc.passes.quantize import Quantize
@@ -53,19 +53,18 @@ def models() -> Iterator[tuple[str, Program]]:
     """The models, after the exact passes of every compile; the last loses width of its residual stream alone."""
     data = common.data_root()
     if data is not None:
-        yield "ViT", cleaned(trace_source(load({"transformers": str(data / "vit-fashion-mnist")})))
+        yield (
+            "ViT",
+            common.cleaned(trace_source(load({"transformers": str(data / "vit-fashion-mnist")}))),
+        )
     net = convnet.net()
-    yield "conv net", cleaned(effc.trace(net.modules["main"], net.inputs["main"]))
+    yield "conv net", common.cleaned(effc.trace(net.modules["main"], net.inputs["main"]))
     if data is not None:
-        found = cleaned(trace_source(load({"transformers": str(data / "vit-fashion-mnist")})))
+        found = common.cleaned(
+            trace_source(load({"transformers": str(data / "vit-fashion-mnist")}))
+        )
         effc.apply(PASSES["layernorm-to-rmsnorm"](), found, dialect=ORT)
         yield WIDTH, found
-
-
-def cleaned(program: Program) -> Program:
-    for word in CANONICAL:
-        effc.apply(PASSES[word](), program, dialect=ORT)
-    return program
 
 
 def pixels(name: str, word: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +91,7 @@ def main() -> int:
     units: Json = found.get("units", {})
     for name, whole in models():
         program = whole.clone()
+        groups = common.stream(program).name if name == WIDTH else "*"
         train = pixels(name, "train")[0]
         test = tuple(part[: 2 * TESTED : 2] for part in pixels(name, "t10k"))
         units.setdefault(f"{name} whole", {"accuracy": accuracy(program.run, *test)})
@@ -101,14 +101,12 @@ def main() -> int:
                     key = f"{name}: {ranking}, {ratio}, {seed}"
                     if key in units:
                         continue
-                    groups = width(program) if name == WIDTH else "*"
                     units[key] = unit(program, groups, ranking, ratio, seed, train, test)
                     print(key, units[key], flush=True)
                     _keep(units)
             for align in ALIGNS:
                 key = f"{name} latency {ratio}" + (f", align {align}" if align else "")
                 if key not in units:
-                    groups = width(program) if name == WIDTH else "*"
                     units[key] = latency(program, groups, ratio, train, align)
                     _keep(units)
     return 0
@@ -127,12 +125,6 @@ def batches(images: torch.Tensor, seed: int, count: int, size: int) -> list[Json
     chosen = np.random.default_rng([7, seed]).permutation(len(images))[:count]
     drawn = images[torch.from_numpy(chosen)]
     return [{"pixel_values": x.numpy()} for x in drawn.split(size)]
-
-
-def width(program: Program) -> str:
-    """The name of the widest group that more layers read than any other: the residual stream."""
-    groups = coupled_dims(program.only()).prunable()
-    return max(groups, key=lambda group: len(group.readers)).name
 
 
 def pruned(

@@ -441,34 +441,22 @@ def pruned() -> list[str]:
         ]  # fmt: skip
         names = [key.removesuffix(" whole") for key in units if key.endswith(" whole")]
         for name in names:
-            mine = [
-                [name, *key.removeprefix(f"{name}: ").split(", ")]
-                for key in units
-                if key.startswith(f"{name}: ")
-            ]
             rows = []
-            for ratio in dict.fromkeys(key[2] for key in mine):
-                for ranking in dict.fromkeys(key[1] for key in mine if key[2] == ratio):
-                    seeds = [key[3] for key in mine if key[1:3] == [ranking, ratio]]
-                    cells = []
-                    for stage in ("pruned", "tuned", "int8"):
-                        own, chance = (
-                            np.array([units[f"{name}: {r}, {ratio}, {s}"][stage] for s in seeds])
-                            for r in (ranking, "random")
-                        )
-                        gap = student(own - chance)
-                        beside = (
-                            "" if ranking == "random" else f" ({gap.low:+.3f}, {gap.high:+.3f})"
-                        )
-                        cells.append(f"{own.mean():.4f}{beside}")
-                    share = units[f"{name}: {ranking}, {ratio}, {seeds[0]}"]["share"]
-                    rows.append([ratio, ranking, str(len(seeds)), f"{100 * share:.0f} %", *cells])
+            for ratio, ranking, seeds in _rankings(units, name):
+                cells = []
+                for stage in ("pruned", "tuned", "int8"):
+                    own, chance = _beside_chance(units, name, ratio, ranking, seeds, stage)
+                    gap = student(own - chance)
+                    beside = "" if ranking == "random" else f" ({gap.low:+.3f}, {gap.high:+.3f})"
+                    cells.append(f"{own.mean():.4f}{beside}")
+                share = units[f"{name}: {ranking}, {ratio}, {seeds[0]}"]["share"]
+                rows.append([ratio, ranking, str(len(seeds)), f"{100 * share:.0f} %", *cells])
             whole = units[f"{name} whole"]["accuracy"]
             lines += [f"{name}, {whole:.4f} whole:", ""]
             lines += table(
                 ["ratio", "ranking", "seeds", "parameters gone", "pruned", "tuned", "int8"], rows
             )
-            for ratio in dict.fromkeys(key[2] for key in mine):
+            for ratio in dict.fromkeys(ratio for ratio, _, _ in _rankings(units, name)):
                 key = f"{name} latency {ratio}"
                 for timed in (found for found in units if found.startswith(key)):
                     words = ", ".join(f"{word} {ratio_of(of)}" for word, of in units[timed].items())
@@ -478,6 +466,27 @@ def pruned() -> list[str]:
                         "",
                     ]
     return lines
+
+
+def _rankings(units: Json, name: str) -> list[tuple[str, str, list[str]]]:
+    """Ratio, ranking and seeds of the units of a model."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for key in units:
+        if key.startswith(f"{name}: "):
+            ranking, ratio, seed = key.removeprefix(f"{name}: ").split(", ")
+            found.setdefault(ratio, {}).setdefault(ranking, []).append(seed)
+    return [(q, ranking, seeds) for q, of in found.items() for ranking, seeds in of.items()]
+
+
+def _beside_chance(
+    units: Json, name: str, ratio: str, ranking: str, seeds: list[str], stage: str
+) -> tuple[Any, Any]:
+    """Accuracy of a ranking behind a stage, and of units drawn by chance, a number a seed."""
+    own, chance = (
+        np.array([units[f"{name}: {r}, {ratio}, {s}"][stage] for s in seeds])
+        for r in (ranking, "random")
+    )
+    return own, chance
 
 
 def ratio_of(shape: dict[str, Any]) -> str:
@@ -934,40 +943,27 @@ def summary() -> str:
 
 def best_rankings() -> str:
     """The README's table of pruning: rankings above chance, all asked at once, in faster graphs."""
-    rows = []
+    best: dict[tuple[str, str], tuple[float, list[str]]] = {}
     for found in results("pruning"):
         units = found["units"]
-        best: dict[tuple[str, str], tuple[float, list[str]]] = {}
-        for name, ratio, ranking in dict.fromkeys(
-            (name, ratio, ranking) for name, ranking, ratio, _ in map(_unit, units) if ranking
-        ):
-            seeds = [s for n, r, q, s in map(_unit, units) if (n, r, q) == (name, ranking, ratio)]
-            own, chance = (
-                np.array([units[f"{name}: {r}, {ratio}, {s}"]["int8"] for s in seeds])
-                for r in (ranking, "random")
-            )
-            every = len({r for n, r, q, _ in map(_unit, units) if (n, q) == (name, ratio)}) - 1
-            gap = student(own - chance, 1 - 0.05 / every)
-            time = units[f"{name} latency {ratio}"]["int8"]["against"]["whole"]
-            if ranking == "random" or gap.low <= 0 or time["low"] <= 1:
-                continue
-            share = units[f"{name}: {ranking}, {ratio}, {seeds[0]}"]["share"]
-            row = [
-                name, f"{share:.0%}", ranking, f"{units[f'{name} whole']['accuracy']:.4f} → {own.mean():.4f}",
-                f"{gap.low:+.4f}, {gap.high:+.4f}", str(len(seeds)), f"{time['ratio']:.2f}",
-            ]  # fmt: skip
-            if (name, ratio) not in best or own.mean() > best[name, ratio][0]:
-                best[name, ratio] = own.mean(), row
-        rows += [row for _, row in best.values()]
+        for name in dict.fromkeys(key.partition(": ")[0] for key in units if ": " in key):
+            asked = _rankings(units, name)
+            for ratio, ranking, seeds in asked:
+                own, chance = _beside_chance(units, name, ratio, ranking, seeds, "int8")
+                every = sum(r == ratio for r, _, _ in asked) - 1
+                gap = student(own - chance, 1 - 0.05 / every)
+                time = units[f"{name} latency {ratio}"]["int8"]["against"]["whole"]
+                if ranking == "random" or gap.low <= 0 or time["low"] <= 1:
+                    continue
+                share = units[f"{name}: {ranking}, {ratio}, {seeds[0]}"]["share"]
+                row = [
+                    name, f"{share:.0%}", ranking, f"{units[f'{name} whole']['accuracy']:.4f} → {own.mean():.4f}",
+                    f"{gap.low:+.4f}, {gap.high:+.4f}", str(len(seeds)), f"{time['ratio']:.2f}",
+                ]  # fmt: skip
+                if (name, ratio) not in best or own.mean() > best[name, ratio][0]:
+                    best[name, ratio] = own.mean(), row
     heads = ["model", "parameters gone", "ranking", "accuracy", "above chance", "seeds", "faster"]
-    return "\n".join(table(heads, rows)).strip()
-
-
-def _unit(key: str) -> tuple[str, str, str, str]:
-    """Model, ranking, ratio and seed of a unit; without a ranking where it is something else."""
-    name, colon, rest = key.partition(": ")
-    parts = rest.split(", ")
-    return (name, parts[0], parts[1], parts[2]) if colon and len(parts) == 3 else (key, "", "", "")
+    return "\n".join(table(heads, [row for _, row in best.values()])).strip()
 
 
 def demo() -> str:

@@ -114,27 +114,22 @@ class Study:
     """One model, its texts, and the units that are measured on it."""
 
     def __init__(self, plan: Plan, state: Path) -> None:
-        import effc
-        from effc.backends.dialect import DIALECTS
         from effc.compiler import trace_source
         from effc.metrics import Perplexity
-        from effc.passes import CANONICAL, PASSES
         from effc.source import load
 
         self.plan, self.state = plan, state
         state.mkdir(parents=True, exist_ok=True)
         self.source = load(plan.source)
         self.original = trace_source(self.source)
-        cleaned = self.original.clone()
-        for word in CANONICAL:
-            effc.apply(PASSES[word](), cleaned, dialect=DIALECTS["ort"])
-        self.width = stream(cleaned.only())
+        graph = cleaned(self.original.clone()).only()
+        self.width = stream(graph)
         self.train, test = state / "train.npz", state / "test.txt"
         self.rows = windows(plan.train, self.source.processor, plan.length, self.train)
         test.write_text(cut(plan.test, self.source.processor, plan.tokens), encoding="utf-8")
         self.metric = Perplexity(file=test)
         self.questions = tasks.questions(plan.test, plan.questions)
-        self.more = matched(cleaned.only(), self.width, plan)
+        self.more = matched(graph, self.width, plan)
 
     def units(self) -> dict[str, list[Json]]:
         """Results by arm, one a seed; those that are there already as they are."""
@@ -238,25 +233,32 @@ def matched(graph: Any, width: Any, plan: Plan) -> int:
     return plan.rank + math.ceil(modules / adapter(graph))
 
 
-def layers(graph: Any) -> list[Any]:
-    """Weights of the linear layers that adapters are for, each once: all but the one that gives the logits."""
-    from effc.ir.edit import tensor_of
-    from effc.ir.select import op_name
-
-    found = {}
-    for node in graph.nodes:
-        if op_name(node) == "linear":
-            found[node.args[1]] = tensor_of(graph, node.args[1])
-    return list(found.values())[:-1]
-
-
 def adapter(graph: Any) -> int:
     """Parameters of adapters of rank 1."""
-    return sum(sum(weight.shape) for weight in layers(graph))
+    return sum(sum(site.shape) for site in sites(graph))
 
 
 def linear(graph: Any) -> int:
-    return sum(weight.numel() for weight in layers(graph))
+    """Parameters of the layers that adapters are for: all linear ones but the one that gives the logits."""
+    return sum(math.prod(site.shape) for site in sites(graph))
+
+
+def sites(graph: Any) -> list[Any]:
+    import effc
+    from effc.passes import lora
+
+    return lora.sites(graph, effc.Select())
+
+
+def cleaned(program: Any, probes: Any = None) -> Any:
+    """The program as the exact passes of every compile leave it, held to that on inputs where they are given."""
+    import effc
+    from effc.backends.dialect import DIALECTS
+    from effc.passes import CANONICAL, PASSES
+
+    for word in CANONICAL:
+        effc.apply(PASSES[word](), program, dialect=DIALECTS["ort"], probes=probes)
+    return program
 
 
 def apart(found: Any, wanted: Any) -> float:
@@ -295,9 +297,8 @@ def speed(seconds: float) -> Json:
 
     import effc
     from effc import bench, measure
-    from effc.backends.dialect import DIALECTS
     from effc.backends.ort import Ort
-    from effc.passes import CANONICAL, PASSES
+    from effc.passes import PASSES
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -315,18 +316,15 @@ def speed(seconds: float) -> Json:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return self.inner(input_ids).logits
 
-    whole = effc.trace(Stack().eval(), {"input_ids": ids})
-    for word in CANONICAL:
-        effc.apply(
-            PASSES[word](), whole, dialect=DIALECTS["ort"], probes={"main": [{"input_ids": ids}]}
-        )
+    probes = {"main": [{"input_ids": ids}]}
+    whole = cleaned(effc.trace(Stack().eval(), {"input_ids": ids}), probes)
     narrow = whole.clone()
     for word, options in (
         ("insert-hsm", {"ratio": made_of.RATIO, "mask": "random"}),
         ("harden-hsm", {}),
         ("fold-hsm", {}),
     ):
-        effc.apply(PASSES[word](**options), narrow, probes={"main": [{"input_ids": ids}]})
+        effc.apply(PASSES[word](**options), narrow, probes=probes)
     with tempfile.TemporaryDirectory(prefix="effc-") as place:
         made = {
             name: measure.opener(Ort().lower(program.only(), Path(place) / name), THREADS)
