@@ -4,7 +4,8 @@ Accuracy: every group of sites is quantised alone, and the error that it makes a
 left in float, 1, 2, 4 … of them until the metric holds, and then as few as still do (bisection).
 Speed: sites of one operator and weight size run alike. The candidate is timed against itself without each such class,
 and every class without which it is faster is left in float.
-Last of all every lossy pass is taken back; then the engine is the model itself, written for the target.
+Then the passes that have no single sites are taken back, pruning and training among them. Last of all every lossy pass
+is; then the engine is the model itself, written for the target.
 """
 
 from __future__ import annotations
@@ -80,8 +81,12 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
     try:
         for trial in _candidates(lab, base):
             keep(trial)
-        if not gate.is_content(spec, best.checks) and (last := _everything(lab, base)) is not None:
-            keep(last)
+        for dropped in _wholes(lab, base):
+            if gate.is_content(spec, best.checks):
+                break
+            rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | dropped)
+            if (whole := _tried(lab, base, rollback, timed=True)) is not None:
+                keep(whole)
     except OutOfTime:
         ran_out = True
     return Found(
@@ -111,16 +116,18 @@ def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
     return not gate.is_content(lab.spec, mine)
 
 
-def _everything(lab: Lab, base: Trial) -> Trial | None:
-    """Every lossy pass taken back, but what other engines must have alike; None where there is none left."""
-    lossy = frozenset(
+def _wholes(lab: Lab, base: Trial) -> list[frozenset[int]]:
+    """Lossy passes to take back as a whole: those that have no single sites, then all of them.
+
+    What other engines must have alike is not taken back.
+    """
+    lossy = {
         i for i, record in base.built.steps.items() if record.effect == "lossy" and record.sites
-    )
+    }
     lossy -= lab.builder.shared
-    if not lossy:
-        return None
-    rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | lossy)
-    return _tried(lab, base, rollback, timed=True)
+    whole = {i for i in lossy if not is_partial(lab.recipe.passes[i])}
+    found = [lossy] if whole == lossy else [whole, lossy]
+    return [frozenset(places) for places in found if places]
 
 
 def _tried(lab: Lab, base: Trial, rollback: Rollback, *, timed: bool) -> Trial | None:
