@@ -4,8 +4,8 @@ Accuracy: every group of sites is quantised alone, and the error that it makes a
 left in float, 1, 2, 4 … of them until the metric holds, and then as few as still do (bisection).
 Speed: sites of one operator and weight size run alike. The candidate is timed against itself without each such class,
 and every class without which it is faster is left in float.
-Then the passes that have no single sites are taken back, pruning and training among them. Last of all every lossy pass
-is; then the engine is the model itself, written for the target.
+Then pruning and training are taken back, and other passes that have no single sites. Last of all every lossy pass is,
+and the engine is the model itself, written for the target.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,8 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
     try:
         for trial in _candidates(lab, base):
             keep(trial)
-        for dropped in _wholes(lab, base):
+        left = set() if gate.is_content(spec, best.checks) else _to_take_back(lab, base)
+        for dropped in wholes(lab.recipe.passes, left):
             if gate.is_content(spec, best.checks):
                 break
             rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | dropped)
@@ -116,18 +117,20 @@ def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
     return not gate.is_content(lab.spec, mine)
 
 
-def _wholes(lab: Lab, base: Trial) -> list[frozenset[int]]:
-    """Lossy passes to take back as a whole: those that have no single sites, then all of them.
+def _to_take_back(lab: Lab, base: Trial) -> set[int]:
+    """Lossy passes that did something, but those that other engines must have alike."""
+    lossy = {i for i, r in base.built.steps.items() if r.effect == "lossy" and r.sites}
+    if stay := sorted(lossy & lab.builder.shared):
+        names = ", ".join(lab.recipe.passes[i].name for i in stay)
+        log.warning("not taken back for one of two engines that must have it alike: %s", names)
+    return lossy - lab.builder.shared
 
-    What other engines must have alike is not taken back.
-    """
-    lossy = {
-        i for i, record in base.built.steps.items() if record.effect == "lossy" and record.sites
-    }
-    lossy -= lab.builder.shared
-    whole = {i for i in lossy if not is_partial(lab.recipe.passes[i])}
-    found = [lossy] if whole == lossy else [whole, lossy]
-    return [frozenset(places) for places in found if places]
+
+def wholes(passes: Sequence[Pass], lossy: Collection[int]) -> list[frozenset[int]]:
+    """What to take back as a whole: pruning and training, then all that has no single sites, then everything."""
+    renewing = {i for i in lossy if passes[i].renews}
+    whole = {i for i in lossy if not is_partial(passes[i])} | renewing
+    return list(dict.fromkeys(frozenset(found) for found in (renewing, whole, lossy) if found))
 
 
 def _tried(lab: Lab, base: Trial, rollback: Rollback, *, timed: bool) -> Trial | None:

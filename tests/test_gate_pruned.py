@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from effc import compiler, recipe, report
+from effc import compiler, recipe, report, search
 from effc.errors import GateRefused
 from effc.trial import Lab
 
@@ -89,6 +89,13 @@ def test_pruning_that_costs_too_much_is_taken_back_and_quantisation_stays(place,
     asked = made(place, *front, "quantize")
     compiler.run(asked, tmp_path / "again", decisions=decisions)
     assert sha256(tmp_path / "again") == sha256(tmp_path / "out")
+
+
+def test_what_prunes_is_taken_back_before_what_rounds(place):
+    passes = made(place, PRUNE, TUNE, "quantize-cache", "quantize").passes
+    assert search.wholes(passes, {0, 1, 2, 3}) == [{0, 1}, {0, 1, 2}, {0, 1, 2, 3}]
+    assert search.wholes(passes, {3}) == [{3}]
+    assert search.wholes(passes, {0}) == [{0}] and search.wholes(passes, set()) == []
 
 
 def test_a_search_without_time_ships_nothing_that_was_pruned_too_far(place, tmp_path):
