@@ -4,7 +4,8 @@ Accuracy: every group of sites is quantised alone, and the error that it makes a
 left in float, 1, 2, 4 … of them until the metric holds, and then as few as still do (bisection).
 Speed: sites of one operator and weight size run alike. The candidate is timed against itself without each such class,
 and every class without which it is faster is left in float.
-Last of all every lossy pass is taken back; then the engine is the model itself, written for the target.
+Then pruning and training are taken back, and other passes that have no single sites. Last of all every lossy pass is,
+and the engine is the model itself, written for the target.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +81,13 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
     try:
         for trial in _candidates(lab, base):
             keep(trial)
-        if not gate.is_content(spec, best.checks) and (last := _everything(lab, base)) is not None:
-            keep(last)
+        left = set() if gate.is_content(spec, best.checks) else _to_take_back(lab, base)
+        for dropped in wholes(lab.recipe.passes, left):
+            if gate.is_content(spec, best.checks):
+                break
+            rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | dropped)
+            if (whole := _tried(lab, base, rollback, timed=True)) is not None:
+                keep(whole)
     except OutOfTime:
         ran_out = True
     return Found(
@@ -111,16 +117,20 @@ def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
     return not gate.is_content(lab.spec, mine)
 
 
-def _everything(lab: Lab, base: Trial) -> Trial | None:
-    """Every lossy pass taken back, but what other engines must have alike; None where there is none left."""
-    lossy = frozenset(
-        i for i, record in base.built.steps.items() if record.effect == "lossy" and record.sites
-    )
-    lossy -= lab.builder.shared
-    if not lossy:
-        return None
-    rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | lossy)
-    return _tried(lab, base, rollback, timed=True)
+def _to_take_back(lab: Lab, base: Trial) -> set[int]:
+    """Lossy passes that did something, but those that other engines must have alike."""
+    lossy = {i for i, r in base.built.steps.items() if r.effect == "lossy" and r.sites}
+    if stay := sorted(lossy & lab.builder.shared):
+        names = ", ".join(lab.recipe.passes[i].name for i in stay)
+        log.warning("not taken back for one of two engines that must have it alike: %s", names)
+    return lossy - lab.builder.shared
+
+
+def wholes(passes: Sequence[Pass], lossy: Collection[int]) -> list[frozenset[int]]:
+    """What to take back as a whole: pruning and training, then all that has no single sites, then everything."""
+    renewing = {i for i in lossy if passes[i].renews}
+    whole = {i for i in lossy if not is_partial(passes[i])} | renewing
+    return list(dict.fromkeys(frozenset(found) for found in (renewing, whole, lossy) if found))
 
 
 def _tried(lab: Lab, base: Trial, rollback: Rollback, *, timed: bool) -> Trial | None:

@@ -313,8 +313,10 @@ class Lab:
         return 1 + len([of for of, _ in self._tried if of == target])
 
     def narrowed(self, built: Built, rollback: Rollback) -> Built:
-        """The same with more rolled back, its decisions taken over."""
-        known = {index: record.decisions for index, record in built.steps.items()}
+        """The same with more rolled back. Decisions are taken over, but behind what is not pruned or trained now."""
+        passes, dropped = self.recipe.passes, rollback.dropped - built.rollback.dropped
+        first = min((i for i in dropped if passes[i].renews), default=len(passes))
+        known = {i: record.decisions for i, record in built.steps.items() if i < first}
         return self.build(built.target, rollback, known)
 
     def check_time(self) -> None:

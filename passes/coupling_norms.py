@@ -41,7 +41,7 @@ def _triangle(r: Reading, node: fx.Node, call: Call) -> Axes:
 
 def _layer_norm(r: Reading, node: fx.Node, call: Call) -> Axes:
     found = list(r.of(call["input"]))
-    hint = "put layernorm-to-rmsnorm first"
+    hint = "put layernorm-to-rmsnorm first, which takes the norms of a pre-LN model"
     count = len(call["normalized_shape"])
     _with_parts(r, node, found[-count:], call)
     for axis in found[-count:]:

@@ -46,6 +46,8 @@ LAYERS = ("linear", "matmul", "mm", "embedding", "conv1d", "conv2d", "conv3d")
 """What is linear in a stream and in its own weight, whichever side the width is on."""
 PARTS = ("stack", "split", "split_with_sizes", "chunk", "unbind", "getitem", "repeat", "flip")
 """What only moves places other than the width, beside `MOVES`."""
+MOST_TOLD = 3
+"""Streams that are named with the reason, where none can be rotated."""
 
 
 @dataclass(kw_only=True)
@@ -94,11 +96,12 @@ class PCARotate(Pass):
                 f"no norm reads a residual stream of {self.groups!r}, so there is none to rotate",
                 hint="leave the pass out; `effc inspect MODEL --coupling` lists the widths that there are",
             )
-        name, why = refusals[0]
+        reasons = "; ".join(f"{name}: {why}" for name, why in refusals[:MOST_TOLD])
+        hint = next((why.hint for _, why in refusals[:MOST_TOLD] if why.hint), None)
         raise PreconditionError(
-            f"no residual stream can be rotated; {name}: {why}",
-            hint=f"{why.hint}, or leave the pass out"
-            if why.hint
+            f"no residual stream can be rotated; {reasons}",
+            hint=f"{hint}, or leave the pass out"
+            if hint
             else "leave the pass out: widths can be pruned without it",
         )
 
@@ -165,11 +168,6 @@ def plan(graph: Graph) -> tuple[list[Stream], list[tuple[str, Stop]]]:
 def _obstacle(coupling: Coupling, stream: Stream) -> Stop | None:
     """Why a stream must stay as it is; notes in `stream` what is to be folded where it need not."""
     reading, unit = coupling.reading, stream.group.unit
-    for name, constant in coupling.constants.items():
-        if _has(reading, constant, unit) and not _is_whole(reading, constant, unit):
-            return Stop(
-                reason=f"the tensor {name!r} has it as a part of a dimension, or in integers"
-            )
     for node in coupling.graph.nodes:
         given = [n for n in node.all_input_nodes if _has(reading, n, unit)]
         if not given and not _has(reading, node, unit):
@@ -202,7 +200,7 @@ def _nonlinear(
     word, call = op_name(node), Call(node)
     has = _has(reading, node, unit)
     if not all(_is_whole(reading, value, unit) for value in (*given, node)):
-        return "the width is part of a longer dimension"
+        return "the width is part of a longer dimension, or in integers"
     if sum(of(axis) is unit for axis in reading.of(node)) > 1:
         return f"{word} makes something that has the width twice"
     if word in LAYERS and given and call["groups"] in (None, 1):

@@ -100,6 +100,12 @@ class PruneDims(Pass):
                 sizes.refuse_unaligned(self._matching(coupling), self.align)
         if self.keep is None and not any(self._chosen(c) for c in couplings):
             if most := max((g.size for c in couplings for g in self._matching(c)), default=0):
+                if isinstance(self.align, int):
+                    raise PreconditionError(
+                        f"a ratio of {self.ratio} in multiples of {self.align} leaves every group whole; the largest "
+                        f"has {most} units",
+                        hint="a larger ratio, or a smaller `align`",
+                    )
                 raise PreconditionError(
                     f"a ratio of {self.ratio} is less than one unit of every group; the largest has {most}",
                     hint=f"ratio: {1 / most:.2g} or more",

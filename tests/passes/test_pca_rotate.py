@@ -230,6 +230,36 @@ def test_a_norm_or_a_product_across_the_stream_is_refused(function, reason):
     assert not streams and reason in str(dict(refusals)["a"])
 
 
+def test_stages_that_are_merged_from_patches_are_refused_with_the_node_that_merges():
+    def merging(s, x):
+        y = s.a(x)
+        y = y + s.d(s.norm(y))
+        return s.e(s.wide(torch.cat([y[:, ::2], y[:, 1::2]], -1)))
+
+    parts = {"d": nn.Linear(6, 6), "wide": nn.RMSNorm(12), "e": nn.Linear(12, 2)}
+    program, feeds = traced(_reads(merging, **parts), normal(3, 4, 8))
+    with pytest.raises(PreconditionError) as error:
+        rotated(program, feeds)
+    assert "a: the width is part of a longer dimension, or in integers at cat" in str(error.value)
+    assert "wide:rms_norm: it normalises parts that lie side by side" in str(error.value)
+
+
+@pytest.mark.slow
+def test_swin_is_refused_with_a_node_for_every_stage():
+    program, feeds = architectures.program_of(architectures.swin(random.Random(0)))
+    effc.apply(LayerNormToRMSNorm(), program)
+    before = effc.show(program)
+    with pytest.raises(PreconditionError) as error:
+        rotated(program, feeds)
+    for stage, node in (
+        ("embeddings.patch_embeddings.projection", "embeddings.norm:layer_norm"),
+        ("encoder.layers.0.downsample.reduction", "blocks.0.layernorm_before:add"),
+    ):
+        told = str(error.value).partition(f"body.swin.{stage}: ")[2].partition(";")[0]
+        assert node in told
+    assert effc.show(program) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "reason"), [("bert", "layer_norm takes mean"), ("resnet", "no norm reads")]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import effc
+from effc import recipe
 from effc.errors import CalibrationError, PreconditionError, RecipeError
 from effc.ir import axes
 from effc.ir.check import drift, problems
@@ -222,6 +223,34 @@ def test_a_layer_norm_is_refused_with_the_pass_that_helps():
     with pytest.raises(PreconditionError) as error:
         pruned(module, X, keep={"0": (0, 1)})
     assert "layernorm-to-rmsnorm" in str(error.value)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.5])
+def test_a_ratio_of_nothing_or_everything_is_no_recipe(ratio):
+    with pytest.raises(RecipeError, match=r"passes\[0\].ratio: should be (less|greater) than"):
+        recipe.parse(f"source: {{transformers: d}}\npasses: [{{pass: prune-dims, ratio: {ratio}}}]")
+
+
+def test_a_ratio_of_nearly_everything_leaves_a_unit():
+    _, program = pruned(Perceptron(), X, ratio=0.999)
+    assert program.only().tensors()["up.weight"].shape == (1, 8)
+
+
+@pytest.mark.slow
+def test_a_post_norm_encoder_keeps_its_width_and_loses_heads_and_feed_forward_width():
+    program, feeds = program_of("bert", 0, False)
+    width = "body.embeddings.word_embeddings@1"
+    with pytest.raises(PreconditionError) as error:
+        effc.apply(PruneDims(keep={width: (0, 1)}), program.clone())
+    assert "mean and variance over it at body.embeddings.LayerNorm" in str(error.value)
+    assert "a pre-LN model" in error.value.hint
+    smaller = program.clone()
+    words = ("*word_embeddings@1", "*.query:0", "*.intermediate.dense")
+    record = effc.apply(PruneDims(ratio=0.5, groups=words), smaller)
+    assert len(record.decisions) == 4 and not any(width in key for key in record.decisions)
+    keep = {key.removeprefix("main/"): units for key, units in record.decisions.items()}
+    wanted = masked_run(coupled_dims(program.only()), keep, feeds)
+    assert drift(wanted, smaller.run(feeds)).rel_l2 <= 1e-5
 
 
 def test_an_unknown_importance_is_refused():

@@ -192,6 +192,14 @@ def test_a_wish_that_cannot_be_met_is_refused(options, words):
     assert words in str(error.value) and error.value.hint
 
 
+def test_a_ratio_that_leaves_no_smaller_multiple_is_refused():
+    with pytest.raises(PreconditionError, match="in multiples of 16 leaves every group whole") as e:
+        pruned(net(32), None, ratio=0.2, align=16)
+    assert "a larger ratio" in e.value.hint
+    record, _ = pruned(net(32), None, ratio=0.3, align=16)
+    assert kept(record) == {"main/0": 16}
+
+
 @pytest.mark.parametrize("change", ["counts", "kinds", "nothing"])
 def test_a_record_of_another_model_is_refused(change):
     record, _ = pruned(net(96), Staircase(), ratio=0.3, align="auto")

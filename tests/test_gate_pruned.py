@@ -1,0 +1,131 @@
+"""What a gate does with a pruned engine: pruning is taken back as a whole, and what does not pay is never shipped."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from effc import compiler, recipe, report, search
+from effc.errors import GateRefused
+from effc.trial import Lab
+
+pytestmark = pytest.mark.slow
+MODEL = '''
+import numpy as np
+import torch
+from torch import nn
+import effc
+
+
+def module():
+    """Its four outputs are the largest about as often as each other."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    with torch.no_grad():
+        made[2].bias -= made(torch.randn(600, 16)).mean(0)
+    return made
+
+
+def batches():
+    draw = np.random.default_rng(0)
+    for _ in range(4):
+        yield {"input": draw.standard_normal((16, 16)).astype(np.float32)}
+
+
+def net():
+    return effc.Source(
+        modules={"main": module()}, inputs={"main": {"input": torch.ones(2, 16)}}, batches=batches
+    )
+
+
+def agreement(run, processor, file):
+    """How often the largest output is that of the model."""
+    x = np.load(file)["x"]
+    truth = module()(torch.from_numpy(x)).argmax(-1).numpy()
+    return {"score": (run({"input": x})["output"].argmax(-1) == truth).astype(float)}
+'''
+PRUNE = {"pass": "prune-dims", "keep": {"0": list(range(16))}}
+TUNE = {"pass": "tune", "steps": 1, "lr": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pruned")
+    (place / "net.py").write_text(MODEL)
+    x = np.random.default_rng(7).standard_normal((600, 16)).astype(np.float32)
+    np.savez(place / "test.npz", x=x)
+    return place
+
+
+def made(place, *passes, **changes):
+    data = {
+        "source": {"python": f"{place}/net.py:net"}, "passes": list(passes), "bench": False,
+        "metric": {f"{place}/net.py:agreement": f"{place}/test.npz"},
+        "gate": {"latency": False, "metric": {"max_drop": 0.1}},
+    }  # fmt: skip
+    return recipe.build({**data, **changes})
+
+
+def sha256(out):
+    return json.loads((out / "manifest.json").read_text())["engines"][0]["sha256"]
+
+
+@pytest.mark.parametrize("front", [[PRUNE], [PRUNE, TUNE]], ids=["pruned", "pruned and trained"])
+def test_pruning_that_costs_too_much_is_taken_back_and_quantisation_stays(place, tmp_path, front):
+    found = compiler.run(made(place, *front, "quantize"), tmp_path / "out")
+    gate = found.report["gate"]
+    assert gate["verdict"].startswith("passed")
+    assert [(t["pass"], t["sites"]) for t in gate["rolled_back"]] == [
+        (f"{i}:{pass_['pass']}", ["all"]) for i, pass_ in enumerate(front)
+    ]
+    assert all("at most 0.1 is asked: fail" in taken["why"] for taken in gate["rolled_back"])
+    assert "rolled back 0:prune-dims" in found.text()
+    # as if nobody had thought of pruning: ranges are those of the whole model
+    compiler.run(made(place, "quantize"), tmp_path / "alone")
+    assert sha256(tmp_path / "out") == sha256(tmp_path / "alone")
+    decisions = json.loads((tmp_path / "out" / "decisions.json").read_text())
+    assert decisions["gate"]["0:prune-dims"] == {"dropped": True}
+    asked = made(place, *front, "quantize")
+    compiler.run(asked, tmp_path / "again", decisions=decisions)
+    assert sha256(tmp_path / "again") == sha256(tmp_path / "out")
+
+
+def test_what_prunes_is_taken_back_before_what_rounds(place):
+    passes = made(place, PRUNE, TUNE, "quantize-cache", "quantize").passes
+    assert search.wholes(passes, {0, 1, 2, 3}) == [{0, 1}, {0, 1, 2}, {0, 1, 2, 3}]
+    assert search.wholes(passes, {3}) == [{3}]
+    assert search.wholes(passes, {0}) == [{0}] and search.wholes(passes, set()) == []
+
+
+def test_a_search_without_time_ships_nothing_that_was_pruned_too_far(place, tmp_path):
+    with pytest.raises(GateRefused, match="the time for the search is up"):
+        compiler.run(made(place, PRUNE), tmp_path / "out", time_budget_s=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pruned_engine_that_is_slower_is_not_shipped(place, tmp_path, monkeypatch):
+    """Fifty channels of sixty-four take twice the time, as they may where kernels work in tiles."""
+
+    def timed(lab, lowered, spec, against=None):
+        ratio = 0.5 if is_pruned(lowered) else 1.0
+        ends = {"ratio": ratio, "low": ratio, "high": ratio}
+        shape = {"batch": 1, "length": 1, "reference": "float", **ends, "against": {}}
+        return {"shapes": [shape], "peak_rss_mb": {}, "load_ms": {}}
+
+    monkeypatch.setattr(Lab, "bench", timed)
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    few = {"pass": "prune-dims", "keep": {"0": list(range(50))}}
+    asked = made(place, few, bench={"shapes": [[1, 1]], "budget_s": 0.5}, gate={"metric": False})
+    gate = compiler.run(asked, tmp_path / "out").report["gate"]
+    ((taken),) = gate["rolled_back"]
+    assert gate["verdict"] == "passed" and taken["pass"] == "0:prune-dims"
+    assert "engine ÷ float 2.000" in taken["why"]
+    with pytest.raises(GateRefused, match=r"engine ÷ float 2\.000"):
+        compiler.run(asked, tmp_path / "none", time_budget_s=0.0)
+    assert not (tmp_path / "none").exists()
+
+
+def is_pruned(lowered):
+    model = ir.load(lowered.directory / lowered.files[0])
+    return all(64 not in value.shape for value in model.graph.initializers.values())
