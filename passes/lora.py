@@ -188,7 +188,8 @@ class MergeLora(Pass):
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         found = places(graph)
-        merge(graph, found, self.name)
+        if found:
+            merge(graph, found, self.name)
         return len(found)
 
 
