@@ -121,6 +121,7 @@ class _Probe:
         self.samples, self.original, self.left_mb = builder.samples, builder.original, left_mb
         self.metric, self.progress, self.threads = metric, progress, threads
         self.graph = self.original.only()
+        self.how = "estimated" if self.graph.is_of_shapes else "probed"
         self.base_mb = resident_mb() or 0.0
         if self.graph.is_of_shapes:
             self.base_mb += self.graph.weight_bytes() / 1e6
@@ -278,7 +279,7 @@ class _Probe:
         need = max(map(self._activations_mb, found), default=0.0)
         engines = len(self.recipe.targets) * (2 + bool(self.recipe.passes))
         need = min(self.left_mb, 2 * need)
-        self._add("verify", values * self.rate * engines, extra_mb=need, how="probed")
+        self._add("verify", values * self.rate * engines, extra_mb=need, how=self.how)
 
     def _metric(self) -> None:
         """The metric over an engine that answers noise, to see what it would ask: all but the answers is real."""
@@ -290,7 +291,7 @@ class _Probe:
         self.metric.measure(asked, self.source.processor)
         reading = time.perf_counter() - started
         seconds = 2 * (reading + asked.values * self.rate)
-        self._add("metric", seconds, extra_mb=2 * asked.most_bytes / 1e6, how="probed")
+        self._add("metric", seconds, extra_mb=2 * asked.most_bytes / 1e6, how=self.how)
 
     def _bench(self) -> None:
         spec = self.recipe.bench

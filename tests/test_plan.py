@@ -114,6 +114,7 @@ def test_a_model_without_weights_is_planned_by_its_shapes(bare, tmp_path):
     assert how == {
         "attach-lora": "probed", "tune": "estimated", "merge-lora": "probed", "quantize": "probed",
     }  # fmt: skip
+    assert stages["verify"]["how"] == "estimated"
     for name in ("smooth", "prune-dims"):
         assert stages[name]["how"] == "estimated" and stages[name]["note"].startswith("not tried")
     codes = 2 * 80 * 16 + 2 * sum(out * inner for out, inner in layer)
