@@ -30,7 +30,7 @@ from effc.recipe import QUANTIZE_WORDS, Recipe, build, passes_of, read, without_
 from effc.room import within
 from effc.samples import Samples
 from effc.search import Found
-from effc.source import Source, guess, load
+from effc.source import Source, guess, is_of_shapes, load
 from effc.table import unknown
 from effc.trial import Lab, model_bytes
 
@@ -366,10 +366,13 @@ def twin_of(source: Source, role: str, builders: Mapping[str, Builder]) -> Build
     return next((builders[r] for r in builders if alike.is_twin(source, r, role)), None)
 
 
-def opened(recipe: Recipe, progress: Progress) -> tuple[Source, Program]:
-    """The source of a recipe and its traced program, which every target can take."""
+def opened(recipe: Recipe, progress: Progress, *, shapes: bool = False) -> tuple[Source, Program]:
+    """The source of a recipe and its traced program, which every target can take.
+
+    With `shapes` a model directory may lack its weights.
+    """
     with progress.stage("load"):
-        source = load(recipe.source.as_mapping())
+        source = load(recipe.source.as_mapping(), shapes=shapes)
     for pass_ in recipe.passes:
         if strange := sorted(set(pass_.graphs) - set(source.modules)):
             raise RecipeError(
@@ -478,7 +481,10 @@ def trace_source(source: Source) -> Program:
         if same is not None:
             graphs[role] = dataclasses.replace(graphs[same].clone(), role=role)
             continue
-        program = trace(module, source.inputs[role], dims=source.dims.get(role), role=role)
+        inputs = source.inputs[role]
+        if is_of_shapes(module):
+            inputs = {name: value.to("meta") for name, value in inputs.items()}
+        program = trace(module, inputs, dims=source.dims.get(role), role=role)
         graph = program.only()
         if wanted := source.outputs.get(role):
             keep_outputs(graph, wanted)

@@ -3,6 +3,9 @@
 Loading, tracing and the exact passes are done for real, since they are quick. Everything over data is probed with two
 batches and multiplied: the rate of the second batch, in values of input, holds for calibration, verification and the
 metric. Writing the engine is estimated from the number of nodes and the speed that tracing showed.
+
+Of a model directory without weights the shapes are planned with. The rate is then that of the multiplications of the
+graph at the speed of one large product, and a pass that looks at values is not tried.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from effc import measure, metrics, package
 from effc.backends.base import EngineBase, Port
@@ -25,8 +29,10 @@ from effc.backends.eager import GraphEngine, ports
 from effc.build import Builder
 from effc.cache import Cache
 from effc.calib.data import Batch
+from effc.errors import PassError
 from effc.ir.memory import peak_bytes
 from effc.ir.program import Graph, Program, place_of
+from effc.passes.base import Pass
 from effc.passes.pipeline import apply
 from effc.progress import Progress, resident_mb
 from effc.recipe import Recipe
@@ -40,6 +46,7 @@ LOWER_S, LOWER_S_PER_NODE = 1.5, 0.004
 """Seconds of writing a graph as ONNX and opening the file, as a whole and per node (benchmarks/plan.py)."""
 TIMINGS = 12
 """Graphs that a pass has timed which asks how long they take: several sizes of two or three kinds of groups."""
+UNTRIED = "not tried: it looks at values, and what is behind it was planned without it"
 COPIES = 3.0
 """Copies of the weights that are alive while an engine is written."""
 
@@ -53,6 +60,8 @@ class Stage:
     memory_mb: float
     disk_mb: float
     how: str
+    note: str = ""
+    """What else there is to say."""
 
 
 def plan(
@@ -74,7 +83,7 @@ def plan(
     package.check_output(Path(os.path.abspath(out)))
     threads = recipe.threads(threads)
     metric = metrics.parse(recipe.metric) if recipe.metric else None
-    source, original = opened(recipe, progress)
+    source, original = opened(recipe, progress, shapes=True)
     metric = metric or source.metric
     if metric is not None:
         for role in source.modules:
@@ -112,7 +121,10 @@ class _Probe:
         self.samples, self.original, self.left_mb = builder.samples, builder.original, left_mb
         self.metric, self.progress, self.threads = metric, progress, threads
         self.graph = self.original.only()
+        self.how = "estimated" if self.graph.is_of_shapes else "probed"
         self.base_mb = resident_mb() or 0.0
+        if self.graph.is_of_shapes:
+            self.base_mb += self.graph.weight_bytes() / 1e6
         self.stages: list[Stage] = []
 
     def result(self) -> Json:
@@ -131,12 +143,13 @@ class _Probe:
         }
 
     def _add(
-        self, name: str, seconds: float, *, extra_mb: float = 0.0, disk_mb: float = 0.0, how: str
-    ) -> None:
+        self, name: str, seconds: float, *, extra_mb: float = 0.0, disk_mb: float = 0.0, how: str,
+        note: str = "",
+    ) -> None:  # fmt: skip
         self.stages.append(
             Stage(
                 name=name, seconds=round(seconds, 1), memory_mb=round(self.base_mb + extra_mb),
-                disk_mb=round(disk_mb, 1), how=how,
+                disk_mb=round(disk_mb, 1), how=how, note=note,
             )
         )  # fmt: skip
 
@@ -144,6 +157,8 @@ class _Probe:
         """Seconds per value of input of the model in torch, from the second of two runs."""
         first = [dict(b.inputs) for b in itertools.islice(self.samples(self.graph.role), 2)]
         feeds = (first or [self.samples.example()])[-1]
+        if self.graph.is_of_shapes:
+            return _flops(self.graph, feeds) / _flops_a_second() / _values(feeds)
         engine = GraphEngine(self.graph)
         engine(feeds)
         started = time.perf_counter()
@@ -173,35 +188,70 @@ class _Probe:
                     self._train(pass_, index, program, data)
                 continue
             quick = pass_.untimed() if recorded is None else pass_
+            measures = bool(data) and pass_.resolve(DIALECTS[target]).measures
             started = time.perf_counter()
-            apply(quick, program, data or None, dialect=DIALECTS[target], recorded=recorded)
+            note = self._apply(quick, program, data, target, recorded)
             seconds, need = time.perf_counter() - started, 0.0
             if is_taken_over:
                 continue
             if quick is not pass_:
                 seconds += TIMINGS * (EACH_S + self._lower_s(program.only()))
-            if data and pass_.resolve(DIALECTS[target]).measures and spec is not None:
+            if measures and spec is not None:
                 count = max(0, math.ceil(spec.samples / spec.batch) - 2)
                 seconds += count * self.rate * _values(data[-1].inputs) * 1.5
                 need = min(self.left_mb, self._activations_mb(data[-1].inputs))
-            self._add(pass_.name, seconds, extra_mb=need, how="probed")
+            self._add(
+                pass_.name, seconds, extra_mb=need, how="estimated" if note else "probed", note=note
+            )
         self._lower("lower", program.only())
         return program.weight_bytes()
 
+    def _apply(
+        self, pass_: Pass, program: Program, data: Sequence[Batch], target: str, recorded: Any
+    ) -> str:
+        """Try a pass; why it was not, where it needs values and there are none."""
+        dialect = DIALECTS[target]
+        if not program.only().is_of_shapes:
+            apply(pass_, program, data or None, dialect=dialect, recorded=recorded)
+            return ""
+        try:
+            if pass_.resolve(dialect).measures and recorded is None:
+                return UNTRIED
+            apply(pass_, program, dialect=dialect, recorded=recorded)
+        except PassError as error:
+            if type(error) is not PassError:  # it says what is wrong with the recipe
+                raise
+            return UNTRIED
+        return ""
+
     def _train(self, pass_: Any, index: int, program: Program, data: Sequence[Batch]) -> None:
         """Two steps of a training, for all of them."""
-        few = min(pass_.samples, 2 * pass_.batch)
-        brief = dataclasses.replace(pass_, steps=2, samples=few, held=0)
-        train = self.builder.tuner.trainer(index, lambda done, of: None)
-        record = apply(brief, program, data or None, train=train)
-        (curve,) = record.notes.values()
         graph = program.only()
         tensors, names = graph.tensors(), pass_.trained(graph)
-        trained = {place_of(tensors[name]): tensors[name].nbytes for name in names}
-        need = 4 * sum(trained.values()) / 1e6  # gradients, moments, and the best
+        trained = {place_of(tensors[name]): tensors[name] for name in names}
+        count = sum(tensor.numel() for tensor in trained.values())
+        need = (
+            4 * sum(tensor.nbytes for tensor in trained.values()) / 1e6
+        )  # gradients, moments, and the best
         need += 2 * max((self._activations_mb(batch.inputs) for batch in data), default=0.0)
-        seconds = 1.1 * pass_.steps * curve[-1]["seconds"] / curve[-1]["step"]
-        self._add(pass_.name, seconds, extra_mb=need, how="probed")
+        how, step_s = "estimated", 0.0
+        if graph.is_of_shapes:
+            pass_.requires(program)
+            rows = [batch.inputs for batch in data] or [self.samples.example()]
+            values = pass_.batch * _values(rows[-1]) / len(next(iter(rows[-1].values())))
+            is_whole = (
+                count > graph.weight_bytes() / 8
+            )  # gradients of weights are as much work again
+            step_s = values * self.rate * (2 + is_whole + bool(pass_.distill))
+        else:
+            few = min(pass_.samples, 2 * pass_.batch)
+            brief = dataclasses.replace(pass_, steps=2, samples=few, held=0)
+            train = self.builder.tuner.trainer(index, lambda done, of: None)
+            record = apply(brief, program, data or None, train=train)
+            curve = next(note for name, note in record.notes.items() if name.endswith("/curve"))
+            how, step_s = "probed", curve[-1]["seconds"] / curve[-1]["step"]
+        note = f"{count:,} numbers are trained"
+        self._add(pass_.name, 1.1 * pass_.steps * step_s, extra_mb=need, how=how, note=note)
 
     def _lower_s(self, graph: Graph) -> float:
         return LOWER_S + LOWER_S_PER_NODE * sum(1 for _ in graph.nodes)
@@ -233,7 +283,7 @@ class _Probe:
         need = max(map(self._activations_mb, found), default=0.0)
         engines = len(self.recipe.targets) * (2 + bool(self.recipe.passes))
         need = min(self.left_mb, 2 * need)
-        self._add("verify", values * self.rate * engines, extra_mb=need, how="probed")
+        self._add("verify", values * self.rate * engines, extra_mb=need, how=self.how)
 
     def _metric(self) -> None:
         """The metric over an engine that answers noise, to see what it would ask: all but the answers is real."""
@@ -245,7 +295,7 @@ class _Probe:
         self.metric.measure(asked, self.source.processor)
         reading = time.perf_counter() - started
         seconds = 2 * (reading + asked.values * self.rate)
-        self._add("metric", seconds, extra_mb=2 * asked.most_bytes / 1e6, how="probed")
+        self._add("metric", seconds, extra_mb=2 * asked.most_bytes / 1e6, how=self.how)
 
     def _bench(self) -> None:
         spec = self.recipe.bench
@@ -295,6 +345,25 @@ class _Noise(EngineBase):
         return made
 
 
+def _flops(graph: Graph, feeds: Mapping[str, Any]) -> int:
+    """Operations of the products of a graph of shapes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        graph.run({name: torch.as_tensor(value).to("meta") for name, value in feeds.items()})
+    return int(counter.get_total_flops())
+
+
+def _flops_a_second() -> float:
+    """Operations a second of a product of 1024 by 1024 by 1024, the fastest of five."""
+    square, seconds = torch.ones(1024, 1024), []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(square, square)
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(seconds)
+
+
 def _values(feeds: Mapping[str, Any]) -> int:
     """Values of the first input: tokens, or pixels."""
     return max(1, int(next(iter(feeds.values())).size))
@@ -306,6 +375,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     for s in found["stages"]:
         made.append(
             f"{s['name']:24} {s['seconds']:6.1f} s {s['memory_mb']:6.0f} MB {s['disk_mb']:6.1f} MB  {s['how']}"
+            + (f"; {s['note']}" if s["note"] else "")
         )
     made.append(
         f"{'in all':24} {found['seconds']:6.1f} s {found['memory_mb']:6.0f} MB {found['disk_mb']:6.1f} MB  "

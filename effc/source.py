@@ -65,6 +65,8 @@ LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_|block_)?layers?|depths?")
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
+MOST_LAYERS = 1024
+"""Of a model without weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +139,14 @@ def guess(model: str) -> dict[str, str]:
     return {"transformers": model}
 
 
-def load(spec: Mapping[str, Any]) -> Source:
-    """The source that `{transformers: DIR}`, `{gguf: FILE}` or `{python: module:factory, …options}` stands for."""
+def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
+    """The source that `{transformers: DIR}`, `{gguf: FILE}` or `{python: module:factory, …options}` stands for.
+
+    With `shapes` a directory may lack its weights; the model then has shapes alone.
+    """
     how = {"cache": spec.get("cache", True), "roles": tuple(spec.get("roles", ()))}
     if "transformers" in spec:
-        return from_directory(Path(spec["transformers"]), **how)
+        return from_directory(Path(spec["transformers"]), **how, shapes=shapes)
     if "gguf" in spec:
         file = Path(spec["gguf"])
         place, digest = gguf.directory(file)
@@ -151,16 +156,19 @@ def load(spec: Mapping[str, Any]) -> Source:
     return from_factory(spec["python"], options)
 
 
-def from_directory(path: Path, *, cache: bool = True, roles: Sequence[str] = ()) -> Source:
+def from_directory(
+    path: Path, *, cache: bool = True, roles: Sequence[str] = (), shapes: bool = False
+) -> Source:
     """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong.
 
     A causal language model takes and gives its cache of keys and values, unless `cache` is false; `roles` prefill and
-    decode make two graphs of it, for an engine that reads prompts and one that writes.
+    decode make two graphs of it, for an engine that reads prompts and one that writes. With `shapes` a directory
+    without weights gives a model on torch's device `meta`.
     """
     if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         path = _download(path)
     config = read_config(path)
-    model, missing = _load_model(path, config)
+    model, missing = _load_model(path, config, shapes)
     processor = Processor(path, config)
     inputs, dims = _example(config, model, processor)
     processor.input_names = tuple(inputs)
@@ -268,13 +276,10 @@ def _check_weights(path: Path, config: Mapping[str, Any]) -> None:
                 f"{file} does not load: {first_line(error)}",
                 hint="it is damaged or cut short; get a whole copy",
             ) from error
-    for key, value in _settings(config):
-        for count in value if isinstance(value, list) else [value]:
-            if _LAYERS.fullmatch(key) and isinstance(count, int) and count > tensors:
-                raise SourceError(
-                    f"{path / 'config.json'} says {key}: {count}, and the weights have {tensors} tensors",
-                    hint="config.json and the weights are of two models",
-                )
+    _check_layers(
+        path, config, tensors, f"the weights have {tensors} tensors",
+        "config.json and the weights are of two models",
+    )  # fmt: skip
     index = path / "model.safetensors.index.json"
     if not index.exists():
         return
@@ -289,6 +294,16 @@ def _check_weights(path: Path, config: Mapping[str, Any]) -> None:
                 f"{index} names {paths.shown(name)}, which is not there",
                 hint="put all files of the weights into the directory",
             )
+
+
+def _check_layers(path: Path, config: Mapping[str, Any], most: int, reason: str, hint: str) -> None:
+    """Raises SourceError where config.json asks for more than `most` layers, all of which would be made."""
+    for key, value in _settings(config):
+        for count in value if isinstance(value, list) else [value]:
+            if _LAYERS.fullmatch(key) and isinstance(count, int) and count > most:
+                raise SourceError(
+                    f"{path / 'config.json'} says {key}: {count}, and {reason}", hint=hint
+                )
 
 
 def _download(name: Path) -> Path:
@@ -325,24 +340,32 @@ def _name(path: Path) -> str:
     return path.name
 
 
-def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+def _load_model(path: Path, config: Mapping[str, Any], shapes: bool) -> tuple[nn.Module, list[str]]:
     """The model in evaluation mode, and the weights that its pooler came without."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise SourceError(
             f"{path}/config.json names no architectures", hint="add the class to load"
         )
-    if not any(path.glob("*.safetensors")):
+    has_weights = any(path.glob("*.safetensors"))
+    if has_weights:
+        _check_weights(path, config)
+    else:
         pickles = [p.name for pattern in _PICKLES for p in sorted(path.glob(pattern))]
         if pickles:
             raise SourceError(
                 f"{path} has its weights only as pickle ({pickles[0]}), which can run code when read",
                 hint="convert it where you trust it: model.save_pretrained(DIR, safe_serialization=True)",
             )
-        raise SourceError(
-            f"{path} has no weights (*.safetensors)", hint="put model.safetensors there"
-        )
-    _check_weights(path, config)
+        if not shapes:
+            raise SourceError(
+                f"{path} has no weights (*.safetensors)",
+                hint="put model.safetensors there; only --plan does without",
+            )
+        _check_layers(
+            path, config, MOST_LAYERS, f"without weights {MOST_LAYERS} are the most",
+            "put the weights beside it",
+        )  # fmt: skip
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -358,6 +381,8 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[
             f"{names[0]} is an encoder with a decoder, which has no single graph",
             hint="compile its parts by module:factory",
         )
+    if not has_weights:
+        return _without_weights(path, kind), []
     try:
         model, info = kind.from_pretrained(
             str(path),
@@ -387,10 +412,34 @@ def _load_model(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, list[
             hint="config.json and the weights are of two models",
         )
     check_finite(model)
+    return _plain(model), missing
+
+
+def _without_weights(path: Path, kind: Any) -> nn.Module:
+    """The model of a config.json, its tensors of shapes alone."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            made = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except Exception as error:
+        raise SourceError(
+            f"{path / 'config.json'} describes no model: {first_line(error)}",
+            hint="it must be whole; --debug shows more",
+        ) from error
+    return _plain(made.float())
+
+
+def _plain(model: Any) -> nn.Module:
+    """The model for use, without outputs that nobody asked for."""
     for name in ("use_cache", "output_attentions", "output_hidden_states"):
         if getattr(model.config, name, None):
             setattr(model.config, name, False)
-    return model.eval(), missing
+    made: nn.Module = model.eval()
+    return made
 
 
 def _lacks(path: Path, model: nn.Module, missing: Sequence[str]) -> SourceError:
@@ -453,7 +502,13 @@ def _outputs(
     missing: Sequence[str],
 ) -> tuple[str, ...]:
     """Outputs to keep; all where empty. A pooler that nobody trained or reads is dropped."""
-    has = _output_names(model, inputs)
+    is_headed = kind_of(config) in ("classifier", "causal-lm")
+    if is_of_shapes(model):  # it does not run by itself: here and there it looks at values
+        has: tuple[str, ...] = (
+            ("logits",) if is_headed and not pools(path) else ("last_hidden_state",)
+        )
+    else:
+        has = _output_names(model, inputs)
     if missing and "last_hidden_state" not in has:  # the head reads the pooler
         raise _lacks(path, model, missing)
     if pools(path) and "last_hidden_state" not in has:
@@ -464,8 +519,7 @@ def _outputs(
         )
     if missing or pools(path):
         return ("last_hidden_state",)
-    headed = kind_of(config) in ("classifier", "causal-lm") and "logits" in has
-    return ("logits",) if headed else ()
+    return ("logits",) if is_headed and "logits" in has else ()
 
 
 def _output_names(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -478,6 +532,11 @@ def _output_names(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, 
             hint="config.json may not be that of the weights; --debug shows where it stopped",
         ) from error
     return tuple(made) if isinstance(made, Mapping) else ()
+
+
+def is_of_shapes(module: nn.Module) -> bool:
+    """Whether the tensors of a module are shapes alone, without values."""
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def copied_files(path: Path) -> list[str]:

@@ -194,7 +194,8 @@ class MergeLora(Pass):
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         found = places(graph)
-        merge(graph, found, self.name)
+        if found:
+            merge(graph, found, self.name)
         return len(found)
 
 

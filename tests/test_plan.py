@@ -12,12 +12,12 @@ import effc
 from effc import compiler, plan, recipe
 from effc.cache import Cache
 from effc.calib.probe import held_bytes
-from effc.errors import CalibrationError
+from effc.errors import CalibrationError, PreconditionError, SourceError
 from effc.ir.memory import peak_bytes
 from effc.passes.quantize import Quantize
 from effc.progress import Progress, peak_mb, resident_mb
 from effc.room import KERNELS, Room, within
-from kit import assert_letter, cli, made
+from kit import assert_letter, cli, made, save_tokenizer
 
 
 class Chain(nn.Module):
@@ -78,6 +78,69 @@ def spec(**changes):
         "bench": False,
     }
     return recipe.build({**data, **changes})
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A Llama of two layers in a directory that has no weights, and a recipe that tunes it by adapters."""
+    place = tmp_path / "model"
+    place.mkdir()
+    save_tokenizer(place)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 80, "hidden_size": 16,
+        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 160, "dtype": "float16",
+    }  # fmt: skip
+    (place / "config.json").write_text(json.dumps(config))
+    data = {
+        "source": {"transformers": str(place)}, "calib": {"file": str(made().sentences), "samples": 16},
+        "passes": [
+            {"pass": "attach-lora", "rank": 3}, {"pass": "tune", "task": "tokens", "distill": 0, "steps": 70},
+            "merge-lora", "smooth", {"pass": "prune-dims", "ratio": 0.5, "groups": "*.gate_proj"},
+            {"pass": "quantize", "activation_bits": 16, "weight_range": "mse"},
+        ],
+    }  # fmt: skip
+    return data, config, place
+
+
+def test_a_model_without_weights_is_planned_by_its_shapes(bare, tmp_path):
+    data, _, _ = bare
+    found = plan.plan(recipe.build(data), tmp_path / "out", progress=Progress())
+    stages = {s["name"]: s for s in found["stages"]}
+    layer = [(16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24)]
+    trained = 2 * sum(3 * (out + inner) for out, inner in layer)
+    assert stages["tune"]["note"] == f"{trained:,} numbers are trained"
+    how = {name: stages[name]["how"] for name in ("attach-lora", "tune", "merge-lora", "quantize")}
+    assert how == {
+        "attach-lora": "probed", "tune": "estimated", "merge-lora": "probed", "quantize": "probed",
+    }  # fmt: skip
+    assert stages["verify"]["how"] == "estimated"
+    for name in ("smooth", "prune-dims"):
+        assert stages[name]["how"] == "estimated" and stages[name]["note"].startswith("not tried")
+    codes = 2 * 80 * 16 + 2 * sum(out * inner for out, inner in layer)
+    assert codes < found["model_bytes"] < 2 * codes  # a byte each, their scales, and the norms
+    assert all(s["seconds"] >= 0 for s in found["stages"]) and not (tmp_path / "out").exists()
+    assert any("not tried: it looks at values" in line for line in plan.lines(found))
+
+
+def test_only_a_plan_does_without_weights(bare, tmp_path):
+    data, config, place = bare
+    with pytest.raises(SourceError, match="has no weights") as error:
+        compiler.run(recipe.build(data), tmp_path / "out")
+    assert "--plan" in error.value.hint
+    too_wide = {**data, "passes": [{"pass": "attach-lora", "rank": 99}]}
+    with pytest.raises(PreconditionError, match="rank 99 is more than"):
+        plan.plan(recipe.build(too_wide), tmp_path / "out", progress=Progress())
+    (place / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    with pytest.raises(SourceError, match="without weights 1024 are the most"):
+        plan.plan(recipe.build(data), tmp_path / "out", progress=Progress())
+    (place / "config.json").write_text(json.dumps({**config, "num_attention_heads": 3}))
+    with pytest.raises(SourceError, match="describes no model"):
+        plan.plan(recipe.build(data), tmp_path / "out", progress=Progress())
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(SourceError, match="only as pickle"):
+        plan.plan(recipe.build(data), tmp_path / "out", progress=Progress())
 
 
 @pytest.mark.slow

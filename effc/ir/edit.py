@@ -58,6 +58,7 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 
 def lift(graph: Graph, name: str, tensor: Tensor, origin: Origin) -> fx.Node:
     """Add a constant under a new `name`; a name already taken by another tensor gets a number behind it."""
+    tensor = _as_shape(graph, tensor)
     state, signature = graph.exported.state_dict, graph.exported.graph_signature
     taken = {s.target for s in signature.input_specs} | set(state) | set(graph.exported.constants)
     unique, count = name, 1
@@ -81,7 +82,7 @@ def lift(graph: Graph, name: str, tensor: Tensor, origin: Origin) -> fx.Node:
 
 def rebind(graph: Graph, name: str, tensor: Tensor, transform: str) -> None:
     """Put `tensor` under the name of an existing constant; `transform` says what was done to get it."""
-    exported = graph.exported
+    exported, tensor = graph.exported, _as_shape(graph, tensor)
     for spec in exported.graph_signature.input_specs:
         if spec.target != name:
             continue
@@ -98,6 +99,16 @@ def rebind(graph: Graph, name: str, tensor: Tensor, transform: str) -> None:
         graph.origins[name] = Origin(old.source, (*old.transforms, transform))
         return
     raise KeyError(f"{graph.role} has no tensor {name!r}")
+
+
+def _as_shape(graph: Graph, tensor: Tensor) -> Tensor:
+    """The tensor; in a graph of shapes alone its shape."""
+    first = next(iter(graph.exported.state_dict.values()), None)
+    if first is None or not first.is_meta or tensor.is_meta:
+        return tensor
+    made = tensor.detach().to("meta")
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    return torch.nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
 
 
 def insert(

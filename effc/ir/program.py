@@ -62,6 +62,11 @@ class Graph:
         """Call nodes in order of execution; safe against edits made while walking."""
         return iter([n for n in self.fx.nodes if n.op == "call_function"])
 
+    @property
+    def is_of_shapes(self) -> bool:
+        """Whether the tensors are shapes alone, on torch's device `meta`: such a graph cannot run."""
+        return any(tensor.is_meta for tensor in self.exported.state_dict.values())
+
     def placeholders(self) -> dict[str, Node]:
         return {n.name: n for n in self.fx.nodes if n.op == "placeholder"}
 

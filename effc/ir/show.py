@@ -108,4 +108,5 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def _add(total: Any, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        if not tensor.is_meta:  # of shapes alone
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

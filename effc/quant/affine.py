@@ -30,7 +30,7 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
     A range of nothing but zero has scale 1. Raises ValueError where an end is not a finite number.
     """
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+    if not low.is_meta and not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise ValueError("a range has an end that is not a finite number")
     low = torch.clamp(low.to(torch.float64), max=0.0)
     high = torch.clamp(high.to(torch.float64), min=0.0)
@@ -70,7 +70,7 @@ def weight_qparams(
     """
     rows = _rows(weight.detach(), scheme)
     low, high = rows.amin(-1), rows.amax(-1)
-    if method == "mse":
+    if method == "mse" and not rows.is_meta:  # of a shape alone there is nothing to clip
         low, high = _least_squares(rows, low, high, scheme)
     scale, zero = qparams(low, high, scheme)
     if pair_limit is not None:

@@ -1,5 +1,6 @@
 """Adapters of low rank change nothing until they are trained, and are folded into the weights without a trace."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -234,13 +235,19 @@ def test_a_layer_that_runs_twice_has_one_adapter():
 
 def test_graphs_of_one_model_get_the_same_adapter():
     graph = traced().only()
-    import dataclasses
-
     roles = {role: dataclasses.replace(graph.clone(), role=role) for role in ("prefill", "decode")}
     program = Program(roles)
     effc.apply(AttachLora(rank=2), program)
     a, b = (program[role].tensors() for role in roles)
     assert all(torch.equal(a[name], b[name]) for name in a) and "up.lora_A" in a
+
+
+def test_a_graph_without_adapters_beside_one_with_some_is_left_as_it_is():
+    graph = traced().only()
+    program = Program({role: dataclasses.replace(graph.clone(), role=role) for role in ("a", "b")})
+    effc.apply(AttachLora(rank=2, graphs=("b",)), program)
+    assert effc.apply(MergeLora(), program).sites == 2
+    assert effc.show(program["a"]) == effc.show(program["b"]) == effc.show(graph)
 
 
 class Head(nn.Module):
