@@ -117,9 +117,9 @@ class HsmCourse:
         return self._gate(mask, *schedule(step, self.milestone))
 
     def judged(self, step: int, live: Live) -> dict[str, Tensor]:
+        if self.mode == "effc" and step >= self.milestone:
+            return {}  # it is hard, and of as many channels, already
         mask = live.get(f"{WORD}.mask", self.start).detach()
-        if self.mode == "effc" and self.is_trained and step >= self.milestone:
-            return {}
         return self._gate(hard(mask, self.count), HARD, 0.0)
 
     def is_ready(self, step: int) -> bool:
@@ -172,11 +172,9 @@ class HsmCourse:
 
     def _identity(self, live: Live) -> Tensor:
         """How far the small factors are from orthonormal ones."""
-        names = (
-            self.places
-            if self.mode != "released"
-            else list(dict.fromkeys([self.places[0], *self.places[-2:]]))
-        )
+        names = dict.fromkeys(self.places)
+        if self.mode == "released":
+            names = dict.fromkeys([self.places[0], *self.places[-2:]])
         terms = []
         for name in names:
             down, up = live.get(f"{name}.down"), live.get(f"{name}.up")
