@@ -39,6 +39,8 @@ FROZEN = 0.8
 FADE = 2.77
 SHARP = 100
 """c, over the travel."""
+SOON = 0.1
+"""The part of the steps in which our mask closes: the rest is for what it left."""
 NEAR = 0.1
 """How far a mask goes that starts in an order of importance, from ½ to −½: a tenth of the ranks."""
 BINS = 10
@@ -48,13 +50,14 @@ BINS = 10
 class Hsm:
     """The schedule of a mask and the losses of its modules; the mode is that of `insert-hsm`.
 
-    `milestone` is the share of the steps in which the mask closes. `mask_lr` is the mask's own rate; without one it is
-    `travel` over the steps of the milestone in the mode effc, and the rate of all others else. `travel` is 1, or 0.1
-    for a mask that starts in an order of importance. `identity` and `count` weigh losses.
+    `milestone` is the share of the steps in which the mask closes, 0.1 in the mode effc and 1/3 else. `mask_lr` is the
+    mask's own rate; without one it is `travel` over the steps of the milestone in the mode effc, and the rate of all
+    others else. `travel` is 1, or 0.1 for a mask that starts in an order of importance. `identity` and `count` weigh
+    losses.
     """
 
     term: Literal["hsm"] = "hsm"
-    milestone: Annotated[float, Field(gt=0, le=1)] = 1 / 3
+    milestone: Annotated[float, Field(gt=0, le=1)] | None = None
     mask_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     travel: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     identity: Share = 1.0
@@ -87,7 +90,8 @@ class HsmCourse:
         self.has_identity = any(
             n.endswith((".scale", ".values")) for n in tensors if n.startswith(f"{WORD}.")
         )
-        self.milestone = max(1, round(term.milestone * steps))
+        share = term.milestone or (SOON if self.mode == "effc" else 1 / 3)
+        self.milestone = max(1, round(share * steps))
         self.travel = term.travel or (NEAR if state.get("importance") else 1.0)
 
     def owns(self) -> dict[str, Own]:
@@ -127,6 +131,10 @@ class HsmCourse:
         return (
             step >= (FROZEN if self.mode == "released" and self.is_trained else 1) * self.milestone
         )
+
+    def marks(self) -> set[int]:
+        """Quarters of the way to the milestone: there a mask changes most."""
+        return {round(self.milestone * part / 4) for part in range(1, 5)}
 
     def losses(self, step: int, live: Live) -> dict[str, Tensor]:
         found = {}
