@@ -38,6 +38,8 @@ FROZEN = 0.8
 FADE = 2.77
 SHARP = 100
 """c, over the travel."""
+SOON = 0.1
+"""The part of the steps in which our mask closes: the rest is for what it left."""
 NEAR = 0.1
 """How far a mask goes that starts in an order of importance, from ½ to −½: a tenth of the ranks."""
 BINS = 10
@@ -47,13 +49,14 @@ BINS = 10
 class Hsm:
     """The schedule of a mask and the losses of its modules; the mode is that of `insert-hsm`.
 
-    `milestone` is the share of the steps in which the mask closes. `mask_lr` is the mask's own rate; without one it is
-    `travel` over the steps of the milestone in the mode effc, and the rate of all others else. `travel` is 1, or 0.1
-    for a mask that starts in an order of importance. `identity` and `count` weigh losses.
+    `milestone` is the share of the steps in which the mask closes, 0.1 in the mode effc and 1/3 else. `mask_lr` is the
+    mask's own rate; without one it is `travel` over the steps of the milestone in the mode effc, and the rate of all
+    others else. `travel` is 1, or 0.1 for a mask that starts in an order of importance. `identity` and `count` weigh
+    losses.
     """
 
     term: Literal["hsm"] = "hsm"
-    milestone: Annotated[float, Field(gt=0, le=1)] = 1 / 3
+    milestone: Annotated[float, Field(gt=0, le=1)] | None = None
     mask_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     travel: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     identity: Share = 1.0
@@ -86,7 +89,8 @@ class HsmCourse:
         self.has_identity = any(
             n.endswith((".scale", ".values")) for n in tensors if n.startswith(f"{WORD}.")
         )
-        self.milestone = max(1, round(term.milestone * steps))
+        share = term.milestone or (SOON if self.mode == "effc" else 1 / 3)
+        self.milestone = max(1, round(share * steps))
         self.travel = term.travel or (NEAR if state.get("importance") else 1.0)
 
     def owns(self) -> dict[str, Own]:
@@ -116,9 +120,9 @@ class HsmCourse:
         return self._gate(mask, *schedule(step, self.milestone))
 
     def judged(self, step: int, live: Live) -> dict[str, Tensor]:
+        if self.mode == "effc" and step >= self.milestone:
+            return {}  # it is hard, and of as many channels, already
         mask = live.get(f"{WORD}.mask", self.start).detach()
-        if self.mode == "effc" and self.is_trained and step >= self.milestone:
-            return {}
         return self._gate(hard(mask, self.count), HARD, 0.0)
 
     def is_ready(self, step: int) -> bool:
@@ -126,6 +130,10 @@ class HsmCourse:
         return (
             step >= (FROZEN if self.mode == "released" and self.is_trained else 1) * self.milestone
         )
+
+    def marks(self) -> set[int]:
+        """Quarters of the way to the milestone: there a mask changes most."""
+        return {round(self.milestone * part / 4) for part in range(1, 5)}
 
     def losses(self, step: int, live: Live) -> dict[str, Tensor]:
         found = {}
@@ -171,11 +179,9 @@ class HsmCourse:
 
     def _identity(self, live: Live) -> Tensor:
         """How far the small factors are from orthonormal ones."""
-        names = (
-            self.places
-            if self.mode != "released"
-            else list(dict.fromkeys([self.places[0], *self.places[-2:]]))
-        )
+        names = dict.fromkeys(self.places)
+        if self.mode == "released":
+            names = dict.fromkeys([self.places[0], *self.places[-2:]])
         terms = []
         for name in names:
             down, up = live.get(f"{name}.down"), live.get(f"{name}.up")

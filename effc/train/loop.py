@@ -123,6 +123,7 @@ def fit(
     if not parameters:
         raise TuneError("there is nothing to train", hint="`tensors` matches none of the graph's")
     terms = _Terms(module, courses)
+    marks = {schedule.steps, *(step for course in courses for step in course.marks())}
     groups = _groups(parameters, terms, schedule)
     optimizer = torch.optim.AdamW([group.options() for group in groups], lr=schedule.lr)
     module, optimizer = accelerator.prepare(module, optimizer)
@@ -150,7 +151,7 @@ def fit(
         run.losses.append(float(value.detach()))
         run.step += 1
         run.seconds = before + time.monotonic() - started
-        if run.step % schedule.check_every == 0 or run.step == schedule.steps:
+        if run.step % schedule.check_every == 0 or run.step in marks:
             _check(run, module, loss, held, parameters, best, terms)
         progress(run.step, schedule.steps)
         if folder is not None and time.monotonic() - saved > SAVE_S and run.step < schedule.steps:

@@ -8,7 +8,7 @@ so that a training that goes on after a break is the one that had none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +47,10 @@ class Course(Protocol):
 
     def is_ready(self, step: int) -> bool:
         """Whether what is trained may come out as it is behind so many steps."""
+        ...
+
+    def marks(self) -> Collection[int]:
+        """Steps behind which the curve is to have a point, beside those that it has anyway."""
         ...
 
     def losses(self, step: int, live: Live) -> dict[str, Tensor]:
