@@ -74,7 +74,7 @@ class NoisyQuant(Quantize):
     name = "noisyquant"
 
     mode: Literal["paper", "released", "effc"] = "effc"
-    clip: Literal["range", "output"] = "range"
+    clip: Literal["range", "output"] | None = None
     refit: bool = False
     add: bool = True
     gain_db: Annotated[float, Field(ge=0)] = 1.0
@@ -188,7 +188,9 @@ class _Search:
 
     @property
     def _searches_clip(self) -> bool:
-        return self.options.clip == "output" or self.options.mode == "released"
+        if self.options.clip is None:
+            return self.options.mode != "paper"
+        return self.options.clip == "output"
 
     def _kinds(self, base: Grid) -> Iterator[list[_Choice]]:
         """Offsets of each kind, scored by the rows to choose by."""
