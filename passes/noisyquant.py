@@ -167,10 +167,12 @@ class _Search:
     """The grid without an offset."""
     scheme: Scheme
     """Of the grid with one."""
-    gram: Tensor = field(init=False)
+    root: Tensor = field(init=False)
+    """W, or where it has more rows than channels the R of W = Q R: ‖R e‖ is ‖W e‖, and costs less."""
 
     def __post_init__(self) -> None:
-        self.gram = self.weights.T @ self.weights
+        rows, channels = self.weights.shape
+        self.root = self.weights if rows <= channels else torch.linalg.qr(self.weights, mode="r").R
 
     def best(self, dearer_db: float) -> _Choice:
         """The choice of the options' mode; one with an offset is to gain `dearer_db` where it is a node."""
@@ -281,7 +283,7 @@ class _Search:
         mean = torch.zeros(rows.shape[1])
         if self.options.compensates:
             mean = (errors if rows is self.x else noise.error(self.x, offset, grid)).mean(0)
-        return _Choice(grid, offset, noise.output_loss(errors, self.gram, mean))
+        return _Choice(grid, offset, noise.output_loss(errors, self.root, mean))
 
 
 def grid_of(low: float, high: float, scheme: Scheme) -> Grid:
