@@ -258,7 +258,7 @@ class _Search:
         return best
 
     def _input_loss(self, grid: Grid, offset: Tensor) -> float:
-        return float(noise.error(self.x, offset, grid).square().mean(dtype=torch.float64))
+        return float(noise.lost(self.x, offset, grid).square().mean(dtype=torch.float64))
 
     def _by_output(self, base: Grid) -> _Choice:
         """One offset for all channels, and then what the published code draws, by the error of the output."""
@@ -279,10 +279,10 @@ class _Search:
 
     def _scored(self, grid: Grid, offset: Tensor, rows: Tensor) -> _Choice:
         offset = self._fine(offset, grid)
-        errors = noise.error(rows, offset, grid)
+        errors = noise.lost(rows, offset, grid)
         mean = torch.zeros(rows.shape[1])
         if self.options.compensates:
-            mean = (errors if rows is self.x else noise.error(self.x, offset, grid)).mean(0)
+            mean = (errors if rows is self.x else noise.lost(self.x, offset, grid)).mean(0)
         return _Choice(grid, offset, noise.output_loss(errors, self.root, mean))
 
 

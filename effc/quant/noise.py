@@ -53,7 +53,7 @@ def lopsided(channels: int, seed: int) -> Tensor:
     return torch.randn(channels, generator=draw) * 2 - 1
 
 
-def error(x: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+def lost(x: Tensor, offset: Tensor, grid: Grid) -> Tensor:
     """Q(x + n) − n − x, the error of every value of `x` [rows, channels]."""
     shifted = x + offset
     return grid.round(shifted).sub_(shifted)
@@ -100,7 +100,7 @@ def best_offsets(x: Tensor, offset: Tensor, grid: Grid) -> Tensor:
     The mean is left out: the bias takes it.
     """
     tried = offset + torch.tensor(FRACTIONS)[:, None] * grid.scale  # [candidates, channels]
-    left = torch.stack([error(x, one, grid).var(0, correction=0) for one in tried])
+    left = torch.stack([lost(x, one, grid).var(0, correction=0) for one in tried])
     least = left[len(FRACTIONS) // 2]
     place = torch.where(left.amin(0) < least, left.argmin(0), len(FRACTIONS) // 2)
     return tried.gather(0, place[None])[0]

@@ -44,9 +44,9 @@ def test_near_a_border_noise_gains_what_the_theorem_says_and_on_a_code_it_loses(
 def test_predicted_and_measured_errors_agree_on_values_that_lie_near_borders():
     x = (normal(4000, 64) * 0.6).clamp(-2, 2)
     x = torch.where(normal(4000, 64, seed=2) > 0, 0.55 + 0.01 * normal(4000, 64, seed=3), x)
-    before = noise.error(x, torch.zeros(64), GRID).abs().mean()
+    before = noise.lost(x, torch.zeros(64), GRID).abs().mean()
     n = 0.3 * GRID.scale * noise.uniform(64, seed=5)
-    measured = noise.error(x, n, GRID).abs().mean() - before
+    measured = noise.lost(x, n, GRID).abs().mean() - before
     distance = noise.to_border(x, GRID)
     half = GRID.scale / 2
     predicted = noise.expected(distance, 0.3 * GRID.scale, half).mean() - before
@@ -56,12 +56,12 @@ def test_predicted_and_measured_errors_agree_on_values_that_lie_near_borders():
 
 def test_no_offset_changes_nothing_and_whole_steps_change_nothing_either():
     x = normal(50, 8)
-    plain = noise.error(x, torch.zeros(8), GRID)
+    plain = noise.lost(x, torch.zeros(8), GRID)
     assert torch.equal(plain, GRID.round(x) - x)
     small = x * 0.5
     steps = torch.arange(8) % 3 * GRID.scale
-    moved = noise.error(small, steps, GRID)
-    assert torch.allclose(moved, noise.error(small, torch.zeros(8), GRID), atol=1e-6)
+    moved = noise.lost(small, steps, GRID)
+    assert torch.allclose(moved, noise.lost(small, torch.zeros(8), GRID), atol=1e-6)
 
 
 def test_taking_the_offset_out_by_the_bias_is_taking_it_out_in_front():
@@ -88,7 +88,7 @@ def test_the_best_offset_of_a_channel_is_never_worse_than_the_one_that_it_starts
     x = normal(300, 16).abs() * 0.07
     start = torch.full((16,), 0.013)
     best = noise.best_offsets(x, start, GRID)
-    old, new = (noise.error(x, n, GRID).var(0, correction=0) for n in (start, best))
+    old, new = (noise.lost(x, n, GRID).var(0, correction=0) for n in (start, best))
     assert bool((new <= old + 1e-12).all()) and float(new.sum()) < 0.9 * float(old.sum())
 
 
