@@ -53,6 +53,7 @@ def arms() -> dict[str, list[Json]]:
         "clip search, paper": [offsets(mode="paper")],
         "clip search, paper, bias compensation": [offsets(mode="paper", bias_correction=True)],
         "released": [offsets(mode="released")],
+        "offsets, ends by range": [offsets(clip="range")],
         "offsets": [offsets()],
         "offsets, no sum added": [offsets(add=False)],
         SHUFFLED: [offsets()],
@@ -62,18 +63,8 @@ def arms() -> dict[str, list[Json]]:
         "level, offsets": [level, offsets()],
         "level, offsets, gptq": [level, offsets(**best)],
         "level, offsets, gptq, refit": [level, offsets(refit=True, **best)],
-        "offsets by output": [offsets(clip="output")],
-        "offsets by output, gptq": [offsets(clip="output", **best)],
-        "level, offsets by output": [level, offsets(clip="output")],
-        "level, offsets by output, gptq": [level, offsets(clip="output", **best)],
-        "level, offsets by output, gptq, refit": [
-            level,
-            offsets(clip="output", refit=True, **best),
-        ],
-        "level alike, offsets by output, gptq": [
-            {**level, "alike": True},
-            offsets(clip="output", **best),
-        ],
+        "level alike, offsets, gptq": [{**level, "alike": True}, offsets(**best)],
+        "level, offsets, gptq, 8192 rows": [level, offsets(rows=8192, **best)],
     }
 
 

@@ -363,6 +363,35 @@ def gained(m: Json) -> str:
     return f"{m['engine'] - m['reference']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}] {m['verdict']}"
 
 
+def noised() -> list[str]:
+    lines = ["## What few bits cost a vision transformer (benchmarks/noisy.py)", ""]
+    for found in results("noisy"):
+        lines += [
+            f"The vision transformer on Fashion-MNIST, whose accuracy on these {found['n']} pictures is "
+            f"{found['accuracy']:.4f}: linear layers with weights and activations of so many bits, on grids without a "
+            f"zero point. Means over {found['draws']} draws of calibration pictures; intervals of 95 % from pictures "
+            "drawn again. KL is from the float model's answers, and its ratio to that of clip search is of the same "
+            "pictures; the last column counts those that the first draw alone has right: of the arm, of clip search. "
+            + circumstances(found), "",
+        ]  # fmt: skip
+        rows = [
+            [
+                str(r["bits"]),
+                r["arm"],
+                f"{r['accuracy']:.4f}",
+                f"{r['change']:+.4f} [{r['change_interval'][0]:+.4f}, {r['change_interval'][1]:+.4f}]",
+                f"{r['kl']:.5f}",
+                f"{r['kl_ratio']:.2f} [{r['kl_ratio_interval'][0]:.2f}, {r['kl_ratio_interval'][1]:.2f}]",
+                f"{r['logit_error']:.4f}",
+                "{} : {}".format(*r["mcnemar"]),
+            ]
+            for r in found["rows"]
+        ]
+        head = ["bits", "arm", "accuracy", "from float", "KL", "of clip search", "logits²", "right alone"]  # fmt: skip
+        lines += table(head, rows)
+    return lines
+
+
 def rounding() -> list[str]:
     lines = ["## What ways to round weights cost a language model (benchmarks/rounding.py)", ""]
     for found in results("rounding"):
@@ -993,6 +1022,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     exact: ("exact",),
     ranges: ("ranges",),
     slicing: ("slicing",),
+    noised: ("noisy",),
     rounding: ("rounding",),
     peers: ("peers",),
     decoder: ("decoder",),

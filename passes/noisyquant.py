@@ -74,7 +74,7 @@ class NoisyQuant(Quantize):
     name = "noisyquant"
 
     mode: Literal["paper", "released", "effc"] = "effc"
-    clip: Literal["range", "output"] = "range"
+    clip: Literal["range", "output"] | None = None
     refit: bool = False
     add: bool = True
     gain_db: Annotated[float, Field(ge=0)] = 1.0
@@ -167,10 +167,12 @@ class _Search:
     """The grid without an offset."""
     scheme: Scheme
     """Of the grid with one."""
-    gram: Tensor = field(init=False)
+    root: Tensor = field(init=False)
+    """W, or where it has more rows than channels the R of W = Q R: ‖R e‖ is ‖W e‖, and costs less."""
 
     def __post_init__(self) -> None:
-        self.gram = self.weights.T @ self.weights
+        rows, channels = self.weights.shape
+        self.root = self.weights if rows <= channels else torch.linalg.qr(self.weights, mode="r").R
 
     def best(self, dearer_db: float) -> _Choice:
         """The choice of the options' mode; one with an offset is to gain `dearer_db` where it is a node."""
@@ -188,7 +190,9 @@ class _Search:
 
     @property
     def _searches_clip(self) -> bool:
-        return self.options.clip == "output" or self.options.mode == "released"
+        if self.options.clip is None:
+            return self.options.mode != "paper"
+        return self.options.clip == "output"
 
     def _kinds(self, base: Grid) -> Iterator[list[_Choice]]:
         """Offsets of each kind, scored by the rows to choose by."""
@@ -280,7 +284,7 @@ class _Search:
         mean = torch.zeros(rows.shape[1])
         if self.options.compensates:
             mean = (errors if rows is self.x else noise.input_error(self.x, offset, grid)).mean(0)
-        return _Choice(grid, offset, noise.output_loss(errors, self.gram, mean))
+        return _Choice(grid, offset, noise.output_loss(errors, self.root, mean))
 
 
 def grid_of(low: float, high: float, scheme: Scheme) -> Grid:

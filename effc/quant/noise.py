@@ -106,10 +106,9 @@ def best_offsets(x: Tensor, offset: Tensor, grid: Grid) -> Tensor:
     return tried.gather(0, place[None])[0]
 
 
-def output_loss(errors: Tensor, gram: Tensor, mean: Tensor) -> float:
-    """Mean ‖W (e − mean)‖² over rows of `errors` [rows, channels], for `gram` = WᵀW; `mean` is what the bias takes."""
-    rest = errors - mean
-    return float(((rest @ gram) * rest).sum(-1, dtype=torch.float64).mean())
+def output_loss(errors: Tensor, weight: Tensor, mean: Tensor) -> float:
+    """Mean ‖W (e − mean)‖² over rows of `errors` [rows, in], for W [out, in]; `mean` [in] is what the bias takes."""
+    return float(((errors - mean) @ weight.T).square().sum(-1, dtype=torch.float64).mean())
 
 
 def denoised(bias: Tensor, rounded: Tensor, offset: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from effc.calib.collectors import (
     MinMax,
     Moments,
     Percentile,
+    Rows,
 )
 from effc.errors import CalibrationError
 from effc.quant.affine import fake_quantize, qparams
@@ -349,3 +350,28 @@ def test_a_row_of_nothing_has_no_direction():
     assert seen.count == 2 and seen.matrix().trace() == pytest.approx(2)
     with pytest.raises(CalibrationError):
         seen.update(torch.tensor([[float("inf"), 1.0]]))
+
+
+def test_a_sample_of_rows_is_of_fixed_size_and_holds_out_every_second_sample():
+    seen, other = Rows(64), Rows(64, seed=1)
+    for part in (seen, other):
+        for batch in range(8):
+            x = torch.zeros(4, 10, 3)
+            x[:] = torch.arange(4.0).reshape(4, 1, 1) + 4 * batch
+            part.update(x)
+    made = seen.merge(other)
+    for rows in (seen, other, made):
+        chosen, held = rows.parts()
+        assert len(chosen) + len(held) == 64 and rows.rows.shape == (64, 3)
+        assert bool((chosen[:, 0] % 2 == 0).all()) and bool((held[:, 0] % 2 == 1).all())
+    assert (made.count, made.samples) == (640, 64)
+    assert torch.equal(made.places, torch.cat([seen.places, other.places]).sort().values[:64])
+    again = other.merge(seen)
+    assert torch.equal(made.rows, again.rows)
+
+
+def test_no_row_at_all_is_refused():
+    seen = Rows(8)
+    seen.update(torch.ones(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(CalibrationError, match="padding"):
+        seen.parts()

@@ -1,5 +1,6 @@
 """Offsets in front of grids: where they go, what they gain, what is refused, and what the file holds."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,8 @@ import onnx
 import pytest
 import torch
 from graphs import Attention, Call, batches, distance, engine, lower, normal, ops
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,8 +17,9 @@ import effc
 from effc.backends.dialect import DIALECTS, ORT, TENSORRT
 from effc.calib.data import Batch
 from effc.errors import CalibrationError, EffcError, PreconditionError
-from effc.passes.noisyquant import NoisyQuant
+from effc.passes.noisyquant import NoisyQuant, _Search, grid_of
 from effc.passes.quantize import Quantize
+from effc.quant.scheme import Scheme
 
 SIZE = 16
 
@@ -45,10 +49,10 @@ def data(*shape):
     return batches("x", *(shape or (16, 6, SIZE)))
 
 
-def made(kind=NoisyQuant, program=None, given=None, dialect=TENSORRT, recorded=None, **options):
+def made(kind=NoisyQuant, program=None, seen=None, dialect=TENSORRT, recorded=None, **options):
     program = program or traced()
     options = {"bits": 6, "activation_bits": 4, **options}
-    record = effc.apply(kind(**options), program, given or data(), dialect=dialect, recorded=recorded)  # fmt: skip
+    record = effc.apply(kind(**options), program, seen or data(), dialect=dialect, recorded=recorded)  # fmt: skip
     return program, record
 
 
@@ -104,6 +108,23 @@ def test_a_fold_is_the_sum_that_it_stands_for():
             assert distance(*outputs) <= 1e-6
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([3, 4, 6]), st.booleans(), st.booleans())
+def test_on_held_rows_the_choice_is_never_worse_than_no_offset(seed, bits, symmetric, codes):
+    """Values of any shape, those that are codes already among them."""
+    x, held = (normal(60, 5, seed=seed + i).exp() - 1 for i in range(2))
+    if codes:
+        x, held = x.round(), held.round()
+    scheme = Scheme(bits=bits, signed=symmetric, symmetric=symmetric, narrow=False)
+    options = NoisyQuant(bits=bits, activation_bits=bits, clip="range")
+    options = dataclasses.replace(options, activation_signed=symmetric, activation_symmetric=symmetric)  # fmt: skip
+    plain = grid_of(float(x.min()), float(x.max()), scheme)
+    search = _Search(options, x, held, normal(7, 5, seed=seed), plain, scheme)
+    none = search._scored(plain, torch.zeros(5), held)
+    for dearer_db in (0.0, 1.0):
+        assert search.best(dearer_db).loss <= none.loss
+
+
 @pytest.mark.parametrize("mode", ["paper", "released", "effc"])
 def test_what_was_decided_is_replayed_without_data(mode):
     first, record = made(mode=mode)
@@ -127,10 +148,26 @@ def test_paper_mode_keeps_the_grids_of_quantize_and_adds_noise_alone():
 
 
 def test_codes_that_make_up_for_each_other_and_refitted_weights_lose_less():
-    options = {"bits": 3, "weight_range": "mse"}
-    nearest, _ = made(**options)
-    best, _ = made(rounding="gptq", refit=True, **options)
-    assert lost(best) < 0.95 * lost(nearest)
+    """On inputs whose channels hang together."""
+    mix = normal(SIZE, SIZE, seed=8)
+    seen = [Batch(inputs={"x": (normal(256, SIZE, seed=s) @ mix).numpy()}) for s in range(2)]
+    x, module = (
+        normal(256, SIZE, seed=9) @ mix,
+        Call(lambda self, x: self.f(x), f=nn.Linear(SIZE, 8)),
+    )
+    few = {"bits": 3, "activation_bits": 8}
+    kinds = {
+        "nearest": few, "gptq": {"rounding": "gptq", **few},
+        "as it was": {"bits": 8}, "refit": {"bits": 8, "refit": True},
+    }  # fmt: skip
+    lost_by = {}
+    for name, options in kinds.items():
+        program = traced(module, 4, SIZE)
+        wanted = program.run(x=x)["output"]
+        made(program=program, seen=seen, **options)
+        lost_by[name] = distance(wanted, program.run(x=x)["output"])
+    assert lost_by["gptq"] < 0.8 * lost_by["nearest"]
+    assert lost_by["refit"] < lost_by["as it was"]
 
 
 def test_a_mean_that_quantising_moves_is_put_right():
@@ -171,8 +208,8 @@ def test_a_linear_without_a_bias_gets_one_where_it_reads_an_offset():
     nn.init.normal_(module[0].bias, std=3.0)
     program = traced(Call(lambda self, x: self.f(x), f=module), 4, SIZE)
     plain = program.clone()
-    _, record = made(program=program, given=data(16, SIZE))
-    made(Quantize, program=plain, given=data(16, SIZE))
+    _, record = made(program=program, seen=data(16, SIZE))
+    made(Quantize, program=plain, seen=data(16, SIZE))
     assert len(record.decisions["main/f.0:layer_norm:offset"]) == SIZE
     (linear,) = effc.Select(op="linear").sites(program.only())
     assert len(linear.args) == 3
@@ -230,7 +267,7 @@ def test_nothing_in_front_takes_up_an_offset_that_others_would_see(module):
 def test_constant_activations_are_no_trouble():
     ones = [Batch(inputs={"x": np.ones((8, 6, SIZE), np.float32)})]
     for mode in ("paper", "released", "effc"):
-        program, _ = made(mode=mode, given=ones)
+        program, _ = made(mode=mode, seen=ones)
         assert torch.isfinite(program.run(x=torch.ones(2, 6, SIZE))["output"]).all()
 
 
@@ -238,7 +275,7 @@ def test_a_value_that_is_not_a_number_is_refused():
     bad = np.ones((8, 6, SIZE), np.float32)
     bad[3, 2, 1] = np.nan
     with pytest.raises(CalibrationError, match="not a number"):
-        made(given=[Batch(inputs={"x": bad})])
+        made(seen=[Batch(inputs={"x": bad})])
 
 
 @pytest.mark.parametrize(
@@ -277,9 +314,9 @@ def test_no_offset_where_none_helps_leaves_quantize_as_it_is():
     """Integers that are codes already: zero wins, and the graph is that of quantize with its mean put right."""
     x = torch.randint(-7, 8, (64, SIZE), generator=torch.Generator().manual_seed(0)).float()
     x[0] = 7.0
-    given = [Batch(inputs={"x": x.numpy()})]
+    seen = [Batch(inputs={"x": x.numpy()})]
     module = Call(lambda self, x: self.f(x), f=nn.Linear(SIZE, 4))
-    _, record = made(program=traced(module, 4, SIZE), given=given, range="minmax", bits=8)
+    _, record = made(program=traced(module, 4, SIZE), seen=seen, range="minmax", bits=8)
     assert record.decisions["main/x:offset"] == []
 
 
@@ -290,7 +327,7 @@ def test_the_file_is_lowered_like_that_of_quantize(tmp_path):
     counts = []
     for kind in (Quantize, NoisyQuant):
         program = traced(Call(lambda self, x: self.f(x), f=module), 4, SIZE)
-        made(kind, program=program, given=data(16, SIZE), dialect=ORT, bits=8, activation_bits=8)
+        made(kind, program=program, seen=data(16, SIZE), dialect=ORT, bits=8, activation_bits=8)
         lower(program, tmp_path / kind.name)
         (file,) = (tmp_path / kind.name).rglob("model.onnx")
         counts.append(sorted(n.op_type for n in onnx.load(file).graph.node))
