@@ -4,9 +4,10 @@
     python benchmarks/convnet.py                # once: trains the conv net
     python benchmarks/pruning.py                # an hour; writes results/pruning.json, and goes on where it was
 
-Every unit is model × ranking × ratio × seed. Of all groups that can be pruned that part of the units goes; the graph is
-then trained for a few hundred steps towards the model it was (`tune`: the same pictures, steps and rates for every
-ranking), and quantised to int8. Accuracy is of 5,000 test pictures. Seeds change what is calibrated and trained on, in
+Every unit is model × ranking × ratio × seed. Of all groups that can be pruned that part of the units goes, as the ratio
+says or in multiples of 16 ("align 16", where the ratio does not give them itself); the graph is then trained for a few
+hundred steps towards the model it was (`tune`: the same pictures, steps and rates for every ranking), and quantised to
+int8. Accuracy is of 5,000 test pictures. Seeds change what is calibrated and trained on, in
 which order, and the random ranking. Latency is of the graph and of its int8 engine on ONNX Runtime, one picture, two
 threads: it hangs on sizes, the same for all rankings of a ratio, and is measured once. `random` is the control.
 """
@@ -40,8 +41,8 @@ from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
 from effc.source import load
 
-SEEDS, FEWER, RATIOS = range(10), range(3), (0.3, 0.5)
-ALIGNS = (None, 16)
+SEEDS, FEWER, RATIOS = range(10), range(6), (0.3, 0.5)
+ALIGN = 16
 RANKINGS = ("random", "magnitude", "wanda", "taylor")
 WIDTH = "ViT, residual width"
 CALIBRATED, TRAINED, STEPS, BATCH, TESTED = 256, 4096, 150, 64, 5000
@@ -94,22 +95,29 @@ def main() -> int:
         groups = common.stream(program).name if name == WIDTH else "*"
         train = pixels(name, "train")[0]
         test = tuple(part[: 2 * TESTED : 2] for part in pixels(name, "t10k"))
-        units.setdefault(f"{name} whole", {"accuracy": accuracy(program.run, *test)})
-        for ratio in RATIOS:
+        reached = accuracy(program.run, *test)
+        for word, ratio, align in cases(name):
+            units.setdefault(f"{word} whole", {"accuracy": reached})
             for ranking in (*RANKINGS, "pca") if name == WIDTH else RANKINGS:
-                for seed in FEWER if name == WIDTH else SEEDS:
-                    key = f"{name}: {ranking}, {ratio}, {seed}"
+                for seed in SEEDS if word == name != WIDTH else FEWER:
+                    key = f"{word}: {ranking}, {ratio}, {seed}"
                     if key in units:
                         continue
-                    units[key] = unit(program, groups, ranking, ratio, seed, train, test)
+                    units[key] = unit(program, groups, ranking, ratio, seed, train, test, align)
                     print(key, units[key], flush=True)
                     _keep(units)
-            for align in ALIGNS:
-                key = f"{name} latency {ratio}" + (f", align {align}" if align else "")
-                if key not in units:
-                    units[key] = latency(program, groups, ratio, train, align)
-                    _keep(units)
+            if (key := f"{word} latency {ratio}") not in units:
+                units[key] = latency(program, groups, ratio, train, align)
+                _keep(units)
     return 0
+
+
+def cases(name: str) -> Iterator[tuple[str, float, int | None]]:
+    """What a model's case is called, its ratio, and what its sizes are multiples of."""
+    for ratio in RATIOS:
+        yield name, ratio, None
+    if name != WIDTH:
+        yield f"{name}, align {ALIGN}", RATIOS[0], ALIGN
 
 
 def _keep(units: Json) -> None:
@@ -143,15 +151,24 @@ def pruned(
         effc.apply(PASSES["pca-rotate"](), made, calib, dialect=ORT)
         options["importance"] = "first"
     if ranking == "random":
-        draw = np.random.default_rng([11, seed])
-        keep = {
-            group.name: tuple(sorted(draw.permutation(group.size)[: max(1, round(group.size * (1 - ratio)))].tolist()))
-            for group in coupled_dims(made.only()).prunable()
-            if fnmatchcase(group.name, groups)
-        }  # fmt: skip
-        options = {"keep": keep}
+        options = {"keep": by_chance(made, groups, ratio, seed, align)}
     effc.apply(PruneDims(**options), made, calib)
     return made
+
+
+def by_chance(
+    program: Program, groups: str, ratio: float, seed: int, align: int | None
+) -> dict[str, tuple[int, ...]]:
+    """As many units of every group as a ranking keeps, drawn by a seed."""
+    ranked = program.clone()
+    effc.apply(PruneDims(ratio=ratio, importance="magnitude", groups=groups, align=align), ranked)
+    sizes = {group.name: group.size for group in coupled_dims(ranked.only()).prunable()}
+    draw = np.random.default_rng([11, seed])
+    return {
+        group.name: tuple(sorted(draw.permutation(group.size)[: sizes[group.name]].tolist()))
+        for group in coupled_dims(program.only()).prunable()
+        if fnmatchcase(group.name, groups)
+    }
 
 
 def unit(
@@ -162,8 +179,9 @@ def unit(
     seed: int,
     images: torch.Tensor,
     test: Any,
+    align: int | None,
 ) -> Json:
-    made = pruned(program, groups, ranking, ratio, seed, images)
+    made = pruned(program, groups, ranking, ratio, seed, images, align)
     before = accuracy(made.run, *test)
     drawn = batches(images, 100 + seed, TRAINED + BATCH, BATCH)
     tune = Tune(steps=STEPS, lr=1e-3, seed=seed, batch=BATCH)
@@ -173,7 +191,7 @@ def unit(
     return {
         "pruned": before, "tuned": after, "int8": accuracy(made.run, *test),
         "share": round(1 - parameters(made) / parameters(program), 4),
-        "seconds": round(record.seconds, 1),
+        "seconds": round(record.seconds, 1), "revision": common.circumstances()["revision"],
     }  # fmt: skip
 
 

@@ -461,12 +461,13 @@ def pruned() -> list[str]:
     lines = ["## What pruning costs in accuracy (benchmarks/pruning.py)", ""]
     for found in results("pruning"):
         units = found["units"]
+        revisions = sorted({of["revision"] for of in units.values() if "revision" in of})
         lines += [
             "Every group that can be pruned loses that part of its units; then "
             f"{found['steps']} steps of distillation in batches of {found['batch']}, then int8. Accuracy on "
             f"{found['tested']:,} test pictures, the mean over seeds; in brackets the 95 % interval of the paired "
             "difference from random units, Student's over seeds. "
-            + circumstances(found), "",
+            + circumstances({**found, "revision": ", ".join(revisions)}), "",
         ]  # fmt: skip
         names = [key.removesuffix(" whole") for key in units if key.endswith(" whole")]
         for name in names:
@@ -486,14 +487,9 @@ def pruned() -> list[str]:
                 ["ratio", "ranking", "seeds", "parameters gone", "pruned", "tuned", "int8"], rows
             )
             for ratio in dict.fromkeys(ratio for ratio, _, _ in _rankings(units, name)):
-                key = f"{name} latency {ratio}"
-                for timed in (found for found in units if found.startswith(key)):
-                    words = ", ".join(f"{word} {ratio_of(of)}" for word, of in units[timed].items())
-                    sizes = timed.removeprefix(key)
-                    lines += [
-                        f"Time of the whole ÷ pruned by {ratio}{sizes}, one picture: {words}.",
-                        "",
-                    ]
+                timed = units[f"{name} latency {ratio}"]
+                words = ", ".join(f"{word} {ratio_of(of)}" for word, of in timed.items())
+                lines += [f"Time of the whole ÷ pruned by {ratio}, one picture: {words}.", ""]
     return lines
 
 
