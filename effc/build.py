@@ -186,7 +186,7 @@ class Builder:
     twin: Builder | None = None
     """The builder of another role that has the same graph; exact passes are then done once for both."""
     shared: frozenset[int] = frozenset()
-    """Places of the passes that the twin has alike: what it decided is taken over, and no search takes them back."""
+    """Places of the passes that the twin has alike: what it decided is taken over."""
     _canonical: dict[str, tuple[Program, list[PassRecord]]] = field(default_factory=dict)
     _kept: dict[tuple[int, str], tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
     _decided: dict[tuple[int, str], Json] = field(default_factory=dict)
@@ -195,6 +195,11 @@ class Builder:
     @property
     def role(self) -> str:
         return self.original.only().role
+
+    @property
+    def alike(self) -> range:
+        """Places up to the last pass that the twin has alike, which both engines do whole: it is to find one graph."""
+        return range(max(self.shared, default=-1) + 1)
 
     @cached_property
     def identity(self) -> str:

@@ -362,8 +362,10 @@ def _files(built: Built, source: Source, role: str, passes: Sequence[Pass]) -> d
 
 
 def twin_of(source: Source, role: str, builders: Mapping[str, Builder]) -> Builder | None:
-    """The builder of another role of the same graph, where there is one already."""
-    return next((builders[r] for r in builders if alike.is_twin(source, r, role)), None)
+    """The builder of another role of the same graph, where there is one already: a partner's before any other's."""
+    twins = [r for r in builders if alike.is_twin(source, r, role)]
+    near = alike.partners(source, role)
+    return builders[min(twins, key=lambda r: r not in near)] if twins else None
 
 
 def opened(recipe: Recipe, progress: Progress, *, shapes: bool = False) -> tuple[Source, Program]:
@@ -443,10 +445,11 @@ def _refusal(lab: Lab, made: _Made) -> GateRefused:
     recipe, found = lab.recipe, made.found
     assert recipe.gate is not None
     many = len(recipe.targets) > 1 or made.label != made.built.target
+    steps = made.built.steps
     return gate.refusal(
         recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out,
         target=made.label if many else None,
-        stays=[recipe.passes[i].name for i in sorted(lab.builder.shared)],
+        stays=[recipe.passes[i].name for i in lab.builder.alike if steps[i].effect == "lossy" and steps[i].sites],
     )  # fmt: skip
 
 

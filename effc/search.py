@@ -28,7 +28,7 @@ from effc.errors import CalibrationError, EffcError
 from effc.ir.edit import is_constant
 from effc.ir.program import Graph, Program
 from effc.ir.select import module_path, op_name
-from effc.passes.base import Pass
+from effc.passes.base import Pass, PassRecord
 from effc.passes.pipeline import apply
 from effc.trial import Lab, OutOfTime, Trial
 
@@ -120,10 +120,10 @@ def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
 def _to_take_back(lab: Lab, base: Trial) -> set[int]:
     """Lossy passes that did something, but those that other engines must have alike."""
     lossy = {i for i, r in base.built.steps.items() if r.effect == "lossy" and r.sites}
-    if stay := sorted(lossy & lab.builder.shared):
+    if stay := sorted(lossy.intersection(lab.builder.alike)):
         names = ", ".join(lab.recipe.passes[i].name for i in stay)
         log.warning("not taken back for one of two engines that must have it alike: %s", names)
-    return lossy - lab.builder.shared
+    return lossy.difference(lab.builder.alike)
 
 
 def wholes(passes: Sequence[Pass], lossy: Collection[int]) -> list[frozenset[int]]:
@@ -200,7 +200,7 @@ def sensitivity(lab: Lab, built: Built) -> list[Group]:
     found = []
     for index, record in built.steps.items():
         pass_ = lab.recipe.passes[index]
-        if record.effect != "lossy" or not record.sites or not is_partial(pass_):
+        if not _is_divisible(lab, index, record):
             continue
         narrowed = built.rollback.apply(index, pass_)
         assert narrowed is not None
@@ -250,7 +250,7 @@ def _for_speed(lab: Lab, base: Trial, current: Trial) -> Iterator[Trial]:
     classes = [
         group
         for index, record in current.built.steps.items()
-        if record.effect == "lossy" and record.sites and is_partial(lab.recipe.passes[index])
+        if _is_divisible(lab, index, record)
         for group in by_kind(lab, current.built, index)
     ]
     slow = _slower_with(lab, base, current, classes[:MOST_CLASSES]) if len(classes) > 1 else []
@@ -295,6 +295,12 @@ def _slower_with(lab: Lab, base: Trial, current: Trial, classes: Sequence[Group]
 def is_partial(pass_: Pass) -> bool:
     """Whether a pass can leave sites out: it chooses them by `select`, and says which they are."""
     return hasattr(pass_, "select") and hasattr(pass_, "sites")
+
+
+def _is_divisible(lab: Lab, index: int, record: PassRecord) -> bool:
+    """Whether a pass lost something at sites of which some can be taken back."""
+    is_lossy = record.effect == "lossy" and bool(record.sites)
+    return is_lossy and is_partial(lab.recipe.passes[index]) and index not in lab.builder.alike
 
 
 def _sites(pass_: Pass, program: Program) -> Iterator[tuple[Graph, fx.Node]]:

@@ -13,6 +13,7 @@ from effc.passes import pipeline
 from effc.progress import Progress
 from effc.source import load
 from effc.timing import Clock
+from effc.trial import Lab
 from kit import cli
 
 TEXT = (
@@ -37,11 +38,10 @@ TUNE = {"pass": "tune", "steps": 2, "batch": 4, "held": 2, "samples": 8}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A small llama with its text, and a metric that no engine meets."""
+    """A small llama with its text."""
     found = tmp_path_factory.mktemp("alike")
     saved(found / "model")
     (found / "text.txt").write_text(TEXT)
-    (found / "never.py").write_text(NEVER)
     return found
 
 
@@ -155,16 +155,37 @@ def test_a_checkpoint_is_for_both_engines(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_search_takes_back_for_one_engine_what_both_have(place, tmp_path):
+@pytest.mark.parametrize(
+    ("passes", "alike"),
+    [([PRUNE, "quantize-cache", "quantize"], 2), (["mixed-precision", PRUNE], 2)],
+    ids=["behind", "in front"],
+)
+def test_no_search_takes_back_for_one_engine_what_both_have(
+    place, tmp_path, monkeypatch, passes, alike
+):
+    """What stands in front of a pass that both have stays too: the pass is to find one graph in both."""
+    tried, attempt = [], Lab.attempt
+
+    def watched(lab, built, rollback, **options):
+        tried.append(rollback)
+        return attempt(lab, built, rollback, **options)
+
+    monkeypatch.setattr(Lab, "attempt", watched)
+    (tmp_path / "never.py").write_text(
+        NEVER
+    )  # a metric that no engine meets, of this test alone: it counts
     asked = made(
-        place, PRUNE, "quantize-cache", {"pass": "quantize", "bits": 8}, gate={"latency": False},
-        metric={f"{place}/never.py:never": str(place / "text.txt")},
+        place, *passes, gate={"latency": False},
+        metric={f"{tmp_path}/never.py:never": str(place / "text.txt")},
     )  # fmt: skip
     with pytest.raises(GateRefused) as letter:
         compiler.run(asked, tmp_path / "out")
-    for word in ("prune-dims", "quantize-cache"):
-        assert f"{word} is not taken back for one engine alone" in str(letter.value)
+    for pass_ in passes[:alike]:
+        name = pass_ if isinstance(pass_, str) else pass_["pass"]
+        assert f"{name} is not taken back for one engine alone" in str(letter.value)
     assert not (tmp_path / "out").exists()
+    assert bool(tried) == (len(passes) > alike)
+    assert all(min({*t.dropped, *t.excluded}) >= alike for t in tried)
 
 
 @pytest.mark.slow
