@@ -1,6 +1,6 @@
 """Whether an engine is worth shipping, decided from intervals and never from one number.
 
-    latency   engine ÷ reference of every shape at most 1.02
+    latency   engine ÷ reference of every shape at most 1.02, and engine ÷ the same unpruned where that was timed
     metric    what the task metric loses at most `max_drop`
     size      engine ÷ plain float export below 1
 
@@ -22,6 +22,8 @@ Json = dict[str, Any]
 Verdict = Literal["pass", "fail", "undecided"]
 
 NOT_SLOWER = 1.02
+UNPRUNED = "unpruned"
+"""What a pruned engine is timed beside: the engine of the same recipe without what prunes and trains."""
 MAX_DROP = 0.005
 MAX_RELATIVE_DROP = 0.02
 """What a metric may lose where a recipe does not say: half a point of a share, 2 % of a perplexity."""
@@ -71,13 +73,19 @@ def checks(
 def _latency(bench: Mapping[str, Any] | None) -> list[Check]:
     if bench is None:
         return [_unmeasured("latency", NOT_SLOWER)]
-    return [
-        _judged(
-            f"latency {word_of(s)}", 1 / s["ratio"], 1 / s["high"],
-            1 / s["low"], NOT_SLOWER, f"engine ÷ {s['reference']}", 3,
-        )
-        for s in bench["shapes"] if s["ratio"] is not None
-    ]  # fmt: skip
+    found = []
+    for shape in bench["shapes"]:
+        asked = {f"engine ÷ {shape['reference']}": shape}
+        if whole := shape.get("against", {}).get(UNPRUNED):
+            asked["engine ÷ the same unpruned"] = whole
+        found += [
+            _judged(
+                f"latency {word_of(shape)}", 1 / of["ratio"], 1 / of["high"], 1 / of["low"],
+                NOT_SLOWER, what, 3,
+            )
+            for what, of in asked.items() if of["ratio"] is not None
+        ]  # fmt: skip
+    return found
 
 
 def _metric(wanted: float | None, metric: Mapping[str, Any] | None) -> Check:

@@ -70,6 +70,7 @@ class Lab:
     beside: dict[str, Lowered] = field(default_factory=dict)
     """Engines of other targets, which every further one is timed beside."""
     _tried: dict[Any, Trial] = field(default_factory=dict)
+    _whole: dict[Any, Built] = field(default_factory=dict)
     _timings: list[str] = field(default_factory=list)
     _reference: metrics.Samples | None = None
     _calls: int | None = None
@@ -145,9 +146,24 @@ class Lab:
         """A measured candidate with its timing, and all checks."""
         if self.recipe.bench is None or self.obstacle(trial.built) is not None:
             return trial
-        timed = self.bench(trial.built.first, self.recipe.bench, self.beside)
+        others = {**self.beside, **self._unpruned(trial.built)}
+        timed = self.bench(trial.built.first, self.recipe.bench, others)
         trial = dataclasses.replace(trial, bench=timed)
         return dataclasses.replace(trial, checks=self._checks(trial))
+
+    def _unpruned(self, built: Built) -> dict[str, Lowered]:
+        """The same recipe without what prunes and trains, where more is lossy: a narrower engine may be slower."""
+        passes = self.recipe.passes
+        lossy = {i for i, r in built.steps.items() if r.effect == "lossy" and r.sites}
+        renewing = {i for i in lossy if passes[i].renews}
+        if lossy == renewing or not any(passes[i].shrinks for i in renewing):
+            return {}
+        rollback = dataclasses.replace(built.rollback, dropped=built.rollback.dropped | renewing)
+        key = built.target, rollback.key
+        if key not in self._whole:
+            self._whole[key] = self.narrowed(built, rollback)
+            self.drifts(self._whole[key])  # verified before it is timed
+        return {gate.UNPRUNED: self._whole[key].first}
 
     def obstacle(self, built: Built) -> str | None:
         """Why a candidate cannot be timed on this machine; None where it can."""

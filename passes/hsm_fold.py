@@ -51,6 +51,7 @@ class FoldHsm(Pass):
 
     name = "fold-hsm"
     renews = True
+    shrinks = True
 
     def requires(self, program: Program) -> None:
         for graph in program:

@@ -53,6 +53,7 @@ class PruneDims(Pass):
     name = "prune-dims"
     effect = "lossy"
     renews: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = True
     is_shared: ClassVar[bool] = True
 
     keep: dict[str, tuple[int, ...]] | None = None

@@ -126,6 +126,44 @@ def test_a_pruned_engine_that_is_slower_is_not_shipped(place, tmp_path, monkeypa
     assert not (tmp_path / "none").exists()
 
 
+def test_a_pruned_int8_engine_is_asked_to_be_no_slower_than_the_whole_one(
+    place, tmp_path, monkeypatch
+):
+    """Twice as fast as the model in float, and yet slower than int8 alone: pruning is what does not pay."""
+    took = {(False, False): 4.0, (True, False): 3.0, (False, True): 1.0, (True, True): 2.0}
+
+    def timed(lab, lowered, spec, against=None):
+        def of(low):
+            return took[is_pruned(low), is_int8(low)]
+
+        me = of(lowered)
+        others = {"float": 4.0, **{name: of(low) for name, low in (against or {}).items()}}
+        ratios = {
+            n: {"ratio": ms / me, "low": ms / me, "high": ms / me} for n, ms in others.items()
+        }
+        shape = {"batch": 1, "length": 1, "reference": "float", **ratios["float"]}
+        return {"shapes": [{**shape, "against": ratios}], "peak_rss_mb": {}, "load_ms": {}}
+
+    monkeypatch.setattr(Lab, "bench", timed)
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    asked = made(
+        place, PRUNE, "quantize", bench={"shapes": [[1, 1]], "budget_s": 0.5}, gate={"metric": False}
+    )  # fmt: skip
+    gate = compiler.run(asked, tmp_path / "out").report["gate"]
+    assert [taken["pass"] for taken in gate["rolled_back"]] == ["0:prune-dims"]
+    assert "engine ÷ the same unpruned 2.000" in gate["rolled_back"][0]["why"]
+    with pytest.raises(GateRefused, match=r"engine ÷ the same unpruned 2\.000"):
+        compiler.run(asked, tmp_path / "none", time_budget_s=0.0)
+    took[True, True] = 0.5
+    gate = compiler.run(asked, tmp_path / "faster").report["gate"]
+    assert not gate["rolled_back"] and gate["verdict"] == "passed"
+
+
 def is_pruned(lowered):
     model = ir.load(lowered.directory / lowered.files[0])
     return all(64 not in value.shape for value in model.graph.initializers.values())
+
+
+def is_int8(lowered):
+    model = ir.load(lowered.directory / lowered.files[0])
+    return any(node.op_type == "MatMulIntegerToFloat" for node in model.graph)
