@@ -142,6 +142,16 @@ def test_flags_of_pruning_that_say_nothing(place, words, told):
     assert ran.code == 2 and told in ran.err and "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize(
+    "words", [("--latency-budget", "0.7"), ("--align", "8"), ("--ratio", "0.2")]
+)
+def test_flags_of_pruning_do_not_go_with_a_recipe(place, words):
+    file = recipe(place, {"pass": "prune-dims", "ratio": 0.25})
+    ran = cli("compile", file, "-o", place / "out", *words)
+    assert ran.code == 2 and "a recipe says itself what to do" in ran.err
+    assert not (place / "out").exists()
+
+
 def test_a_multiple_is_a_number_in_python():
     (step,) = from_flags("model.py:net", ratio=0.25, align=8)["passes"]
     assert step["align"] == 8

@@ -5,6 +5,7 @@
     pca then lora        the smallest principal directions are removed (as SliceGPT does), then adapters
     lora then pca        adapters first, then the smallest directions go
     pca then pat         the same as the next, on principal directions, whose gates start in their order
+    …, random mask       a fixed set of principal directions drawn by the seed: what choosing them is worth
     pat                  gates on all writers of the residual stream learn with the adapters which channels go
     pat, frozen mask     the gates of a fixed set of channels are closed along a schedule
     pat, random mask     a fixed set of channels drawn by the seed: what learning the gates is worth
@@ -39,19 +40,18 @@ def arms(
         tune(seed, training),
         {"pass": "merge-lora"},
     ]
+    sizes = rank, hsm_rank, align, seed, training
     return {
         "lora": lora,
         "magnitude then lora": [{**smaller, "importance": "magnitude"}, *lora],
         "pca then lora": [*pca, *lora],
         "lora then pca": [*lora, *pca],
-        "pca then pat": [
-            "pca-rotate",
-            *pat(rank, hsm_rank, align, seed, training, importance="first"),
-        ],
-        "pat": pat(rank, hsm_rank, align, seed, training),
-        "pat, frozen mask": pat(rank, hsm_rank, align, seed, training, mask="frozen"),
-        "pat, random mask": pat(rank, hsm_rank, align, seed, training, mask="random"),
-        "pat, no identity": pat(rank, hsm_rank, align, seed, training, identity=False),
+        "pca then pat": ["pca-rotate", *pat(*sizes, importance="first")],
+        "pca then pat, random mask": ["pca-rotate", *pat(*sizes, mask="random")],
+        "pat": pat(*sizes),
+        "pat, frozen mask": pat(*sizes, mask="frozen"),
+        "pat, random mask": pat(*sizes, mask="random"),
+        "pat, no identity": pat(*sizes, identity=False),
     }
 
 
