@@ -5,8 +5,8 @@
 A Llama of random weights as wide as SmolLM2-135M, four layers of it, is trained on rows of 128 tokens, four a step.
 `pat` has adapters of rank 8 and hybrid sparsification modules of rank 28 (5 % of the width) whose mask closes half way;
 `lora` has adapters of the rank that trains as much. Every training is a process of its own; a round has one of each in
-shuffled order, and ratios are of neighbours, with Student's interval over rounds. Memory is the peak of the process, and
-what training added to it.
+shuffled order, and ratios are of neighbours, with Student's interval over rounds. Memory is the peak of the process,
+and what training added to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import common
-import numpy as np
 import torch
 import transformers
 
@@ -74,7 +73,7 @@ def main() -> int:
             found[arm].append(json.loads(ran.stdout.splitlines()[-1]))
             print(arm, found[arm][-1], flush=True)
     rows = {
-        word: [math.log(p[word] / l[word]) for p, l in zip(found["pat"], found["lora"], strict=True)]
+        word: [math.log(a[word] / b[word]) for a, b in zip(found["pat"], found["lora"], strict=True)]
         for word in ("step_s", "peak_mb", "added_mb")
     }  # fmt: skip
     common.write(

@@ -86,7 +86,7 @@ def smollm2(data: Path, gguf: Path) -> Plan:
     return Plan(
         source={"gguf": str(gguf)}, train=tuple(texts),
         test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=40_000,
-        rank=8, hsm_rank=29, align=16, length=128,
+        rank=8, hsm_rank=28, align=16, length=128,
         training={"steps": 300, "lr": 1e-3, "batch": 4, "held": 32}, questions=100, seeds=3,
         arms=MAIN,
     )  # fmt: skip
