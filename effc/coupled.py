@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from effc.charts import Html, tag
-from effc.ir.program import Graph
+from effc.ir.program import Graph, place_of
 from effc.passes.coupling import Group, coupled_dims
 
 Json = dict[str, Any]
@@ -32,7 +32,7 @@ def describe(graph: Graph) -> Json:
     tensors = [t for t in graph.tensors().values() if t.is_floating_point()]
     return {
         "prunable_share": coupling.share(),
-        "parameters": sum({t.data_ptr(): t.numel() for t in tensors}.values()),
+        "parameters": sum({place_of(t): t.numel() for t in tensors}.values()),
         "groups": [_described(group) for group in coupling.groups.values()],
     }
 

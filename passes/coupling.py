@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from effc.ir import axes
 from effc.ir.axes import Axis, Keep, Stop, leaves, stop, unify
 from effc.ir.edit import rebind
-from effc.ir.program import LIFTED, Graph
+from effc.ir.program import LIFTED, Graph, place_of
 from effc.ir.select import site_names
 from effc.ir.values import Change, Values
 from effc.passes.coupling_reading import Axes, Reading, Use, every, made
@@ -103,8 +103,8 @@ class Coupling:
         """The part of the parameters that lies on a prunable group, in whatever dimension."""
         tensors = self.graph.tensors()
         units = {group.unit for group in self.prunable()}
-        counted: dict[int, int] = {}
-        every_one: dict[int, int] = {}
+        counted: dict[Any, int] = {}
+        every_one: dict[Any, int] = {}
         for name, node in self.constants.items():
             tensor = tensors[name]
             if not tensor.is_floating_point():
@@ -115,8 +115,8 @@ class Coupling:
                 for unit in {x for x in leaves(axis) if x in units}:
                     on |= axes.places(axis, unit) >= 0
                 free = np.logical_and.outer(free, ~on)
-            counted[tensor.data_ptr()] = int((~free).sum())
-            every_one[tensor.data_ptr()] = tensor.numel()
+            counted[place_of(tensor)] = int((~free).sum())
+            every_one[place_of(tensor)] = tensor.numel()
         return sum(counted.values()) / max(1, sum(every_one.values()))
 
 
@@ -164,7 +164,7 @@ def _placeholders(graph: Graph, reading: Reading) -> dict[str, fx.Node]:
         constants[spec.target] = node
         found = reading.dims[node] = [made(s) for s in value.shape]
         tensor = tensors[spec.target]
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        key = place_of(tensor)
         if not tensor.numel():
             continue
         for mine, other in zip(found, twins.setdefault(key, found), strict=True):
@@ -253,12 +253,12 @@ def _name(
 def _parameters(coupling: Coupling, unit: Axis, members: Sequence[Member]) -> int:
     tensors = coupling.graph.tensors()
     fewer = {unit: unit.size - 1}
-    seen: dict[int, int] = {}
+    seen: dict[Any, int] = {}
     for name in dict.fromkeys(member.tensor for member in members):
         tensor = tensors[name]
         if tensor.is_floating_point():
             left = [axes.size_of(a, fewer) for a in coupling.reading.of(coupling.constants[name])]
-            seen[tensor.data_ptr()] = tensor.numel() - int(np.prod(left))
+            seen[place_of(tensor)] = tensor.numel() - int(np.prod(left))
     return sum(seen.values())
 
 

@@ -146,7 +146,8 @@ class InsertHsm(Pass):
         dtype = found[0].value.meta["val"].dtype
         mask = self._mask(coupling, group, count, stats).to(dtype)
         start = next(iter(graph.nodes))
-        module = Gate(mask, is_trained=self.mask == "trained")
+        place_on = "meta" if graph.is_of_shapes else "cpu"
+        module = Gate(mask, is_trained=self.mask == "trained").to(place_on)
         (gate,) = _spliced(graph, start, module, [], WORD)
         traced: dict[Any, Graph] = {}
         for number, place in enumerate(found):
@@ -155,7 +156,7 @@ class InsertHsm(Pass):
             hybrid = Hybrid(
                 width, 0 if mask_only else rank, mode=self.mode, identity=self.identity, draw=draw, dtype=dtype
             )  # fmt: skip
-            _put(graph, place, hybrid, gate, traced)
+            _put(graph, place, hybrid.to(place_on), gate, traced)
         graph.pending[WORD] = {
             "group": group.name, "width": width, "kept": count, "mode": self.mode, "mask": self.mask,
             "importance": self.ranking, "places": [place.name for place in found],
@@ -186,7 +187,7 @@ class InsertHsm(Pass):
         if self.mask == "random":
             draw = torch.Generator().manual_seed(self.seed)
             return [int(place) for place in torch.randperm(width, generator=draw)]
-        if self.ranking is not None:
+        if self.ranking is not None and not coupling.graph.is_of_shapes:
             scores = IMPORTANCES[self.ranking]().scores(coupling, group, stats)
             return [int(place) for place in hsm.ranked(scores)]
         first = (
@@ -266,12 +267,16 @@ class HardenHsm(Pass):
         tensors = graph.tensors()
         mask, tau, beta = (tensors[f"{WORD}.{name}"] for name in ("mask", "tau", "beta"))
         key = f"{graph.role}/{state['group']}"
-        made = stats.decide(key, lambda: hsm.kept(mask, state["kept"]).tolist())
+        if mask.is_meta:  # of a shape alone: some stay
+            made = list(range(state["kept"]))
+        else:
+            made = stats.decide(key, lambda: hsm.kept(mask, state["kept"]).tolist())
         chosen = _known(made, state["width"], state["kept"], key)
-        keep = torch.zeros_like(mask.detach())
+        keep = torch.zeros(mask.shape)
         keep[list(chosen)] = 1
-        stats.notes["gates"] = told = gates(mask, tau, beta, keep)
-        _warn(told, is_open=not bool(tau))
+        if not mask.is_meta:
+            stats.notes["gates"] = told = gates(mask, tau, beta, keep)
+            _warn(told, is_open=not bool(tau))
         node = lift(graph, f"{WORD}.keep", keep, Origin(f"{WORD}.keep", (f"of {WORD}.mask",)))
         replace(graph, _gate(graph), node)
         graph.pending[WORD] = {**state, "is_hard": True}

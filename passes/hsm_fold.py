@@ -69,13 +69,15 @@ class FoldHsm(Pass):
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         tensors = graph.tensors()
         keep = tensors[f"{WORD}.keep"] > 0
+        if graph.is_of_shapes:  # some stay
+            keep = torch.arange(len(keep)) < graph.pending[WORD]["kept"]
         found = list(_plan(graph))
         before = graph.weight_bytes() - sum(
             t.numel() * t.element_size() for n, t in tensors.items() if n.startswith(f"{WORD}.")
         )
         for module, made in found:
             if module.name is not None:
-                _fold(graph, made, _matrix(tensors, module.name, len(keep)) * keep[:, None])
+                _fold(graph, made, _matrix(tensors, module.name, keep))
         for module, _ in found:
             replace(graph, module.out, module.value)
         refresh(graph)
@@ -189,11 +191,14 @@ def _smalls() -> tuple[Graph, ...]:
     )
 
 
-def _matrix(tensors: dict[str, Tensor], name: str, width: int) -> Tensor:
+def _matrix(tensors: dict[str, Tensor], name: str, keep: Tensor) -> Tensor:
+    """What a module multiplies by, with the rows of channels that go at 0."""
     down, up, values, scale = (
         tensors.get(f"{name}.{part}") for part in ("down", "up", "values", "scale")
     )
-    return matrix(down, up, values, scale, width=width)
+    if any(part is not None and part.is_meta for part in (down, up, values, scale)):
+        return torch.empty(len(keep), len(keep), dtype=torch.float64, device="meta")
+    return matrix(down, up, values, scale, width=len(keep)) * keep[:, None]
 
 
 def _fold(graph: Graph, parts: list[tuple[fx.Node, int, list[fx.Node]]], by: Tensor) -> None:

@@ -32,7 +32,7 @@ from effc.calib.probe import Probe
 from effc.errors import PreconditionError
 from effc.ir.axes import Axis, Stop, leaves, of
 from effc.ir.edit import is_constant, rebind, replace, tensor_name, tensor_of
-from effc.ir.program import Graph, Program
+from effc.ir.program import Graph, Program, place_of
 from effc.ir.select import Words, op_name, value_key
 from effc.passes.base import Pass, Stats
 from effc.passes.coupling import Coupling, Group, coupled_dims
@@ -281,7 +281,7 @@ def _fold(graph: Graph, stream: Stream) -> None:
     made: dict[Any, Tensor] = {}
     for (weight, gain), readers in parts.items():
         tensor, gains = tensor_of(graph, weight), tensor_of(graph, gain)
-        key = (*_identity(tensor), gains.data_ptr())
+        key = (*place_of(tensor), *place_of(gains))
         if key not in made:
             exact = tensor.to(torch.float64) * gains.to(torch.float64)
             made[key] = exact.to(tensor.dtype)
@@ -305,7 +305,7 @@ def _rotate(graph: Graph, norm: fx.Node, directions: Tensor) -> int:
         if not dims or node in gains:
             continue
         tensor = tensor_of(graph, node)
-        key = (*_identity(tensor), *dims)
+        key = (*place_of(tensor), *dims)
         if key not in made:
             made[key] = _turned(tensor, dims, directions)
         rebind(graph, name, made[key], "pca-rotate")
@@ -317,7 +317,3 @@ def _turned(tensor: Tensor, dims: Sequence[int], directions: Tensor) -> Tensor:
     for dim in dims:
         exact = torch.tensordot(exact, directions, dims=([dim], [0])).movedim(-1, dim)
     return exact.to(tensor.dtype).contiguous()
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()

@@ -26,7 +26,7 @@ from effc.errors import CalibrationError, PreconditionError
 from effc.ir import axes
 from effc.ir.axes import Axis, Keep
 from effc.ir.edit import rebind, refresh
-from effc.ir.program import Graph, Program
+from effc.ir.program import Graph, Program, place_of
 from effc.ir.select import Words, op_name
 from effc.passes import sizes
 from effc.passes.base import Pass, Stats
@@ -390,7 +390,7 @@ def _constants(coupling: Coupling, keep: Keep, gains: Mapping[fx.Node, float]) -
         if all(f.all() for f in flags):
             continue
         tensor, factor = tensors[name], gains.get(node, 1.0)
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), factor)
+        key = (*place_of(tensor), factor)
         if key not in made:
             made[key] = _sliced(tensor, flags, factor)
         rebind(coupling.graph, name, made[key], "prune-dims")

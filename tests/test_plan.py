@@ -123,6 +123,29 @@ def test_a_model_without_weights_is_planned_by_its_shapes(bare, tmp_path):
     assert any("not tried: it looks at values" in line for line in plan.lines(found))
 
 
+def test_pruning_while_tuning_is_planned_by_shapes_too(bare, tmp_path):
+    data, _, _ = bare
+    passes = [
+        {"pass": "insert-hsm", "ratio": 0.25, "align": 4, "rank": 2},
+        {"pass": "attach-lora", "rank": 3},
+        {"pass": "tune", "task": "tokens", "distill": 0, "steps": 70, "terms": ["hsm"]},
+        "harden-hsm", "merge-lora", "fold-hsm",
+    ]  # fmt: skip
+    found = plan.plan(
+        recipe.build({**data, "passes": passes}), tmp_path / "out", progress=Progress()
+    )
+    stages = {s["name"]: s for s in found["stages"]}
+    adapters = 2 * sum(3 * n for n in (32, 24, 24, 32, 40, 40, 40))
+    modules = 5 * (2 * 16 * 2 + 16) + 16
+    assert stages["tune"]["note"] == f"{adapters + modules:,} numbers are trained"
+    for word in ("insert-hsm", "harden-hsm", "merge-lora", "fold-hsm"):
+        assert stages[word]["how"] == "probed"
+    whole = plan.plan(
+        recipe.build({**data, "passes": ["drop-noops"]}), tmp_path / "out", progress=Progress()
+    )
+    assert found["model_bytes"] == pytest.approx(0.75 * whole["model_bytes"], rel=0.01)
+
+
 def test_only_a_plan_does_without_weights(bare, tmp_path):
     data, config, place = bare
     with pytest.raises(SourceError, match="has no weights") as error:
