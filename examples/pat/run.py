@@ -38,6 +38,9 @@ Json = dict[str, Any]
 THREADS = 2
 MAIN = ("lora", "pca then lora", "magnitude then lora", "lora then pca", "pca then pat")
 """Arms of the short run, and of a model that takes hours."""
+ABLATIONS = ("pat, frozen mask", "pat, random mask", "pat, no identity")
+FEWER = 3
+"""Seeds that are enough for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,8 @@ class Study:
                 self.width.name, plan.rank, self.more, plan.hsm_rank, plan.align, seed, training
             )
             for arm in plan.arms or every:
+                if seed >= FEWER and arm in ABLATIONS:
+                    continue
                 file = self.state / f"{arm}-{seed}.json"
                 if not file.exists():
                     made = self.unit(every[arm])

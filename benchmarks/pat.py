@@ -1,0 +1,47 @@
+"""Pruning while tuning beside its rivals, at length: what `examples/pat` measures, kept with its circumstances.
+
+    python benchmarks/pat.py stories260k --state DIR                # two hours on one core
+    python benchmarks/pat.py smollm2 --gguf FILE --state DIR        # half an hour a unit, fifteen units
+    python benchmarks/pat.py encoders                               # a quarter of an hour
+
+Writes results/pat-NAME.json. Words behind the name are the example's own (`examples/pat/README.md`); finished units lie
+in `--state`, and a run that was stopped goes on from there. `--taken FILE` keeps what an example wrote by `--json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+
+EXAMPLE = common.ROOT / "examples" / "pat"
+COMMANDS = {
+    "stories260k": ["run.py"],
+    "smollm2": ["run.py", "--model", "smollm2"],
+    "encoders": ["encoders.py"],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=COMMANDS)
+    parser.add_argument("--taken", type=Path, help="what the example wrote")
+    given, more = parser.parse_known_args()
+    with tempfile.TemporaryDirectory(prefix="effc-pat-") as place:
+        file = given.taken or Path(place) / "found.json"
+        if given.taken is None:
+            script, *words = COMMANDS[given.name]
+            command = [sys.executable, EXAMPLE / script, *words, *more, "--json", file]
+            subprocess.run(command, check=True)
+        found = json.loads(file.read_text(encoding="utf-8"))
+    common.write(f"pat-{given.name}", {"name": f"pat-{given.name}", **found})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
