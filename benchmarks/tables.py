@@ -565,6 +565,131 @@ def narrowed() -> list[str]:
     return lines
 
 
+def tuned_narrow() -> list[str]:
+    """Language models that lose width while they are tuned."""
+    lines = ["## What pruning while tuning is worth to a language model (benchmarks/pat.py)", ""]
+    for found in (*results("pat-stories260k"), *results("pat-smollm2")):
+        arms = found["arms"]
+        counts = sorted({len(of["ppl"]) for of in arms.values()})
+        data = found["data"]
+        lines += [
+            f"{found['model']}, a quarter of the residual width gone in every arm but the first, over "
+            f"{' or '.join(map(str, counts))} seeds; perplexity of {data['n']:,} tokens of text that nobody trained "
+            "on. Differences are of the logarithm of perplexity, paired by seed, with Student's 95 % interval: above 0 "
+ "is worse than adapters on the whole model, and below 0 better than channels or directions by chance. "
+            "Answers are the share of right ones among four, the mean of four tasks. " + circumstances(found), "",
+        ]  # fmt: skip
+        rows = []
+        for arm, of in arms.items():
+            control = next(
+                (name for name in arms if name == f"{arm.partition(',')[0]}, random mask"), None
+            )
+            answers = np.mean([of["tasks"][task] for task in of["tasks"]], axis=0)
+            rows.append([
+                arm, str(len(of["ppl"])), f"{of['trainables']:,}", f"{np.mean(of['ppl']):.2f}",
+                _log_gap(of, arms["lora"]) if arm != "lora" else "",
+                _log_gap(of, arms[control]) if control not in (None, arm) else "",
+                f"{answers.mean():.3f}",
+            ])  # fmt: skip
+        lines += table(
+            ["arm", "seeds", "trainables", "perplexity", "beside lora", "beside chance", "answers"],
+            rows,
+        )
+        if {"pca then pat", "pca then lora"} <= set(arms):
+            gap = _log_gap(arms["pca then pat"], arms["pca then lora"])
+            lines += [f"`pca then pat` beside `pca then lora`: {gap}.", ""]
+        if "pat, no identity" in arms:
+            few = len(arms["pat, no identity"]["ppl"])
+            spread = ", ".join(
+                f"{np.std(np.log(arms[arm]['ppl'][:few]), ddof=1):.4f} {word}"
+                for arm, word in (("pat", "with"), ("pat, no identity", "without"))
+            )
+            gap = _log_gap(arms["pat"], arms["pat, no identity"])
+            lines += [
+                f"Spread of log-perplexity over {few} seeds: {spread} the identity loss; with beside without: {gap}.",
+                "",
+            ]
+        lines += [
+            f"The folded graph is {found['fold_rel_err_fp32']:.1e} from the masked one in float32 and "
+            f"{found['fold_rel_err_fp64']:.1e} in float64, the engine {found['engine_rel_l2']:.1e} from the folded. "
+            f"Linear layers keep {found['linear_param_ratio']:.4f} of their parameters.", "",
+        ]  # fmt: skip
+    return lines
+
+
+def _log_gap(mine: Json, other: Json) -> str:
+    """Difference of log-perplexity over the seeds that both have."""
+    count = min(len(mine["ppl"]), len(other["ppl"]))
+    gap = np.log(mine["ppl"][:count]) - np.log(other["ppl"][:count])
+    if count < 2:
+        return f"{gap.mean():+.4f}"
+    found = student(gap)
+    return f"{gap.mean():+.4f} ({found.low:+.4f}, {found.high:+.4f})"
+
+
+def narrow_encoders() -> list[str]:
+    lines = ["## What pruning while tuning is worth to encoders (benchmarks/pat.py)", ""]
+    for found in results("pat-encoders"):
+        lines += [
+            "A quarter of the residual width gone in every arm but the first; held to the model's own outputs. "
+            "Accuracy in an engine, the mean over seeds; differences are paired by seed, with Student's 95 % interval. "
+            + circumstances(found), "",
+        ]  # fmt: skip
+        for name, case in ((n, c) for n, c in found.items() if isinstance(c, dict) and "arms" in c):
+            rows = []
+            for arm, of in case["arms"].items():
+                score = np.array(of["score"])
+                cells = [
+                    _gap(score, np.array(case["arms"][other]["score"])) if arm != other else ""
+                    for other in ("lora", "pca then lora", "pca then pat, random mask")
+                ]
+                rows.append(
+                    [arm, str(len(score)), str(of["width"][0]), f"{score.mean():.4f}", *cells]
+                )
+            lines += [f"{name}, {case['whole']:.4f} whole:", ""]
+            heads = [
+                "arm",
+                "seeds",
+                "width",
+                "accuracy",
+                "beside lora",
+                "beside pca then lora",
+                "beside chance",
+            ]
+            lines += table(heads, rows)
+    return lines
+
+
+def _gap(mine: Any, other: Any) -> str:
+    found = student(mine - other)
+    return f"{(mine - other).mean():+.4f} ({found.low:+.4f}, {found.high:+.4f})"
+
+
+def trained() -> list[str]:
+    lines = ["## What training while pruning costs beside LoRA (benchmarks/training.py)", ""]
+    for found in results("training"):
+        first = {arm: rounds[0]["trainables"] for arm, rounds in found["rounds"].items()}
+        lines += [
+            f"{found['layers']} layers of {found['width']} channels, {found['batch']} rows of {found['length']} tokens "
+            f"a step, {found['threads']} thread; {first['pat']:,} trainables in PAT and {first['lora']:,} in LoRA. "
+            "PAT ÷ LoRA, with Student's 95 % interval over rounds of one process each. " + circumstances(found), "",
+        ]  # fmt: skip
+        rows = []
+        for word, key, digits in (
+            ("seconds a step", "step_s", 3), ("peak memory, MB", "peak_mb", 0), ("of it by training", "added_mb", 0),
+        ):  # fmt: skip
+            logs = np.array(found["logs"][key])
+            gap = student(logs)
+            means = [
+                f"{np.mean([r[key] for r in found['rounds'][arm]]):.{digits}f}"
+                for arm in ("lora", "pat")
+            ]
+            ends = f"{math.exp(logs.mean()):.2f} [{math.exp(gap.low):.2f}, {math.exp(gap.high):.2f}], n = {len(logs)}"
+            rows.append([word, *means, ends])
+        lines += table(["", "LoRA", "PAT", "PAT ÷ LoRA"], rows)
+    return lines
+
+
 def sized() -> list[str]:
     lines = ["## What pruning buys, with and without sizes that pay (benchmarks/sizes.py)", ""]
     for found in results("sizes"):
@@ -1026,6 +1151,9 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     pruned: ("pruning",),
     sized: ("sizes",),
     narrowed: ("narrow",),
+    tuned_narrow: ("pat-stories260k", "pat-smollm2"),
+    narrow_encoders: ("pat-encoders",),
+    trained: ("training",),
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),
     kernels: ("kernels",),
