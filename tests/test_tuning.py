@@ -1,5 +1,6 @@
 """Training in the graph gives back what passes took, survives being killed, and is kept in one piece."""
 
+import importlib.util
 import itertools
 import json
 import shutil
@@ -402,17 +403,22 @@ def test_a_plan_tries_two_steps(place):
 
 
 @pytest.mark.slow
-def test_prune_train_quantise_for_two_targets_in_one_recipe(place):
+def test_prune_train_quantise_for_every_target_in_one_recipe(place):
+    targets = ["ort", "openvino", "onnx"]
+    targets += ["tensorrt"] if importlib.util.find_spec("tensorrt_rtx_bindings") else []
     words = (
         "--set", "passes.0={pass: prune-dims, ratio: 0.25, importance: taylor}",
-        "--set", "targets=[ort, openvino]", "--set", "plugins=[]",
+        "--set", f"targets=[{', '.join(targets)}]", "--set", "plugins=[]",
     )  # fmt: skip
     ran = cli("tune", place / "r.yaml", "-o", place / "ck", *words)
     assert ran.code == 0, ran.err
     ran = cli("compile", place / "r.yaml", "-o", place / "out", *words, "--tuned", place / "ck")
     assert ran.code == 0, ran.err
     report = json.loads((place / "out" / "report.json").read_text())
-    assert [p["sites"] for p in report["passes"] if p["name"] == "prune-dims"] == [1, 1]
+    pruned = [p["sites"] for p in report["passes"] if p["name"] == "prune-dims"]
+    assert pruned == [1] * len(targets)
+    for target in targets:
+        assert (place / "out" / target / "model.onnx").is_file()
     assert all(
         layer["site"] for target in ("ort", "openvino") for layer in report["layers"][target]
     )
