@@ -136,7 +136,7 @@ class Tuner:
         folder = self.cache.root / "train" / key[:32] if self.cache.root and is_kept else None
         run = fit(
             module, _loss(pass_, self.teacher), drawn, _schedule(pass_), held=held, folder=folder,
-            progress=progress, courses=_courses(pass_, graph),
+            progress=progress, courses=_courses(pass_, graph), precision=pass_.precision,
         )  # fmt: skip
         tensors = module.tensors()
         curve = _curve(run)
@@ -201,7 +201,7 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
         drawn, held = _of_batches(pass_, [Example(feeds=tensors_for(graph, b)) for b in given])
         run = fit(
             module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held,
-            courses=_courses(pass_, graph),
+            courses=_courses(pass_, graph), precision=pass_.precision,
         )  # fmt: skip
         stats.notes["curve"] = _curve(run)
         return module.tensors()

@@ -23,6 +23,7 @@ from effc.ir.splice import attached
 from effc.passes.base import Pass, Stats
 from effc.quant.ops import DEQUANTIZE
 from effc.train.hsm import Hsm
+from effc.train.loop import Precision
 
 LAYERS = ("linear", "conv1d", "conv2d", "embedding")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,8 +50,9 @@ class Tune(Pass):
 
     The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
     `labels` of the samples, the next of their `tokens`, or none. `file` has the samples, those of `calib` where None;
-    `samples` of them are drawn by `seed`, and `held` others judge. `terms` are what passes in front put in to be
-    trained in ways of its own.
+    `samples` of them are drawn by `seed`, and `held` others judge. With `precision` bf16 products are of bfloat16, and
+    what is trained stays in float32: faster on processors that have such products. `terms` are what passes in front
+    put in to be trained in ways of its own.
     """
 
     name = "tune"
@@ -73,6 +75,7 @@ class Tune(Pass):
     samples: Count = 2048
     held: Annotated[int, Field(ge=0)] = 128
     seed: int = 0
+    precision: Precision = "f32"
     tensors: str | tuple[str, ...] | None = None
     terms: Terms = ()
 

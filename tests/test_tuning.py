@@ -120,6 +120,20 @@ def test_what_comes_out_is_never_worse_than_what_went_in():
     assert all(torch.equal(before[n], t) for n, t in made.only().tensors().items())
 
 
+def test_products_of_bfloat16_train_tensors_of_float32():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    found = {}
+    for precision in ("f32", "bf16"):
+        made = harmed(program)
+        tune = Tune(steps=150, lr=0.01, precision=precision)
+        record = effc.apply(tune, made, train=effc.trainer(program, inputs(6)))
+        found[precision] = record.notes["main/curve"][-1]["held"]
+        assert all(t.dtype == torch.float32 for t in made.only().tensors().values())
+        first = record.notes["main/curve"][0]["held"]
+    assert found["f32"] != found["bf16"] and found["bf16"] < 0.2 * first
+    assert all(t.dtype == torch.float32 for t in made.run(input=torch.ones(2, 6)).values())
+
+
 def test_only_tensors_that_match_are_trained():
     program = effc.trace(net(), {"input": torch.ones(2, 6)})
     worse = harmed(program)

@@ -88,9 +88,10 @@ def smollm2(data: Path, gguf: Path) -> Plan:
     texts = [path.read_text(encoding="utf-8") for path in (wiki / "valid.txt", play)]
     return Plan(
         source={"gguf": str(gguf)}, train=tuple(texts),
-        test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=40_000,
+        test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=20_000,
         rank=8, hsm_rank=28, align=16, length=128,
-        training={"steps": 300, "lr": 1e-3, "batch": 4, "held": 32}, questions=100, seeds=3,
+        training={"steps": 300, "lr": 1e-3, "batch": 4, "held": 32, "precision": "bf16"},
+        questions=50, seeds=3,
         arms=MAIN,
     )  # fmt: skip
 
