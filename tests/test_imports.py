@@ -23,16 +23,16 @@ LINES = [
     errors sizes heap quiet lean
     progress paths scratch
     bounded table stats cache
-    machine
-    quant
+    machine schedule
+    quant diffusion
     dialect
     ir nn
     calib
     causal
-    processor noise generate gguf cached adapter
+    processor noise generate gguf cached adapter pipeline
     source
     passes backends
-    metrics
+    metrics sampling
     recipe room checkpoint
     samples verify bench alike
     gate case tuning
@@ -48,7 +48,7 @@ LINES = [
     trial remedy
     search
     compiler
-    inspection plan writing layout
+    inspection plan writing painting layout
     walk
     cli
     __init__ __main__
