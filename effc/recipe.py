@@ -113,7 +113,11 @@ class SourceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibSpec:
-    """Samples that ranges are measured on: a file or folder, or `callable: module:function` giving batches."""
+    """Samples that ranges are measured on: a file or folder, or `callable: module:function` giving batches.
+
+    Of a diffusion model `trajectories` of its own sampler, of `steps` each, of which `keep` are shown, spread as `at`
+    says; the file then holds prompts.
+    """
 
     file: str | None = None
     callable: str | None = None
@@ -122,6 +126,11 @@ class CalibSpec:
     seed: int = 0
     batch: Count = 16
     max_length: Count | None = None
+    trajectories: Count | None = None
+    steps: Count = 20
+    keep: Count | None = None
+    at: Literal["uniform", "first", "middle", "last"] = "uniform"
+    guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,8 +454,18 @@ class _Reader:
         if value is None:
             return None
         made: CalibSpec = self._section(CalibSpec, value, ("calib",))
-        if (made.file is None) == (made.callable is None):
-            raise self._error(("calib",), "calibration data is one of file, callable")
+        if [made.file, made.callable].count(None) != 1 and made.trajectories is None:
+            raise self._error(("calib",), "calibration data is one of file, callable, trajectories")
+        if made.trajectories is not None and made.callable is not None:
+            raise self._error(
+                ("calib", "callable"), "trajectories are drawn by the sampler", hint="leave it out"
+            )
+        if made.trajectories is None:
+            for key in ("steps", "keep", "at", "guidance"):
+                if key in value:
+                    raise self._error(
+                        ("calib", key), "is for trajectories", hint="trajectories: 64"
+                    )
         return made
 
     def _flag(self, value: Any, name: str) -> bool:

@@ -119,3 +119,31 @@ def _autoencoder() -> Any:
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16,
     ).eval()  # fmt: skip
+
+
+FACTORY = """
+import torch
+from torch import nn
+import effc
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(1000, 4)
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        return self.b(torch.relu(self.a(sample) + self.table(timestep)[:, :, None, None]))
+
+
+def make(name="DDPMScheduler", word="sample"):
+    torch.manual_seed(0)
+    inputs = {word: torch.randn(2, 1, 6, 6), "timestep": torch.tensor([3, 7])}
+    model = Tiny()
+    if word != "sample":
+        model.forward = lambda x, timestep: Tiny.forward(model, x, timestep)
+    return effc.Source(
+        modules={"unet": model}, inputs={"unet": inputs}, scheduler={"_class_name": name}
+    )
+"""

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from pipelines import save_ddpm, save_dit, save_sd, save_xl
+from pipelines import FACTORY, save_ddpm, save_dit, save_sd, save_xl
 
 import effc
 from effc import package
@@ -267,34 +267,6 @@ def test_a_compile_that_fails_leaves_nothing(place, tmp_path):
     ran = cli("compile", copy, "-o", tmp_path / "out", "--no-bench")
     assert_letter(ran, "SourceError", 4, "names vae")
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path)
-
-
-FACTORY = """
-import torch
-from torch import nn
-import effc
-
-
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(1000, 4)
-        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
-
-    def forward(self, sample, timestep):
-        return self.b(torch.relu(self.a(sample) + self.table(timestep)[:, :, None, None]))
-
-
-def make(name="DDPMScheduler", word="sample"):
-    torch.manual_seed(0)
-    inputs = {word: torch.randn(2, 1, 6, 6), "timestep": torch.tensor([3, 7])}
-    model = Tiny()
-    if word != "sample":
-        model.forward = lambda x, timestep: Tiny.forward(model, x, timestep)
-    return effc.Source(
-        modules={"unet": model}, inputs={"unet": inputs}, scheduler={"_class_name": name}
-    )
-"""
 
 
 def test_a_model_of_ones_own_is_sampled_as_its_factory_says(tmp_path):

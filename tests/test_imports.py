@@ -33,7 +33,7 @@ LINES = [
     source
     passes backends
     metrics sampling
-    recipe room checkpoint
+    recipe room checkpoint trajectories
     samples verify bench alike
     gate case tuning
     package
