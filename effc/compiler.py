@@ -40,9 +40,11 @@ from effc.progress import Progress
 from effc.recipe import QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
 from effc.room import within
 from effc.samples import Samples
+from effc.schedule import sampler
 from effc.search import Found
 from effc.source import Source, guess, is_of_shapes, load
 from effc.table import unknown
+from effc.trajectories import at_a_time
 from effc.trial import Lab, model_bytes
 
 Json = dict[str, Any]
@@ -384,6 +386,9 @@ def opened(recipe: Recipe, progress: Progress, *, shapes: bool = False) -> tuple
     """
     with progress.stage("load"):
         source = load(recipe.source.as_mapping(), shapes=shapes)
+    asked = recipe.calib
+    if asked is not None and asked.trajectories is not None and source.scheduler is not None:
+        source = at_a_time(source, sampler(source.scheduler, asked.steps).times.tolist())
     for pass_ in recipe.passes:
         if strange := sorted(set(pass_.graphs) - set(source.modules)):
             raise RecipeError(

@@ -157,6 +157,7 @@ def _open(
     from effc.recipe import WORDS, CalibSpec
     from effc.samples import Samples
     from effc.source import load
+    from effc.trajectories import at_a_time
 
     with progress.stage("load"):
         source = load(spec)
@@ -167,6 +168,9 @@ def _open(
             hint="its digest differs from the manifest's; name the right one, or, where a factory was called with "
             "options, leave --model out and add --trust-code",
         )
+    times = (manifest.data or {}).get("times")
+    if source.scheduler is not None and isinstance(times, list) and times:
+        source = at_a_time(source, times)
     with progress.stage("trace"):
         original = compiler.trace_source(source)
     drawn = CalibSpec(file=calib) if calib else None

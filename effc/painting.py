@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from effc.diffusion import Rows
 from effc.engine import Engine, entry_of
 from effc.errors import BackendUnavailable, PackageError, UsageError, VerifyError
 from effc.progress import Progress, peak_mb
-from effc.sampling import Pipeline, Wish
+from effc.sampling import Feeds, Pipeline, Wish
 from effc.schedule import sampler
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -45,27 +45,9 @@ def paint(
     VerifyError for a package that is not whole or gives no numbers.
     """
     progress = progress or Progress()
-    manifest = package.read(out)
-    if manifest.kind != diffusion.KIND:
-        raise UsageError(
-            f"{out} holds a model of kind {manifest.kind}, which makes no pictures",
-            hint="compile a pipeline directory of diffusers, or a factory that gives a scheduler",
-        )
-    entry = entry_of(out, manifest, target)
-    entries = {e.role: e for e in manifest.engines if e.target == entry.target}
-    settings = bounded.read_json(out / diffusion.SCHEDULER, PackageError)
-    made = sampler(settings, steps, kind)
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
-
-        def run(role: str, feeds: Any) -> Any:
-            if role not in opened:
-                word = manifest.label(entries[role])
-                opened[role] = stack.enter_context(Engine.open(out, word, threads=threads))
-            return opened[role](feeds)
-
-        ports = {role: e.inputs for role, e in entries.items()}
-        pipeline = Pipeline(run=run, ports=ports, scheduler=settings, root=out)
+    with opened(out, target=target, threads=threads) as pipeline:
+        made = sampler(pipeline.scheduler, steps, kind)
+        _check_times(out, made.times)
         started = time.perf_counter()
         guide = pipeline.guide(wish or Wish(), count)
         rows, x = Rows(range(seed, seed + count), pipeline.shape), np.empty(0)
@@ -87,6 +69,62 @@ def paint(
         "seconds": round(time.perf_counter() - started, 3),
         "peak_mb": peak_mb(),
     }
+
+
+TABLE = "timestep-table"
+"""The pass behind which an engine knows some times and no others."""
+
+
+def _check_times(out: Path, times: Array) -> None:
+    """Raises UsageError for a time that an engine of the package has no row for."""
+    manifest = package.read(out)
+    if not any(entry.name == TABLE for entry in manifest.passes):
+        return
+    record = package.read_json(out, manifest.decisions, package.MOST_RECORD_BYTES)
+    for word, decided in record.items():
+        if not word.endswith(f":{TABLE}"):
+            continue
+        for known in decided.values():
+            if odd := sorted(set(times.tolist()) - set(known)):
+                raise UsageError(
+                    f"the engine knows {len(known)} times, and {odd[0]:g} is none of them",
+                    hint="take the steps and the sampler that it was compiled for, or compile it for these: "
+                    f"calib: {{trajectories: 16, steps: {len(times)}}}",
+                )
+
+
+@contextmanager
+def opened(
+    out: Path, *, target: str | None = None, threads: int | None = None
+) -> Iterator[Pipeline]:
+    """A package of a diffusion pipeline; each of its engines is opened when it is first run.
+
+    Raises UsageError for a package of another kind.
+    """
+    manifest = package.read(out)
+    if manifest.kind != diffusion.KIND:
+        raise UsageError(
+            f"{out} holds a model of kind {manifest.kind}, which makes no pictures",
+            hint="compile a pipeline directory of diffusers, or a factory that gives a scheduler",
+        )
+    entry = entry_of(out, manifest, target)
+    entries = {e.role: e for e in manifest.engines if e.target == entry.target}
+    with ExitStack() as stack:
+        engines: dict[str, Any] = {}
+
+        def run(role: str, feeds: Feeds) -> Feeds:
+            if role not in engines:
+                word = manifest.label(entries[role])
+                engines[role] = stack.enter_context(Engine.open(out, word, threads=threads))
+            found: Feeds = engines[role](feeds)
+            return found
+
+        yield Pipeline(
+            run=run,
+            ports={role: e.inputs for role, e in entries.items()},
+            scheduler=bounded.read_json(out / diffusion.SCHEDULER, PackageError),
+            root=out,
+        )
 
 
 def line(found: Json) -> str:

@@ -179,3 +179,12 @@ def _ports(inputs: Mapping[str, torch.Tensor], dims: Any) -> Sequence[Port]:
         shape = tuple(free.get(axis, size) for axis, size in enumerate(value.shape))
         found.append(Port(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=shape))
     return found
+
+
+def at_a_time(source: Source, times: Sequence[float]) -> Source:
+    """A source whose denoiser has one of its sampler's times for an example: a graph may know no others."""
+    role = diffusion.denoiser(list(source.inputs))
+    example = source.inputs[role][diffusion.TIMESTEP]
+    known = torch.full_like(example, times[len(times) // 2])
+    inputs = {**source.inputs, role: {**source.inputs[role], diffusion.TIMESTEP: known}}
+    return dataclasses.replace(source, inputs=inputs)
