@@ -32,8 +32,8 @@ aten = torch.ops.aten
 class TimestepTable(Pass):
     """Computes what depends on the time alone once, for every time of the sampler, and looks it up by the time.
 
-    The times are those that calibration shows (trajectories with all of their steps), or those of `at`. An engine gives no
-    numbers for a time that is not among them. `input` is the time's name.
+    The times are those that calibration shows (trajectories with all of their steps), or those of `at`. An engine gives
+    no numbers for a time that is not among them. `input` is the time's name.
     """
 
     name = "timestep-table"
