@@ -678,13 +678,14 @@ def run(
     _write_json(json_, found)
 
 
-LAYOUT_NAMES = ("onnxruntime-genai", "transformers.js")
+LAYOUT_NAMES = ("onnxruntime-genai", "transformers.js", "diffusers")
 
 
 @app.command()
 def package(
     out: Annotated[
-        Path, typer.Argument(help="A directory that effc compile wrote of a causal language model.")
+        Path,
+        typer.Argument(help="A package of a causal language model or of a diffusion pipeline."),
     ],
     layout: Annotated[str, typer.Option("--layout", help=f"One of {', '.join(LAYOUT_NAMES)}.")],
     place: Annotated[
@@ -700,6 +701,7 @@ def package(
     Examples:
       effc package OUT --layout onnxruntime-genai -o DIR
       effc package OUT --layout transformers.js -o DIR
+      effc package OUT --layout diffusers -o DIR
     """
     _outside(json_, out, place)
     from effc import layout as layouts

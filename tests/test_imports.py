@@ -45,7 +45,7 @@ LINES = [
     measure
     timing
     build blame layers elsewhere
-    trial remedy
+    trial remedy layout_pipeline
     search
     compiler
     inspection plan writing painting layout
