@@ -15,7 +15,9 @@ ORT = Dialect(
     token_scales=True,
     narrow_tables=True,
     cache_codes=True,
+    joins_codes=True,
     reasons={
+        "joins_codes": "two quantise nodes, a concatenation of bytes and one dequantise are one QLinearConv",
         "cache_codes": "attention for one token reads the codes as they are; for many they are made floats in front",
         "opset": "23 keeps attention one operator; benchmarks/opset.py measures it against 21",
         "narrow_tables": "one kernel looks up a row and scales it, on the bytes that the output layer reads",
@@ -42,6 +44,7 @@ OPENVINO = Dialect(
     smooth_gain_db=1.0,
     cache_codes=True,
     reasons={
+        "joins_codes": "not tried: the multiplication stays, and is fused into the quantise node",
         "cache_codes": "made floats in front of attention",
         "opset": "23 keeps attention one operator",
         "smooth_gain_db": "the scaling is fused into the quantise node and costs nothing",
@@ -70,6 +73,7 @@ TENSORRT = Dialect(
     fp8=True,
     rest="fp16",
     reasons={
+        "joins_codes": "not tried on a GPU: the multiplication stays",
         "cache_codes": "not tried on a GPU",
         "weight_zero_point": "the parser refuses a weight with a zero point other than 0",
         "smooth_gain_db": "what the norm or the layer in front takes up is free; else it is a multiplication, "
@@ -96,7 +100,9 @@ ONNX = Dialect(
     narrow_tables=True,
     cache_codes=True,
     fp8=True,
+    joins_codes=True,
     reasons={
+        "joins_codes": "standard, and half the bytes of a concatenation of floats",
         "cache_codes": "written as arithmetic, which every runtime computes",
         "narrow_tables": "a DequantizeLinear in blocks behind a Gather, which is standard",
         "token_scales": "written as arithmetic, which every runtime computes",
@@ -119,7 +125,9 @@ EAGER = Dialect(
     narrow_tables=True,
     cache_codes=True,
     fp8=True,
+    joins_codes=True,
     reasons={
+        "joins_codes": "as the ONNX has it",
         "cache_codes": "as the ONNX has it",
         "narrow_tables": "as the ONNX has it",
         "token_scales": "as the ONNX has it",

@@ -96,6 +96,35 @@ class MinMax:
         return 2 * FLOAT64
 
 
+class Distinct:
+    """Every value that is met, of those that are few. Raises CalibrationError where they are many."""
+
+    most = 10_000
+
+    def __init__(self) -> None:
+        self._seen: set[float] = set()
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        self._seen |= set(x.detach().reshape(-1).double().tolist())
+        if len(self._seen) > self.most:
+            raise CalibrationError(
+                f"more than {self.most} different values were met",
+                hint="calibrate on the steps of a sampler: calib: {trajectories: 16, steps: 20}",
+            )
+
+    def merge(self, other: Self) -> Self:
+        made = type(self)()
+        made._seen = self._seen | other._seen
+        return made
+
+    def values(self) -> list[float]:
+        """Rising."""
+        return sorted(self._seen)
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return self.most * FLOAT64
+
+
 class Channels:
     """Smallest, largest, mean and mean square of every channel, which is the last axis where no other is named."""
 

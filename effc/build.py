@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -387,8 +386,7 @@ class Builder:
             keeps_all = any(isinstance(probe, SlopeProbe) for probe in probes)
             return self.samples.beside(held_bytes(probes), keeps_all=keeps_all)(role)
 
-        spec = self.recipe.calib
-        total = math.ceil(spec.samples / spec.batch) if spec is not None else None
+        total = self.samples.batches(self.role)
         return apply(
             pass_,
             program,

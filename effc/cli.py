@@ -188,7 +188,8 @@ def _outside(json_: str | None, *packages: Path | str, option: str = "--json") -
         if json_ not in (None, "-") and Path(os.path.realpath(json_)).is_relative_to(
             os.path.realpath(package)
         ):
-            ending = "json" if option == "--json" else "html"
+            is_picture = str(json_).lower().endswith(".png")
+            ending = "png" if is_picture else "json" if option == "--json" else "html"
             raise UsageError(
                 f"{option} {json_} lies in {package}, which holds only what its manifest lists",
                 hint=f"name a place beside it, e.g. {option} {Path(package).name}.{ending}",
@@ -559,10 +560,12 @@ def bench(
 @app.command()
 def run(
     out: Annotated[
-        Path, typer.Argument(help="A directory that effc compile wrote of a causal language model.")
+        Path,
+        typer.Argument(help="A package of a causal language model or of a diffusion pipeline."),
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What to go on from; may be given again.")
+        list[str] | None,
+        typer.Option("--prompt", help="What to go on from, or to paint; may be given again."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="A file with a prompt a line.")
@@ -585,6 +588,30 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE.png", help="Where a picture is written."),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Steps from noise to a picture.")
+    ] = 50,
+    count: Annotated[
+        int, typer.Option("--count", min=1, max=1024, help="Pictures, of seeds one behind another.")
+    ] = 1,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="What is not wanted in a picture.")
+    ] = None,
+    label: Annotated[
+        int | None, typer.Option("--label", min=0, help="The class of a picture.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", min=0, max=1000, help="How much prompt or class count."),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option("--sampler", help="Another sampler than the package's own."),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option("--target", help="Whose engine [default: the first of the package]."),
@@ -594,19 +621,44 @@ def run(
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write text with a causal language model, as it comes.
+    """Write text with a causal language model as it comes, or pictures with a diffusion pipeline.
 
     \b
     Examples:
       effc run OUT --prompt "Once upon a time"
       effc run OUT --prompts lines.txt --temperature 0.8 --top-p 0.9 --json replies.json
+      effc run OUT --steps 20 --seed 7 -o image.png
+      effc run OUT --prompt "a red shoe" --count 4 -o shoe.png
     """
     _outside(json_, out)
     from effc import lean, writing
-    from effc.generate import Sampling
 
     lean.without_torch()
     asked = list(prompt or ()) + (writing.read_prompts(prompts) if prompts else [])
+    if picture is not None:
+        from effc import painting
+        from effc.sampling import Wish
+
+        _outside(str(picture), out, option="-o")
+        count = max(count, len(asked))
+        places = painting.check_places(picture, count)
+        wish = Wish(
+            prompts=tuple(asked) or None, negative=negative, guidance=guidance,
+            labels=None if label is None else (label,),
+        )  # fmt: skip
+        with terminal() as progress:
+            made, painted = painting.paint(
+                out, steps=steps, seed=seed, count=count, wish=wish, kind=sampler, target=target,
+                threads=threads, progress=progress,
+            )  # fmt: skip
+        painting.write(places, made)
+        for place in places:
+            _say(f"{place} is written", json_)
+        print(painting.line(painted), file=sys.stderr)
+        _write_json(json_, {"pictures": [place.name for place in places], **painted})
+        return
+    from effc.generate import Sampling
+
     stream = sys.stderr if json_ == "-" else sys.stdout
     if len(asked) == 1:
         print(asked[0], end="\n" if chat else "", file=stream, flush=True)
@@ -626,13 +678,14 @@ def run(
     _write_json(json_, found)
 
 
-LAYOUT_NAMES = ("onnxruntime-genai", "transformers.js")
+LAYOUT_NAMES = ("onnxruntime-genai", "transformers.js", "diffusers")
 
 
 @app.command()
 def package(
     out: Annotated[
-        Path, typer.Argument(help="A directory that effc compile wrote of a causal language model.")
+        Path,
+        typer.Argument(help="A package of a causal language model or of a diffusion pipeline."),
     ],
     layout: Annotated[str, typer.Option("--layout", help=f"One of {', '.join(LAYOUT_NAMES)}.")],
     place: Annotated[
@@ -648,6 +701,7 @@ def package(
     Examples:
       effc package OUT --layout onnxruntime-genai -o DIR
       effc package OUT --layout transformers.js -o DIR
+      effc package OUT --layout diffusers -o DIR
     """
     _outside(json_, out, place)
     from effc import layout as layouts

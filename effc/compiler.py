@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effc import alike, cache, checkpoint, gate, measure, metrics, package, report, search
+from effc import (
+    alike,
+    cache,
+    checkpoint,
+    diffusion,
+    gate,
+    measure,
+    metrics,
+    package,
+    report,
+    search,
+)
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered, Port
 from effc.build import Builder, Built, versions
@@ -29,9 +40,11 @@ from effc.progress import Progress
 from effc.recipe import QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
 from effc.room import within
 from effc.samples import Samples
+from effc.schedule import sampler
 from effc.search import Found
 from effc.source import Source, guess, is_of_shapes, load
 from effc.table import unknown
+from effc.trajectories import at_a_time
 from effc.trial import Lab, model_bytes
 
 Json = dict[str, Any]
@@ -375,6 +388,9 @@ def opened(recipe: Recipe, progress: Progress, *, shapes: bool = False) -> tuple
     """
     with progress.stage("load"):
         source = load(recipe.source.as_mapping(), shapes=shapes)
+    asked = recipe.calib
+    if asked is not None and asked.trajectories is not None and source.scheduler is not None:
+        source = at_a_time(source, sampler(source.scheduler, asked.steps).times.tolist())
     for pass_ in recipe.passes:
         if strange := sorted(set(pass_.graphs) - set(source.modules)):
             raise RecipeError(
@@ -534,6 +550,10 @@ def _write(
     """Everything of the package but the manifest file; gives what the report and the manifest say."""
     if source.directory is not None:
         package.copy_files(source.directory, source.files, stage)
+    elif source.scheduler is not None:
+        place = stage / diffusion.SCHEDULER
+        place.parent.mkdir()
+        place.write_text(package.dump(source.scheduler), encoding="utf-8")
     decisions: Json = {}
     origins: Json = {}
     for made in built:
@@ -587,7 +607,7 @@ def _write(
             for low in made.lowered
             for s in low.sites
         ],
-        "source_bytes": sum(_weight_bytes(m) for m in source.modules.values()),
+        "source_bytes": _weight_bytes(source.modules[built[0].role]),
         "data": samples.description(),
     }
 
@@ -611,8 +631,9 @@ def _links(source: Source, engines: Sequence[Json]) -> list[Json]:
 def _absolute(source: Mapping[str, Any]) -> Json:
     """A source whose files are named from the root, so that it is found from any folder."""
     found = dict(source)
-    if os.path.isdir(place := found.get("transformers", "")):
-        found["transformers"] = os.path.abspath(place)
+    for word in ("transformers", "diffusers"):
+        if os.path.isdir(place := found.get(word, "")):
+            found[word] = os.path.abspath(place)
     if os.path.isfile(place := found.get("gguf", "")):
         found["gguf"] = os.path.abspath(place)
     file, _, function = found.get("python", "").rpartition(":")

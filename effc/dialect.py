@@ -32,6 +32,8 @@ class Dialect:
     """Whether rows of a table in 4 bit can be looked up."""
     cache_codes: bool = False
     """Whether the cache of a language model may be integers."""
+    joins_codes: bool = False
+    """Whether integers of two values are put together in front of a layer that runs on them."""
     weight_zero_point: bool = True
     """Whether weights beside float activations may have a zero point."""
     fp8: bool = False

@@ -138,9 +138,10 @@ def _remembered(out: Path, trust_code: bool) -> Json | None:
     source = content.get("source") if isinstance(content, dict) else None
     if not isinstance(source, dict):
         return None
-    place = source.get("transformers")
-    if isinstance(place, str) and os.path.isdir(place):
-        return {"transformers": place}
+    for word in ("transformers", "diffusers"):
+        place = source.get(word)
+        if isinstance(place, str) and os.path.isdir(place):
+            return {word: place}
     file = source.get("gguf")
     if isinstance(file, str) and os.path.isfile(file):
         return {"gguf": file}
@@ -153,19 +154,23 @@ def _open(
     """By role: source, samples and graph of the model that a package was made from. Raises SourceError for another."""
     from effc import compiler
     from effc.ir.program import Program
-    from effc.recipe import CalibSpec
+    from effc.recipe import WORDS, CalibSpec
     from effc.samples import Samples
     from effc.source import load
+    from effc.trajectories import at_a_time
 
     with progress.stage("load"):
         source = load(spec)
     if source.digest != manifest.source.get("digest"):
-        named = next(spec[word] for word in ("transformers", "gguf", "python") if word in spec)
+        named = next(spec[word] for word in WORDS if word in spec)
         raise SourceError(
             f"{named} is not the model that {out} was made from",
             hint="its digest differs from the manifest's; name the right one, or, where a factory was called with "
             "options, leave --model out and add --trust-code",
         )
+    times = (manifest.data or {}).get("times")
+    if source.scheduler is not None and isinstance(times, list) and times:
+        source = at_a_time(source, times)
     with progress.stage("trace"):
         original = compiler.trace_source(source)
     drawn = CalibSpec(file=calib) if calib else None

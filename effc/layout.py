@@ -1,10 +1,11 @@
-"""`effc package`: a copy of a causal language model's engine in the layout that another tool opens.
+"""`effc package`: a copy of a package in the layout that another tool opens.
 
     onnxruntime-genai    genai_config.json, model.onnx, tokenizer
     transformers.js      config.json, onnx/model_q4.onnx (or what its dtype is called), tokenizer
+    diffusers            model_index.json, a folder for each part (`layout_pipeline`)
 
-Both hand out the cache that they were given and make position_ids and the mask themselves, so what they need beside the
-engine are names: of its ports, of its free sizes, and of its file.
+The first two are for causal language models. Both hand out the cache that they were given and make position_ids and the
+mask themselves, so what they need beside the engine are names: of its ports, of its free sizes, and of its file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from effc import bounded, causal, package, paths
+from effc import bounded, causal, diffusion, layout_pipeline, package, paths
 from effc.engine import refuse
 from effc.errors import PackageError, UsageError
 from effc.processor import Processor, whole
@@ -67,10 +68,11 @@ def write(out: Path, layout: str, place: Path) -> list[str]:
     Raises UsageError where the package holds no causal language model for ONNX Runtime or the layout is none,
     VerifyError where the package is not whole, PackageError where `place` has something in it.
     """
-    if layout not in LAYOUTS:
-        raise UsageError(unknown("layout", layout, LAYOUTS), hint=f"--layout {next(iter(LAYOUTS))}")
+    known = [*LAYOUTS, layout_pipeline.NAME]
+    if layout not in known:
+        raise UsageError(unknown("layout", layout, known), hint=f"--layout {known[0]}")
     manifest = package.read(out)
-    entry = _engine(out, manifest)
+    entry = _engine(out, manifest) if layout in LAYOUTS else None
     if place.resolve().is_relative_to(out.resolve()):
         raise UsageError(
             f"{place} lies in {out}, which holds only what its manifest lists",
@@ -78,6 +80,10 @@ def write(out: Path, layout: str, place: Path) -> list[str]:
         )
     package.check_output(place, package.check_empty)
     refuse(out, package.check(out))
+    if entry is None:
+        with package.staged(place, check=package.check_empty, last=diffusion.INDEX) as stage:
+            layout_pipeline.arrange(out, manifest, stage.package)
+            return sorted(paths.below(stage.package))
     made = _model(out, entry)
     arranged = LAYOUTS[layout](made)
     import onnx_ir as ir

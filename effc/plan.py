@@ -171,7 +171,10 @@ class _Probe:
         program, _ = self.builder.cleaned(target)
         program = program.clone()
         self._add("exact passes", time.perf_counter() - started, how="measured")
-        spec, rollback = self.recipe.calib, self.builder.recorded_rollback(target)
+        rollback, total = (
+            self.builder.recorded_rollback(target),
+            self.samples.batches(self.graph.role),
+        )
         for index, given in enumerate(self.recipe.passes):
             pass_ = rollback.apply(index, given)
             if pass_ is None or not pass_.takes(self.graph.role):
@@ -196,8 +199,8 @@ class _Probe:
                 continue
             if quick is not pass_:
                 seconds += TIMINGS * (EACH_S + self._lower_s(program.only()))
-            if measures and spec is not None:
-                count = max(0, math.ceil(spec.samples / spec.batch) - 2)
+            if measures and total is not None:
+                count = max(0, total - 2)
                 seconds += count * self.rate * _values(data[-1].inputs) * 1.5
                 need = min(self.left_mb, self._activations_mb(data[-1].inputs))
             self._add(

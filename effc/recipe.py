@@ -81,6 +81,8 @@ def passes_of(word: str, targets: Sequence[str], *, checks: bool = False) -> lis
 
 
 Count = Annotated[int, Field(ge=1)]
+WORDS = ("transformers", "diffusers", "gguf", "python")
+"""Where a model may come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class SourceSpec:
     """
 
     transformers: str | None = None
+    diffusers: str | None = None
     gguf: str | None = None
     python: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +102,7 @@ class SourceSpec:
     roles: tuple[Literal["prefill"], Literal["decode"]] | None = None
 
     def as_mapping(self) -> dict[str, Any]:
-        named = {"transformers": self.transformers, "gguf": self.gguf, "python": self.python}
+        named = {word: getattr(self, word) for word in WORDS}
         given: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
         if not self.cache:
             given["cache"] = False
@@ -110,7 +113,11 @@ class SourceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibSpec:
-    """Samples that ranges are measured on: a file or folder, or `callable: module:function` giving batches."""
+    """Samples that ranges are measured on: a file or folder, or `callable: module:function` giving batches.
+
+    Of a diffusion model `trajectories` of its own sampler, of `steps` each, of which `keep` are shown, spread as `at`
+    says; the file then holds prompts.
+    """
 
     file: str | None = None
     callable: str | None = None
@@ -119,6 +126,11 @@ class CalibSpec:
     seed: int = 0
     batch: Count = 16
     max_length: Count | None = None
+    trajectories: Count | None = None
+    steps: Count = 20
+    keep: Count | None = None
+    at: Literal["uniform", "first", "middle", "last"] = "uniform"
+    guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +199,7 @@ class Recipe:
         """The recipe as it travels in a package: folders of this machine left out of its paths."""
         data = _without_folders(yaml.safe_load(self.text))
         for section, *keys in (
-            ("source", "transformers", "gguf", "python"),
+            ("source", *WORDS),
             ("calib", "file", "callable"),
         ):
             part = data.get(section) or {}
@@ -409,8 +421,8 @@ class _Reader:
 
     def _source(self, value: Any) -> SourceSpec:
         made: SourceSpec = self._section(SourceSpec, value, ("source",))
-        if [made.transformers, made.gguf, made.python].count(None) != 2:
-            raise self._error(("source",), "a source is one of transformers, gguf, python")
+        if [getattr(made, word) for word in WORDS].count(None) != len(WORDS) - 1:
+            raise self._error(("source",), f"a source is one of {', '.join(WORDS)}")
         if made.options and made.python is None:
             raise self._error(
                 ("source", "options"),
@@ -423,7 +435,7 @@ class _Reader:
                 "a factory says itself what its model takes and gives",
                 hint="leave it out",
             )
-        for word in ("transformers", "gguf", "python"):
+        for word in WORDS:
             if word in made.options:
                 raise self._error(
                     ("source", "options", word),
@@ -442,8 +454,18 @@ class _Reader:
         if value is None:
             return None
         made: CalibSpec = self._section(CalibSpec, value, ("calib",))
-        if (made.file is None) == (made.callable is None):
-            raise self._error(("calib",), "calibration data is one of file, callable")
+        if [made.file, made.callable].count(None) != 1 and made.trajectories is None:
+            raise self._error(("calib",), "calibration data is one of file, callable, trajectories")
+        if made.trajectories is not None and made.callable is not None:
+            raise self._error(
+                ("calib", "callable"), "trajectories are drawn by the sampler", hint="leave it out"
+            )
+        if made.trajectories is None:
+            for key in ("steps", "keep", "at", "guidance"):
+                if key in value:
+                    raise self._error(
+                        ("calib", key), "is for trajectories", hint="trajectories: 64"
+                    )
         return made
 
     def _flag(self, value: Any, name: str) -> bool:
@@ -576,8 +598,7 @@ class _Reader:
         """Relative paths of a recipe file become relative to where the command runs."""
         data = dict(data)
         for section, key, find in (
-            ("source", "transformers", self._path),
-            ("source", "gguf", self._path),
+            *(("source", word, self._path) for word in WORDS if word != "python"),
             ("source", "python", self._code),
             ("calib", "file", self._path),
             ("calib", "callable", self._code),

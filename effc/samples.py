@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from effc.processor import stack
 from effc.recipe import CalibSpec
 from effc.room import Room
 from effc.source import Source, import_code
+from effc.trajectories import Trajectories
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -37,7 +40,7 @@ class Samples:
 
     def __call__(self, role: str) -> Iterator[Batch]:
         """Calibration batches in the model's own types. Raises CalibrationError where one does not fit."""
-        for batch in self._drawn():
+        for batch in self._drawn(role):
             for inputs in self.pieces(self._fitting(role, batch.inputs)):
                 yield dataclasses.replace(batch, inputs=inputs)
 
@@ -56,14 +59,38 @@ class Samples:
         else:
             yield from self.room.pieces(feeds)
 
-    def _drawn(self) -> Iterator[Batch]:
-        if self.spec is None:
+    def _drawn(self, role: str) -> Iterator[Batch]:
+        if self.trajectories is not None:
+            yield from self.trajectories(role)
+        elif self.spec is None:
             if self.source.batches is not None:
                 yield from _given(f"batches of the source {self.source.name}", self.source.batches)
         elif self.spec.callable is not None:
             yield from _given(self.spec.callable, _function(self.spec.callable))
         else:
             yield from self._batched(self.records())
+
+    @cached_property
+    def trajectories(self) -> Trajectories | None:
+        """What the source's own sampler gives, where that is asked for."""
+        spec = self.spec
+        if spec is None or spec.trajectories is None:
+            return None
+        prompts: list[str] = []
+        if spec.file is not None:
+            records = itertools.islice(self.records(), spec.trajectories)
+            prompts = [record.text or "" for record in records]
+        return Trajectories(
+            source=self.source.whole or self.source, count=spec.trajectories, steps=spec.steps,
+            keep=spec.keep, at=spec.at, guidance=spec.guidance, seed=spec.seed, batch=spec.batch,
+            prompts=tuple(prompts),
+        )  # fmt: skip
+
+    def batches(self, role: str) -> int | None:
+        """How many calibration batches there are, of one size; None where nobody knows."""
+        if self.trajectories is not None:
+            return self.trajectories.batches(role)
+        return math.ceil(self.spec.samples / self.spec.batch) if self.spec is not None else None
 
     def _fitting(self, role: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs that the model takes, cast where nothing is lost but width."""
@@ -102,9 +129,12 @@ class Samples:
 
     def held_out(self, batches: int = 4) -> list[Batch]:
         """Up to `batches` batches of the same file that were not calibrated on."""
+        (role,) = self.source.inputs
+        if self.trajectories is not None:
+            spread = self.trajectories.spread(role, batches)
+            return [dataclasses.replace(b, inputs=self._fitting(role, b.inputs)) for b in spread]
         if self.spec is None or self.spec.file is None:
             return []
-        (role,) = self.source.inputs
         fresh = itertools.islice(self.records(left=True), batches * self.spec.batch)
         found = self._batched(fresh)
         return [dataclasses.replace(b, inputs=self._fitting(role, b.inputs)) for b in found]
@@ -172,6 +202,10 @@ class Samples:
     def key(self) -> str | None:
         """What decides every sample, files and their draw; None where somebody's code has a part in them."""
         spec, source = self.spec, self.source
+        if self.trajectories is not None:
+            made = self.trajectories
+            found = {"scheduler": source.scheduler, "source": source.digest, "batch": made.batch}
+            return key_of("samples", **found, **made.description())
         if source.processor is not None and source.directory is None:
             return None
         files = [sha256(source.directory / n) for n in source.files] if source.directory else []
@@ -184,6 +218,8 @@ class Samples:
 
     def description(self) -> dict[str, Any] | None:
         """Name, size and sha256 of the file, for the manifest."""
+        if self.trajectories is not None:
+            return self.trajectories.description()
         if self.spec is None or self.spec.file is None:
             return None
         path, _ = data.parse(self.spec.file)

@@ -1,8 +1,8 @@
 """Where a model comes from: modules with example inputs, free dimensions, and what turns raw samples into batches.
 
 A local transformers directory is read with its own head (the class that config.json's `architectures` names), from
-safetensors only, and without a network. Anything else comes through a factory, `module:function` or
-`file.py:function`, that returns a `Source` or just `(module, inputs)`.
+safetensors only, and without a network; a pipeline directory of diffusers likewise, as several graphs. Anything else
+comes through a factory, `module:function` or `file.py:function`, that returns a `Source` or just `(module, inputs)`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from effc import bounded, cached, causal, gguf, paths
+from effc import bounded, cached, causal, diffusion, gguf, paths, pipeline, schedule
 from effc.calib.data import Batch
 from effc.errors import EffcError, SourceError, first_line
 from effc.ir.trace import named_inputs
@@ -60,10 +60,28 @@ COPIED = (
     "NOTICE*",
 )
 """Files of a model directory that travel with the engine, where they end in one of `TEXTS` or are a licence."""
+PIPELINE_COPIED = (
+    diffusion.INDEX,
+    "*/config.json",
+    "scheduler/*.json",
+    "feature_extractor/*.json",
+    *(
+        f"{folder}/{name}"
+        for folder in ("tokenizer", "tokenizer_2")
+        for name in ("*.json", "*.txt", "*.model")
+    ),
+    "README.md",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
+"""The same of a pipeline directory."""
 TEXTS = (".json", ".txt", ".model", ".jinja", ".md")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_|block_)?layers?|depths?")
+_LAYERS = re.compile(
+    r"(num_|n_)?(hidden_|encoder_|decoder_|block_)?layers?(_per_block)?|depths?|transformer_layers_per_block"
+)
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 MOST_LAYERS = 1024
 """Of a model without weights."""
@@ -85,7 +103,8 @@ class Source:
     """A model to compile, by role; a plain model has the one role `main`.
 
     A factory may give inputs as arrays too, or as a list in the order of forward's parameters. `outputs` names the
-    outputs to keep, all where empty. `batches` gives calibration data where the source has its own.
+    outputs to keep, all where empty. `batches` gives calibration data where the source has its own. A model that takes
+    `sample` and `timestep` and has a `scheduler` is a denoiser, which `effc run` samples with.
     """
 
     modules: Mapping[str, nn.Module]
@@ -101,6 +120,10 @@ class Source:
     directory: Path | None = None
     files: tuple[str, ...] = ()
     links: tuple[Link, ...] = ()
+    scheduler: Mapping[str, Any] | None = None
+    """How a diffusion model is sampled, as in diffusers' scheduler_config.json."""
+    whole: Source | None = None
+    """All of a source that this is one graph of."""
 
     @property
     def module(self) -> nn.Module:
@@ -109,7 +132,8 @@ class Source:
 
     def stem(self, role: str) -> str:
         """What stands before the names of a model's own modules where effc has put it into a module of its own."""
-        return "model." if isinstance(self.modules[role], cached.Cached) else ""
+        own = (cached.Cached, pipeline.Denoiser, pipeline.Coder, pipeline.Text)
+        return "model." if isinstance(self.modules[role], own) else ""
 
     def only(self, role: str) -> Source:
         """The same with one of its graphs."""
@@ -119,14 +143,14 @@ class Source:
 
         return dataclasses.replace(
             self, modules=of(self.modules), inputs=of(self.inputs), dims=of(self.dims),
-            outputs=of(self.outputs),
+            outputs=of(self.outputs), whole=self.whole or self,
         )  # fmt: skip
 
 
 def guess(model: str) -> dict[str, str]:
     """A source from one word of the command line: a directory, a factory, or a hub id."""
     if os.path.isdir(model):
-        return {"transformers": model}
+        return {"diffusers" if pipeline.is_pipeline(Path(model)) else "transformers": model}
     if re.fullmatch(r"[\w./-]+:[A-Za-z_]\w*", model) and not os.path.exists(model):
         return {"python": model}
     if os.path.isfile(model) and model.endswith(".gguf"):
@@ -140,13 +164,15 @@ def guess(model: str) -> dict[str, str]:
 
 
 def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
-    """The source that `{transformers: DIR}`, `{gguf: FILE}` or `{python: module:factory, …options}` stands for.
+    """The source that `{transformers: DIR}`, or a mapping with `diffusers`, `gguf` or `python` and options stands for.
 
     With `shapes` a directory may lack its weights; the model then has shapes alone.
     """
     how = {"cache": spec.get("cache", True), "roles": tuple(spec.get("roles", ()))}
     if "transformers" in spec:
         return from_directory(Path(spec["transformers"]), **how, shapes=shapes)
+    if "diffusers" in spec:
+        return from_pipeline(Path(spec["diffusers"]))
     if "gguf" in spec:
         file = Path(spec["gguf"])
         place, digest = gguf.directory(file)
@@ -197,6 +223,40 @@ def from_directory(
         processor=processor,
         directory=path,
         files=tuple(copied_files(path)),
+    )
+
+
+def from_pipeline(path: Path) -> Source:
+    """A pipeline directory of diffusers, its components as graphs. Raises SourceError, saying what is wrong."""
+    if not pipeline.is_pipeline(path):
+        raise SourceError(
+            f"{paths.word(str(path))} is no pipeline directory: it has no {diffusion.INDEX}",
+            hint="give the directory that pipe.save_pretrained(DIR) wrote",
+        )
+    _refuse_special(path)
+    found = pipeline.components(path)
+    for component in found:
+        _refuse_special(component.place)
+        if not any(component.place.glob("*.safetensors")):
+            raise _no_weights(component.place)
+        _check_weights(component.place, component.settings)
+    parts = pipeline.parts(found)
+    for part in parts.values():
+        check_finite(part.module)
+    scheduler = bounded.read_json(path / diffusion.SCHEDULER, SourceError)
+    return Source(
+        modules={role: part.module for role, part in parts.items()},
+        inputs={role: part.inputs for role, part in parts.items()},
+        dims={role: part.dims for role, part in parts.items()},
+        links=tuple(Link(**link) for link in pipeline.links(parts)),
+        kind=diffusion.KIND,
+        name=_name(path),
+        digest=directory_digest(
+            path, ("*/*.safetensors", "*/config.json", diffusion.INDEX, diffusion.SCHEDULER)
+        ),
+        directory=path,
+        files=tuple(copied_files(path, PIPELINE_COPIED)),
+        scheduler=scheduler,
     )
 
 
@@ -280,9 +340,11 @@ def _check_weights(path: Path, config: Mapping[str, Any]) -> None:
         path, config, tensors, f"the weights have {tensors} tensors",
         "config.json and the weights are of two models",
     )  # fmt: skip
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        _check_index(path, index)
+
+
+def _check_index(path: Path, index: Path) -> None:
     content = bounded.read_json(index, SourceError)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
@@ -351,17 +413,8 @@ def _load_model(path: Path, config: Mapping[str, Any], shapes: bool) -> tuple[nn
     if has_weights:
         _check_weights(path, config)
     else:
-        pickles = [p.name for pattern in _PICKLES for p in sorted(path.glob(pattern))]
-        if pickles:
-            raise SourceError(
-                f"{path} has its weights only as pickle ({pickles[0]}), which can run code when read",
-                hint="convert it where you trust it: model.save_pretrained(DIR, safe_serialization=True)",
-            )
-        if not shapes:
-            raise SourceError(
-                f"{path} has no weights (*.safetensors)",
-                hint="put model.safetensors there; only --plan does without",
-            )
+        if not shapes or _pickles(path):
+            raise _no_weights(path)
         _check_layers(
             path, config, MOST_LAYERS, f"without weights {MOST_LAYERS} are the most",
             "put the weights beside it",
@@ -413,6 +466,22 @@ def _load_model(path: Path, config: Mapping[str, Any], shapes: bool) -> tuple[nn
         )
     check_finite(model)
     return _plain(model), missing
+
+
+def _pickles(path: Path) -> list[str]:
+    return [p.name for pattern in _PICKLES for p in sorted(path.glob(pattern))]
+
+
+def _no_weights(path: Path) -> SourceError:
+    if pickles := _pickles(path):
+        return SourceError(
+            f"{path} has its weights only as pickle ({pickles[0]}), which can run code when read",
+            hint="convert it where you trust it: model.save_pretrained(DIR, safe_serialization=True)",
+        )
+    return SourceError(
+        f"{path} has no weights (*.safetensors)",
+        hint="put model.safetensors there; only --plan does without",
+    )
 
 
 def _without_weights(path: Path, kind: Any) -> nn.Module:
@@ -539,7 +608,7 @@ def is_of_shapes(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def copied_files(path: Path) -> list[str]:
+def copied_files(path: Path, patterns: Sequence[str] = COPIED) -> list[str]:
     """Relative names of the files that travel with the engine: settings and texts, no weights and no code.
 
     Raises SourceError for a link that leads out of the directory. In the cache of the hub, whose snapshots are links,
@@ -551,7 +620,7 @@ def copied_files(path: Path) -> list[str]:
         model = root.parent.parent
         homes += [model / "blobs", model.parent / "blobs"]
     found: set[str] = set()
-    for pattern in COPIED:
+    for pattern in patterns:
         for file in path.glob(pattern):
             licence = not file.suffix and file.name.startswith(LICENCES)
             if not file.is_file() or not (licence or file.suffix in TEXTS):
@@ -573,11 +642,11 @@ def copied_files(path: Path) -> list[str]:
     return sorted(found)
 
 
-def directory_digest(path: Path) -> str:
+def directory_digest(path: Path, patterns: Sequence[str] = ("*.safetensors", "config.json")) -> str:
     """sha256 over the weights and config.json, by name."""
     total = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
-        total.update(file.name.encode())
+    for file in sorted(file for pattern in patterns for file in path.glob(pattern)):
+        total.update(file.relative_to(path).as_posix().encode())
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()
@@ -637,7 +706,22 @@ def _checked(source: Source) -> Source:
             f"metric is {_form(source.metric)}, not a metric",
             hint="give an object of effc.metrics, or name it by --metric NAME:FILE",
         )
+    if source.scheduler is not None:
+        source = _sampled(source, inputs)
     return dataclasses.replace(source, inputs=inputs, outputs=outputs)
+
+
+def _sampled(source: Source, inputs: Mapping[str, Mapping[str, Tensor]]) -> Source:
+    """A source that has a denoiser and settings of a sampler. Raises SourceError where it has not."""
+    assert source.scheduler is not None
+    schedule.sampler(source.scheduler, 1)
+    role = diffusion.denoiser(tuple(inputs))
+    if lacks := {diffusion.SAMPLE, diffusion.TIMESTEP} - set(inputs[role]):
+        raise SourceError(
+            f"the source has a scheduler, and {role} takes no {sorted(lacks)[0]!r}",
+            hint="a denoiser is called with sample [batch, channels, height, width] and timestep [1] or [batch]",
+        )
+    return dataclasses.replace(source, kind=diffusion.KIND)
 
 
 def _form(value: Any) -> str:

@@ -40,7 +40,7 @@ from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, Trainer
 from effc.passes.pipeline import apply
 from effc.progress import Progress
-from effc.recipe import Recipe
+from effc.recipe import WORDS, Recipe
 from effc.remedy import Remedy, remedies
 from effc.samples import Samples
 from effc.verify import Tolerance, parity
@@ -158,7 +158,7 @@ def walk(
     }  # fmt: skip
 
 
-SOURCE = ("transformers", "gguf", "python", "cache", "roles")
+SOURCE = (*WORDS, "cache", "roles")
 
 
 def _recipe(out: Path, spec: Json, trust_code: bool, calib: str | None) -> Recipe:

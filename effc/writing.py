@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from effc import bounded, causal, package
+from effc import bounded, causal, diffusion, package
 from effc.backends.base import Port
 from effc.engine import Engine, entry_of
 from effc.errors import PackageError, SourceError, UsageError
@@ -107,6 +107,10 @@ def _cache(
 ) -> list[tuple[int, int]]:
     """Heads and head size of every layer. Raises UsageError where an engine is no language model with a cache."""
     past = {p.name: p.shape for p in inputs if p.name.startswith(f"{causal.PAST}.")}
+    if kind == diffusion.KIND:
+        raise UsageError(
+            f"{out} holds a diffusion pipeline, which writes no text", hint="-o image.png"
+        )
     if kind != "causal-lm" or not past:
         raise UsageError(
             f"{out} holds a {kind} without a cache of keys and values, which writes no text",

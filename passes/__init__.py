@@ -30,6 +30,8 @@ PASSES = Table(
         "quantize-cache": "effc.passes.quantize_cache:QuantizeCache",
         "quantize": "effc.passes.quantize:Quantize",
         "smooth": "effc.passes.smooth:Smooth",
+        "split-concat": "effc.passes.split:SplitConcat",
+        "timestep-table": "effc.passes.timestep:TimestepTable",
         "tune": "effc.passes.tune:Tune",
     },
     error=RecipeError,

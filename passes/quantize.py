@@ -28,6 +28,7 @@ from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import Select, op_name, site_names, value_key
 from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
+from effc.passes.split import halves, power_of_two
 from effc.quant.affine import SMALLEST, dequantize, qparams, quantize, steady, weight_qparams
 from effc.quant.channels import channels, columns
 from effc.quant.gptq import gptq
@@ -84,6 +85,8 @@ class Quantize(Pass):
     """Operators to quantise; the target's own list where empty."""
     conv_output: bool | None = None
     conv_bias_int32: bool | None = None
+    joins_codes: bool | None = None
+    """Round the halves of a concatenation that `split-concat` scaled each by its own step, and join the integers."""
     conv_residual: bool | None = None
     """Let residual sums read the integers that a convolution beside them reads."""
     overflow_fix: bool | None = None
@@ -121,6 +124,7 @@ class Quantize(Pass):
             conv_output=given(self.conv_output, dialect.conv_output),
             conv_bias_int32=given(self.conv_bias_int32, dialect.conv_bias_int32),
             conv_residual=given(self.conv_residual, dialect.conv_residual),
+            joins_codes=given(self.joins_codes, dialect.joins_codes),
             overflow_fix=given(self.overflow_fix, dialect.overflow_fix),
         )
 
@@ -620,6 +624,30 @@ class Work:
         step, zero_point = self.stats.decide(key, make)
         return step, zero_point
 
+    def _joined(
+        self,
+        value: fx.Node,
+        before: fx.Node,
+        step: float,
+        scale: fx.Node,
+        zero: fx.Node,
+        scheme: Scheme,
+    ) -> fx.Node | None:
+        """Codes of two halves of which one is scaled, each by its own step: round(r·x / s) = round(x / (s/r))."""
+        parts = [power_of_two(part) for part in halves(value) or ()]
+        if not self.options.joins_codes or all(factor == 1 for _, factor in parts):
+            return None
+        codes = []
+        for part, factor in parts:
+            own = scale
+            if factor != 1:
+                tensor = torch.tensor(step, dtype=torch.float32) / factor
+                origin = self.graph.origins[tensor_name(self.graph, scale) or ""]
+                own = lift(self.graph, f"{tensor_name(self.graph, scale)}_half", tensor, origin)
+            args = (part, own, zero, scheme.low, scheme.high, 0, 0)
+            codes.append(insert(self.graph, before, QUANTIZE, args))
+        return insert(self.graph, before, aten.cat.default, (codes, 1))
+
     def _pair(
         self, value: fx.Node, *, before: fx.Node | None = None, after: fx.Node | None = None
     ) -> fx.Node:
@@ -635,7 +663,11 @@ class Work:
         codes_type = torch.tensor(zero_point, dtype=scheme.dtype)
         zero = lift(self.graph, f"{stem}_zero_point", codes_type, origin)
         args = (value, scale, zero, scheme.low, scheme.high, 0, 0)
-        if after is not None:
+        if before is not None and (
+            joined := self._joined(value, before, step, scale, zero, scheme)
+        ):
+            pair = insert(self.graph, before, DEQUANTIZE, (joined, scale, zero, 0, 0))
+        elif after is not None:
             codes = insert_after(self.graph, after, QUANTIZE, args)
             pair = insert_after(self.graph, codes, DEQUANTIZE, (codes, scale, zero, 0, 0))
         else:

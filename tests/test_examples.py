@@ -19,6 +19,7 @@ KEYS = {
         "engine_rel_l2",
         "prefill_speedup",
     },
+    "q_diffusion": {"arms", "steps", "is_trained"},
     "own_pass": {"before", "after", "sites", "max_abs", "recipe"},
 }
 

@@ -23,17 +23,17 @@ LINES = [
     errors sizes heap quiet lean
     progress paths scratch
     bounded table stats cache
-    machine
-    quant
+    machine schedule
+    quant diffusion
     dialect
     ir nn
     calib
     causal
-    processor noise generate gguf cached adapter
+    processor noise generate gguf cached adapter pipeline
     source
     passes backends
-    metrics
-    recipe room checkpoint
+    metrics sampling
+    recipe room checkpoint trajectories
     samples verify bench alike
     gate case tuning
     package
@@ -45,10 +45,10 @@ LINES = [
     measure
     timing
     build blame layers elsewhere
-    trial remedy
+    trial remedy layout_pipeline
     search
     compiler
-    inspection plan writing layout
+    inspection plan writing painting layout
     walk
     cli
     __init__ __main__

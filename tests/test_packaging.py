@@ -66,7 +66,8 @@ def test_what_is_imported_is_declared():
     """The wheel is tested beside a full environment, so a missing declaration would not be noticed there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["openvino"], *extras["tensorrt"], *extras["train"]]
+    words = ("openvino", "tensorrt", "train", "diffusion")
+    lines = [*project["dependencies"], *(line for word in words for line in extras[word])]
     declared = {re.split(r"[<>=!~ ;\[]", line)[0].lower().replace("-", "_") for line in lines}
     names = {"yaml": "pyyaml", "PIL": "pillow", "cuda": "cuda_bindings"}
     names |= {f"tensorrt_rtx_{part}": f"tensorrt_rtx_cu12_{part}" for part in ("libs", "bindings")}

@@ -1,0 +1,70 @@
+"""`effc package --layout diffusers`: engines of a pipeline as diffusers keeps its ONNX files, one folder for each part.
+
+model_index.json, scheduler/, tokenizer/, text_encoder/model.onnx, unet/model.onnx, vae_decoder/model.onnx, …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from effc import bounded, diffusion, package, paths
+from effc.errors import PackageError, UsageError
+
+Json = dict[str, Any]
+
+NAME = "diffusers"
+TARGET = "ort"
+PART = ["diffusers", "OnnxRuntimeModel"]
+"""What model_index.json calls an ONNX file."""
+CLASSES = {"StableDiffusionPipeline": "OnnxStableDiffusionPipeline"}
+"""Pipelines of diffusers that have a twin for ONNX files."""
+LEFT_OUT = ("feature_extractor", "safety_checker", "image_encoder")
+ENGINE = "model.onnx"
+
+
+def arrange(out: Path, manifest: package.Manifest, place: Path) -> None:
+    """Copy a package of a pipeline into `place`, which is there and empty. Raises UsageError for any other package."""
+    entries = [entry for entry in manifest.engines if entry.target == TARGET]
+    if manifest.kind != diffusion.KIND or diffusion.INDEX not in manifest.files:
+        raise UsageError(
+            f"{out} was not made of a pipeline directory, which the layout {NAME} is for",
+            hint="effc compile PIPELINE_DIR -o OUT",
+        )
+    if not entries:
+        raise UsageError(
+            f"{out} has no engine for {TARGET}", hint=f"compile with --target {TARGET}"
+        )
+    where: dict[str, list[str]] = {}
+    for entry in entries:
+        for name in (entry.path, f"{entry.path}.data"):
+            if name in manifest.files:
+                rest = name.removeprefix(entry.path)
+                where[name] = [f"{entry.role}/{ENGINE}{rest}"]
+        settings = diffusion.VAE if entry.role.startswith("vae_") else f"{entry.role}/config.json"
+        if settings in manifest.files:
+            where.setdefault(settings, []).append(f"{entry.role}/config.json")
+    for name in manifest.files:
+        top = PurePosixPath(name).parts[0]
+        is_text = top in ("scheduler", "tokenizer", "tokenizer_2")
+        if is_text or name.startswith(("README", "LICENSE", "LICENCE", "NOTICE")):
+            where[name] = [name]
+    for name, targets in where.items():
+        for target in targets:
+            made = paths.inside(place, target)
+            made.parent.mkdir(parents=True, exist_ok=True)
+            with paths.opened(out, name) as stream:
+                made.write_bytes(stream.read())
+    index = bounded.read_json(out / diffusion.INDEX, PackageError)
+    text = package.dump(_index(index, [entry.role for entry in entries]))
+    (place / diffusion.INDEX).write_text(text, encoding="utf-8")
+
+
+def _index(index: Mapping[str, Any], roles: list[str]) -> Json:
+    kept = {
+        k: v for k, v in index.items() if k not in ("vae", *diffusion.TEXTS, *diffusion.DENOISERS)
+    }
+    kept |= {name: [None, None] for name in LEFT_OUT if name in index}
+    name = index.get("_class_name")
+    return {**kept, "_class_name": CLASSES.get(name, name), **dict.fromkeys(roles, PART)}  # type: ignore[arg-type]

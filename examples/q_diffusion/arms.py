@@ -1,0 +1,69 @@
+"""How far a quantised diffusion model is from its float sampler: the same noise through both, picture by picture.
+
+    error of a picture = ‖x̂_0 − x_0‖ / ‖x_0‖
+
+The noise is common, so that what one picture differs from another cancels out, and few pictures tell arms apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import effc
+from effc import compiler, painting
+from effc.diffusion import Guide, Rows
+from effc.recipe import build
+from effc.sampling import Pipeline
+from effc.schedule import sampler
+from effc.trajectories import Trajectories
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Json = dict[str, Any]
+
+
+def samples(pipeline: Pipeline, seeds: Sequence[int], steps: int, batch: int = 32) -> Array:
+    """The last sample of every seed [seeds, channels, height, width]."""
+    found = []
+    for start in range(0, len(seeds), batch):
+        rows = Rows(seeds[start : start + batch], pipeline.shape)
+        made = sampler(pipeline.scheduler, steps)
+        *_, (_, x) = pipeline.steps(made, rows, Guide())
+        found.append(x)
+    return np.concatenate(found)
+
+
+def of_source(source: effc.Source, seeds: Sequence[int], steps: int) -> Array:
+    """Of the model as it is, in torch."""
+    made = Trajectories(source=source, count=len(seeds), steps=steps)
+    return samples(made.pipeline, seeds, steps)
+
+
+def of_package(out: Path, seeds: Sequence[int], steps: int) -> Array:
+    with painting.opened(out, threads=1) as pipeline:
+        return samples(pipeline, seeds, steps)
+
+
+def compiled(data: Mapping[str, Any], out: Path) -> Json:
+    """Compile a recipe and give the manifest of what came out."""
+    compiler.run(build({"bench": False, "gate": False, **data}), out, threads=1)
+    return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+
+
+def errors(found: Array, wanted: Array) -> Array:
+    """Relative L2 of every picture."""
+    axes = tuple(range(1, wanted.ndim))
+    lost = np.sqrt(((found - wanted) ** 2).sum(axes))
+    return lost / np.sqrt((wanted**2).sum(axes))
+
+
+def mean(values: Array, draws: int = 2000) -> Json:
+    """A mean with its 95 % bootstrap interval over pictures."""
+    draw = np.random.default_rng(0)
+    chosen = draw.integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
