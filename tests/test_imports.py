@@ -29,7 +29,7 @@ LINES = [
     ir nn
     calib
     causal
-    processor noise generate gguf cached adapter
+    processor noise generate gguf cached adapter intuition experts
     source
     passes backends
     metrics
