@@ -26,7 +26,7 @@ from effc.backends.options import OPTIONS
 from effc.errors import PreconditionError, RecipeError, UsageError
 from effc.machine import default_threads
 from effc.passes import PASSES
-from effc.passes.base import FILES, Pass
+from effc.passes.base import Pass, of_files
 from effc.source import import_code
 from effc.table import nearest, unknown
 
@@ -206,9 +206,7 @@ class Recipe:
             part.update({key: Path(part[key]).name for key in keys if part.get(key)})
         for pass_ in data.get("passes") or ():
             if isinstance(pass_, dict):
-                pass_.update(
-                    {k: Path(pass_[k]).name for k in FILES if isinstance(pass_.get(k), str)}
-                )
+                pass_.update(of_files(pass_, lambda word: Path(word).name))
         if self.metric is not None:
             data["metric"] = {Path(n).name: Path(file).name for n, file in data["metric"].items()}
         if self.plugins:
@@ -616,8 +614,7 @@ class _Reader:
         """A pass with the files that its options name."""
         if not isinstance(pass_, dict):
             return pass_
-        named = {k: self._path(v) for k, v in pass_.items() if k in FILES and isinstance(v, str)}
-        return {**pass_, **named}
+        return of_files(pass_, self._path)
 
     def _code(self, text: str) -> str:
         """`file.py:function` is a path, `module:function` is none."""

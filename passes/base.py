@@ -30,8 +30,19 @@ from effc.ir.check import Drift
 from effc.ir.program import Graph, Program
 
 Effect = Literal["exact", "lossy"]
-FILES = ("file", "adapter")
-"""Options of passes that name a file or a folder."""
+FILES = ("file", "adapter", "adapters", "centroids")
+"""Options of passes that name a file or a folder, or several."""
+
+
+def of_files(options: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Options of a pass with every name of a file or folder among them changed."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        return [changed(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return {k: changed(v) if k in FILES else v for k, v in options.items()}
 
 
 class Stats:

@@ -110,7 +110,7 @@ class AttachLora(Pass):
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         given = self._given()
         if given is not None:
-            _hold_recorded(graph, stats, given, str(self.adapter))
+            hold_recorded(graph, stats, given.digest, str(self.adapter))
         traced: dict[Any, Graph] = {}
         changed = count = 0
         for site, low, rooted in list(self._adapters(graph, given)):
@@ -131,7 +131,7 @@ class AttachLora(Pass):
         Raises PreconditionError where there is none, or where one cannot have it.
         """
         if given is not None:
-            for site, low in _fitted(graph, given, str(self.adapter)):
+            for site, low in fitted(graph, given, str(self.adapter)):
                 yield site, low, given.rooted
             return
         found = sites(graph, self.select, output=self.output)
@@ -251,7 +251,7 @@ def _of_logits(graph: Graph) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
-def _fitted(graph: Graph, adapter: Adapter, place: str) -> Iterator[tuple[Site, Low]]:
+def fitted(graph: Graph, adapter: Adapter, place: str) -> Iterator[tuple[Site, Low]]:
     """The layers that an adapter is for. Raises PreconditionError where it is for another model.
 
     The base may lie in a wrapper of effc, whose name stands before all of its own.
@@ -287,9 +287,9 @@ def _fitted(graph: Graph, adapter: Adapter, place: str) -> Iterator[tuple[Site, 
         )  # fmt: skip
 
 
-def _hold_recorded(graph: Graph, stats: Stats, given: Adapter, place: str) -> None:
+def hold_recorded(graph: Graph, stats: Stats, digest: str, place: str) -> None:
     """Raise CalibrationError where a replay is given another adapter: what was decided behind it is not for that."""
-    if stats.decide(f"{graph.role}/adapter", lambda: given.digest) != given.digest:
+    if stats.decide(f"{graph.role}/adapter", lambda: digest) != digest:
         raise CalibrationError(
             f"{place} is another adapter than that of the recorded decisions",
             hint="name the one that they were made with, or compile again without them",
@@ -448,21 +448,26 @@ def merge(graph: Graph, found: Sequence[Place], word: str) -> None:
     for place in found:
         groups.setdefault((place.layer.args[1], place.a, place.b), []).append(place)
     made: dict[Any, Tensor] = {}
-    tables = _tables(graph)
     for (weight, a, b), group in groups.items():
         key = tuple(place_of(tensor_of(graph, node)) for node in (weight, a, b))
         if key not in made:
             made[key] = _folded(graph, group[0], word)
-        layers, name = [place.layer for place in group], tensor_name(graph, weight) or ""
-        if set(weight.users) == set(layers):
-            rebind(graph, name, made[key], word)
-            continue
-        old = graph.origins[name]
-        stem = layer_name(graph, layers[0], tables)
-        origin = Origin(old.source, (*old.transforms, word))
-        own = lift(graph, f"{stem}.weight", made[key], origin)
-        for layer in layers:
-            layer.update_arg(1, own)
+        put_weight(graph, weight, [place.layer for place in group], made[key], word)
+
+
+def put_weight(
+    graph: Graph, weight: fx.Node, layers: Sequence[fx.Node], tensor: Tensor, word: str
+) -> None:
+    """Give layers another weight; one that something else reads too stays, and the layers get one of their own."""
+    name = tensor_name(graph, weight) or ""
+    if set(weight.users) == set(layers):
+        rebind(graph, name, tensor, word)
+        return
+    old = graph.origins[name]
+    stem = layer_name(graph, layers[0], _tables(graph))
+    own = lift(graph, f"{stem}.weight", tensor, Origin(old.source, (*old.transforms, word)))
+    for layer in layers:
+        layer.update_arg(1, own)
 
 
 def _folded(graph: Graph, place: Place, word: str) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from effc.calib.calibrator import MASK, collect, tensors_for
@@ -22,7 +23,7 @@ from effc.errors import EffcError, PassError, PostconditionError, PreconditionEr
 from effc.ir.check import Drift, drift, problems
 from effc.ir.edit import refresh
 from effc.ir.program import Graph, Program
-from effc.passes.base import FILES, Clock, Pass, PassRecord, Stats, Trainer
+from effc.passes.base import Clock, Pass, PassRecord, Stats, Trainer, of_files
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def run(
 def options_of(pass_: Pass) -> dict[str, Any]:
     """The options of a pass as plain values, those left at None out, and of files their names alone."""
     options = {k: v for k, v in dataclasses.asdict(pass_).items() if v is not None and v != ()}
-    return {k: Path(v).name if k in FILES and isinstance(v, str) else v for k, v in options.items()}
+    return of_files(options, lambda word: Path(word).name)
 
 
 def _graphs(pass_: Pass, program: Program) -> list[Graph]:
@@ -197,8 +198,9 @@ def _compare(
         feeds = list((probes or {}).get(graph.role, ()))
         if not feeds:
             first = next(iter(_batches(data, graph.role)), None)
-            feeds = [tensors_for(graph, first.inputs)] if first is not None else []
-        for feed in feeds:
+            feeds = [_of_either(before[graph.role], graph, first)] if first is not None else []
+        for given in feeds:
+            feed = _with_added(before[graph.role], graph, given)
             left, right = before[graph.role].run(feed), graph.run(feed)
             shared = {  # codes are no numbers to compare
                 name: value
@@ -208,6 +210,26 @@ def _compare(
             gap = drift(shared, right, feed.get(MASK))
             worst = gap if worst is None else worst.worst(gap)
     return worst
+
+
+def _of_either(before: Graph, after: Graph, batch: Batch) -> dict[str, Tensor]:
+    """A batch as both graphs take it; an input that a pass has added may be missing in it."""
+    feed = tensors_for(before, batch.inputs)
+    if set(after.inputs) <= set(batch.inputs):
+        feed |= tensors_for(after, batch.inputs)
+    return feed
+
+
+def _with_added(before: Graph, after: Graph, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs for both graphs: one that a pass has added has its example's rows, as many as there are."""
+    known = after.exported.example_inputs
+    made = dict(feed)
+    for name in after.inputs:
+        if name in before.inputs or name in feed or known is None:
+            continue
+        rows = len(next(iter(feed.values())))
+        made[name] = known[1][name][torch.arange(rows) % len(known[1][name])]
+    return made
 
 
 def _hold(pass_: Pass, gap: Drift) -> None:

@@ -26,6 +26,7 @@ from effc.errors import PreconditionError
 from effc.ir.edit import insert, insert_after, is_constant, lift, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin, Program
 from effc.ir.select import Select, op_name, site_names, value_key
+from effc.ir.splice import is_spliced
 from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
 from effc.passes.split import halves, power_of_two
@@ -300,8 +301,8 @@ def _fits(graph: Graph, node: fx.Node, floor: float) -> bool:
     if not isinstance(weight, fx.Node) or not is_constant(graph, weight):
         return False
     value = weight.meta["val"]
-    if not value.is_floating_point():
-        return False
+    if not value.is_floating_point() or is_spliced(graph, tensor_name(graph, weight) or ""):
+        return False  # what was put beside a layer is small, and trained on what the layer loses
     if op_name(node) == "embedding":
         shared = any(op_name(user) != "embedding" for user in weight.users)
         return shared or bool(value.numel() * value.element_size() >= floor)

@@ -29,7 +29,7 @@ LINES = [
     ir nn
     calib
     causal
-    processor noise generate gguf cached adapter pipeline
+    processor noise generate gguf cached adapter pipeline intuition experts
     source
     passes backends
     metrics sampling

@@ -169,6 +169,63 @@ def redirect(graph: Graph, old: fx.Node, new: fx.Node, users: Sequence[fx.Node])
             spec.arg = TensorArgument(new.name)
 
 
+def add_input(graph: Graph, name: str, like: fx.Node, example: Tensor) -> fx.Node:
+    """A new input behind the others, with the rows of the input `like` and the other sizes of an `example`.
+
+    Raises KeyError where the graph has an input of that name.
+    """
+    if name in graph.inputs:
+        raise KeyError(f"{graph.role} has an input {name!r} already")
+    exported = graph.exported
+    last = [n for n in graph.fx.nodes if n.op == "placeholder"][-1]
+    with graph.fx.inserting_after(last):
+        node = graph.fx.placeholder(name)
+    node.meta["val"] = example
+    match_rows(graph, node, like)
+    argument = TensorArgument(node.name)
+    exported.graph_signature.input_specs.append(InputSpec(InputKind.USER_INPUT, argument, None))
+    graph.inputs = (*graph.inputs, name)
+    entry = exported.module_call_graph[0]
+    assert entry.signature is not None
+    entry.signature.inputs = [*entry.signature.inputs, argument]
+    args, kwargs = exported.example_inputs or ((), {})
+    if entry.signature.forward_arg_names is not None:
+        entry.signature.forward_arg_names = [*entry.signature.forward_arg_names, node.name]
+    given = (args, {**kwargs, node.name: example})
+    entry.signature.in_spec = pytree.tree_structure(given)
+    exported.example_inputs = given
+    return node
+
+
+def drop_input(graph: Graph, name: str) -> None:
+    """Take out an input that nothing reads, as `add_input` puts one in."""
+    exported, place = graph.exported, graph.inputs.index(name)
+    node = graph.placeholders()[str(exported.graph_signature.user_inputs[place])]
+    graph.fx.erase_node(node)
+    specs = exported.graph_signature.input_specs
+    specs[:] = [s for s in specs if getattr(s.arg, "name", "") != node.name]
+    graph.inputs = tuple(word for word in graph.inputs if word != name)
+    entry = exported.module_call_graph[0]
+    assert entry.signature is not None
+    entry.signature.inputs = [a for a in entry.signature.inputs if a.name != node.name]
+    args, kwargs = exported.example_inputs or ((), {})
+    if entry.signature.forward_arg_names is not None:
+        words = entry.signature.forward_arg_names
+        entry.signature.forward_arg_names = [word for word in words if word != node.name]
+    given = (args, {word: value for word, value in kwargs.items() if word != node.name})
+    entry.signature.in_spec = pytree.tree_structure(given)
+    exported.example_inputs = given
+
+
+def match_rows(graph: Graph, node: fx.Node, like: fx.Node) -> None:
+    """Let an input that nothing reads yet have as many rows as another."""
+    value = node.meta["val"]
+    with fake_mode(graph):
+        other = like.meta["val"]
+        shape = (other.shape[0], *value.shape[1:])
+        node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=other.device)
+
+
 def retype(graph: Graph, name: str, dtype: torch.dtype) -> fx.Node:
     """Let an input take values of another type. Raises KeyError where there is none of that name."""
     if name not in graph.inputs:
