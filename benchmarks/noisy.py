@@ -1,19 +1,30 @@
 """What few bits cost a vision transformer, by what is put in front of its grids: noise, offsets, levels, all of it.
 
-    python benchmarks/noisy.py                 # hours on two cores; writes results/noisy.json, and goes on where it was
-    python benchmarks/noisy.py 2000 1 6 4      # so many pictures and draws, and these bits alone
+    python benchmarks/noisy.py                 # two hours on one core; writes results/noisy.json
+    python benchmarks/noisy.py --pictures 2000 --draws 1 --bits 6 4
+    python benchmarks/noisy.py --finished      # the table of what there is so far
 
-Every unit is arm × bits × draw of 128 calibration pictures, which are some of those measured, without their labels. All
-linear layers have weights and activations of that many bits on a grid without a zero point, as GPUs want it; attention
-and the first convolution stay in float. The graph is measured, which rounds as the engine does. KL is from the float
-model's answers, per picture, and compared picture by picture with clip search (`quantize`, range mse). `shuffled` is
-the control of the offsets: the same ones, among channels that they were not chosen for.
+Every unit is model × arm × bits × draw of 128 calibration pictures, which are some of those measured, without their
+labels; a unit that is finished is not done again. All linear layers have weights and activations of that many bits on a
+grid without a zero point, as GPUs want it; attention and the first convolution stay in float. Measured is an engine of
+ONNX Runtime that computes with the codes of those grids, as unsigned integers whose zero is their middle. KL is from
+the float model's answers, per picture, and compared picture by picture with clip search (`quantize`, range mse).
+`shuffled` is the control of the offsets: the same ones, among channels that they were not chosen for.
+
+EasyQuant, PTQ4ViT and twin-uniform are the ways to choose grids of those papers (`twin.py` says what of the last there
+is here); each stands beside the same with uniform noise and with offsets. `outliers` is the same model with three
+channels of every norm made eight times as large, and the weights behind them as much smaller: it computes the same.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import gzip
+import itertools
 import sys
+import tempfile
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,81 +32,152 @@ from typing import Any
 import common
 import numpy as np
 import torch
+import twin
 
 import effc
 from effc.backends.dialect import DIALECTS
+from effc.backends.ort import Ort
 from effc.calib.data import Batch
 from effc.compiler import trace_source
-from effc.ir.program import Program
+from effc.ir.edit import lift, refresh, tensor_of
+from effc.ir.program import Origin, Program
+from effc.ir.select import op_name
 from effc.passes import PASSES
+from effc.passes.scaling import places, rescale
+from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.source import load
 
 Json = dict[str, Any]
 STATE = common.ROOT / "benchmarks" / "state" / "noisy"
-TARGET, CALIBRATED, BATCH, DRAWS, BITS = "tensorrt", 128, 32, 5, (8, 6, 4, 3)
+TARGET, CALIBRATED, BATCH, DRAWS = "tensorrt", 128, 32, 5
+OUTLIERS, LARGER = 3, 8.0
 CLIP, SHUFFLED = "clip search", "offsets, shuffled"
+ALL, ALIKE = "level, offsets, gptq", "level alike, offsets, gptq"
 LINEAR = {"select": effc.Select(op="linear")}
+TWIN = "twin"
+"""What is done behind the passes of an arm, where it is done."""
+
+
+def offsets(**options: Any) -> Json:
+    return {"pass": "noisyquant", **options}
+
+
+EASYQUANT = {"clip": "cosine", "weight_clip": "output"}
+PTQ4VIT = {"clip": "output", "weight_clip": "output", "slopes": True}
+BASES: dict[str, Json] = {
+    "min/max": {"range": "minmax", "clip": "range"},
+    "percentile": {"range": "percentile", "clip": "range"},
+    CLIP: {"clip": "range"},
+    "EasyQuant": EASYQUANT,
+    "PTQ4ViT": PTQ4VIT,
+}
 
 
 def arms() -> dict[str, list[Json]]:
     """Passes by name of an arm, but for their bits."""
-
-    def offsets(**options: Any) -> Json:
-        return {"pass": "noisyquant", **options}
-
     level, best = {"pass": "level"}, {"weight_range": "mse", "rounding": "gptq"}
-    return {
-        "min/max": [{"pass": "quantize", "range": "minmax"}],
-        "percentile": [{"pass": "quantize", "range": "percentile"}],
+    alike = {**level, "alike": True}
+    found = {
         CLIP: [{"pass": "quantize"}],
-        "min/max, paper": [offsets(mode="paper", range="minmax")],
-        "percentile, paper": [offsets(mode="paper", range="percentile")],
-        "clip search, paper": [offsets(mode="paper")],
-        "clip search, paper, bias compensation": [offsets(mode="paper", bias_correction=True)],
         "released": [offsets(mode="released")],
-        "offsets, ends by range": [offsets(clip="range")],
+        "clip search, bias compensation": [offsets(mode="none", bias_correction=True)],
+        "clip search, noise, bias compensation": [offsets(mode="paper", bias_correction=True)],
         "offsets": [offsets()],
+        "offsets, no compensation": [offsets(bias_correction=False)],
         "offsets, no sum added": [offsets(add=False)],
         SHUFFLED: [offsets()],
+        "level alike": [alike, {"pass": "quantize"}],
         "level": [level, {"pass": "quantize"}],
         "clip search, gptq": [{"pass": "quantize", **best}],
         "offsets, gptq": [offsets(**best)],
         "level, offsets": [level, offsets()],
-        "level, offsets, gptq": [level, offsets(**best)],
+        ALL: [level, offsets(**best)],
+        ALIKE: [alike, offsets(**best)],
         "level, offsets, gptq, refit": [level, offsets(refit=True, **best)],
-        "level alike, offsets, gptq": [{**level, "alike": True}, offsets(**best)],
-        "level, offsets, gptq, 8192 rows": [level, offsets(rows=8192, **best)],
+        "level, offsets, gptq, slopes": [level, offsets(slopes=True, **best)],
     }
+    for name, base in BASES.items():
+        found.setdefault(name, [offsets(mode="none", **base)])
+        found[f"{name}, noise"] = [offsets(mode="paper", **base)]
+        found.setdefault(f"{name}, offsets", [offsets(**base)])
+    for name in ("", ", noise"):
+        found[f"twin-uniform{name}"] = [
+            *found[f"PTQ4ViT{name}"],
+            {"pass": TWIN, "noise": bool(name)},
+        ]
+    return found
 
 
-def main(words: list[str]) -> int:
+FIRST = (CLIP, ALIKE, "offsets", SHUFFLED, "clip search, noise")
+MAIN = ("min/max", "released", "clip search, bias compensation", "offsets, no compensation",
+        "level alike", ALL)  # fmt: skip
+PAIRS = tuple(
+    name for base in ("min/max", "percentile", "EasyQuant", "PTQ4ViT", "twin-uniform")
+    for name in (base, f"{base}, noise")
+)  # fmt: skip
+REST = tuple(name for name in arms() if name not in (*FIRST, *MAIN, *PAIRS))
+PLAN = (
+    ("trained", 6, FIRST, DRAWS),
+    ("trained", 4, (CLIP, ALIKE), DRAWS),
+    ("trained", 3, (CLIP, ALIKE), DRAWS),
+    ("trained", 6, MAIN, DRAWS),
+    ("trained", 6, PAIRS, 3),
+    ("outliers", 6, (CLIP, "clip search, noise", *PAIRS), 2),
+    ("trained", 8, (CLIP, ALIKE, "offsets", SHUFFLED, "clip search, noise"), 3),
+    ("trained", 4, ("offsets", SHUFFLED, "clip search, noise", ALL), DRAWS),
+    ("trained", 3, ("offsets", SHUFFLED, "clip search, noise", ALL), DRAWS),
+    ("trained", 6, REST, 2),
+    (
+        "trained",
+        4,
+        ("level, offsets", "level, offsets, gptq, refit", "level, offsets, gptq, slopes"),
+        2,
+    ),
+)
+"""Model, bits, arms and draws, what matters most first."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What few bits cost a vision transformer.")
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--draws", type=int, default=DRAWS, help="at most")
+    parser.add_argument("--bits", type=int, nargs="*", default=(3, 4, 6, 8))
+    parser.add_argument("--finished", action="store_true", help="only tell what is there")
+    given = parser.parse_args()
     data = common.data_root()
     if data is None:
         print("skipped: there are no data sets; set EFFC_DATA")
         return 0
-    torch.set_num_threads(2)
-    count, draws, *bits = [*map(int, words), *(10_000, DRAWS)[len(words) :]]
+    torch.set_num_threads(1)
+    STATE.mkdir(parents=True, exist_ok=True)
     pictures, labels = read(data / "fashion-mnist")
-    model = common.cleaned(
+    trained = common.cleaned(
         trace_source(load({"transformers": str(data / "vit-fashion-mnist")})), TARGET
     )
-    wanted = logits(model, pictures[:count])
-    seen = {}
-    for bit in bits or BITS:
-        for arm, passes in arms().items():
-            for draw in range(draws):
-                seen[arm, bit, draw] = unit(arm, passes, bit, draw, model, pictures, wanted)
-                kl = seen[arm, bit, draw][0].mean()
-                print(f"{bit} bit, {arm}, draw {draw}: KL {kl:.5f}", flush=True)
-    right = labels[:count].numpy()
-    plain = wanted.argmax(-1).numpy() == right
+    models = {"trained": trained, "outliers": outliers(trained)}
+    wanted = answers(trained, pictures[: given.pictures])
+    seen: dict[tuple[str, int, str], list[Unit]] = {}
+    for (model, bits, names, most), draw in itertools.product(PLAN, range(given.draws)):
+        if bits not in given.bits or draw >= most:
+            continue
+        for arm in names:
+            found = unit(arm, bits, draw, models[model], pictures, wanted, model, given.finished)
+            if found is not None:
+                seen.setdefault((model, bits, arm), []).append(found)
+    right = labels[: len(wanted)].numpy()
     rows = [
-        told(arm, bit, [seen[arm, bit, d] for d in range(draws)],
-             [seen[CLIP, bit, d] for d in range(draws)], plain, right)
-        for bit in bits or BITS for arm in arms()
+        {**told(arm, bits, units, seen[model, bits, CLIP], wanted.argmax(-1) == right, right), "model": model}
+        for (model, bits, arm), units in seen.items() if (model, bits, CLIP) in seen
     ]  # fmt: skip
-    found = {"name": "noisy", "n": count, "draws": draws, "target": TARGET, "rows": rows}
-    print(common.write("noisy", {**found, "accuracy": float(plain.mean())}))
+    accuracy = float((wanted.argmax(-1) == right).mean())
+    found = {
+        "name": "noisy",
+        "n": len(wanted),
+        "target": TARGET,
+        "rows": rows,
+        "accuracy": accuracy,
+    }
+    print(common.write("noisy", found))
     return 0
 
 
@@ -112,44 +194,107 @@ def read(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images[order]) / 127.5 - 1, torch.from_numpy(labels[order].copy())
 
 
-def logits(program: Program, pictures: torch.Tensor) -> torch.Tensor:
-    return torch.cat([program.run(pixel_values=x)["logits"] for x in pictures.split(250)])
+Array = np.ndarray[Any, np.dtype[Any]]
+Unit = tuple[Array, Array, Array]
+"""KL, squared error of the logits, and answer, of every picture."""
+
+
+def answers(program: Program, pictures: torch.Tensor) -> Array:
+    """Logits of an engine."""
+    with tempfile.TemporaryDirectory(prefix="effc-") as place:
+        lowered = Ort().lower(unsigned(program).only(), Path(place))
+        with Ort().open(lowered, threads=1) as engine:
+            return np.concatenate(
+                [engine({"pixel_values": x.numpy()})["logits"] for x in pictures.split(50)]
+            )
+
+
+def unsigned(program: Program) -> Program:
+    """The same program, its signed codes as unsigned ones, which ONNX Runtime has kernels for."""
+    made = program.clone()
+    graph = made.only()
+    for node in [n for n in graph.nodes if n.target is QUANTIZE]:
+        x, scale, zero, low, high, *rest = node.args
+        old = tensor_of(graph, zero)
+        if old.dtype != torch.int8:
+            continue
+        middle = (old.int() - low).to(torch.uint8)
+        name = lift(graph, f"{node.name}_middle", middle, Origin(node.name, ("unsigned",)))
+        node.args = (x, scale, name, 0, high - low, *rest)
+        for reader in list(node.users):
+            assert reader.target is DEQUANTIZE
+            reader.update_arg(2, name)
+    refresh(graph)
+    return made
+
+
+def outliers(program: Program) -> Program:
+    """The same function, with a few channels of what every norm gives made larger and the weights behind smaller."""
+    made = program.clone()
+    graph, draw = made.only(), np.random.default_rng(0)
+    linear = [n for n in graph.nodes if op_name(n) == "linear"]
+    for place in places(graph, linear):
+        if op_name(place.value) != "layer_norm" or not place.owners:
+            continue
+        sizes = np.ones(place.value.meta["val"].shape[-1], np.float32)
+        sizes[draw.choice(len(sizes), OUTLIERS, replace=False)] = 1 / LARGER
+        rescale(graph, place.value.name, place, torch.from_numpy(sizes), "outliers")
+    refresh(graph)
+    return made
 
 
 def unit(
-    arm: str, passes: list[Json], bits: int, draw: int, model: Program,
-    pictures: torch.Tensor, wanted: torch.Tensor,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:  # fmt: skip
-    """KL, squared error of the logits and answer of every picture; taken from the last run where it is there."""
-    STATE.mkdir(parents=True, exist_ok=True)
-    mark = zlib.crc32(f"{arm} {passes} {bits} {draw} {len(wanted)}".encode())
+    arm: str, bits: int, draw: int, model: Program, pictures: torch.Tensor, wanted: Array,
+    name: str, only_finished: bool,
+) -> Unit | None:  # fmt: skip
+    """Taken from the last run where it is there."""
+    mark = zlib.crc32(f"engine {name} {arm} {arms()[arm]} {bits} {draw} {len(wanted)}".encode())
     file = STATE / f"{mark:08x}.npz"
-    if file.is_file():
-        kept = np.load(file)
-        return kept["kl"], kept["error"], kept["answer"]
-    program = quantised(arm, passes, bits, draw, model, pictures)
-    found = logits(program, pictures[: len(wanted)])
-    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).numpy()
-    error, answer = (found - wanted).square().mean(-1).numpy(), found.argmax(-1).numpy()
-    np.savez(file, kl=kl, error=error, answer=answer)
-    return kl, error, answer
+    if not file.is_file() and only_finished:
+        return None
+    if not file.is_file():
+        started = time.process_time()
+        found = answers(
+            quantised(arm, arms()[arm], bits, draw, model, pictures), pictures[: len(wanted)]
+        )
+        p, q = (torch.from_numpy(side).double().log_softmax(-1) for side in (wanted, found))
+        kl = (p.exp() * (p - q)).sum(-1).numpy()
+        np.savez(file, kl=kl, error=np.square(found - wanted).mean(-1), answer=found.argmax(-1))
+        spent = time.process_time() - started
+        print(
+            f"{name}, {bits} bit, {arm}, draw {draw}: KL {kl.mean():.5f}, {spent:.0f} s", flush=True
+        )
+    kept = np.load(file)
+    return kept["kl"], kept["error"], kept["answer"]
+
+
+decided: dict[tuple[int, int], Json] = {}
+"""What `offsets` chose, by bits and draw, for those that are shuffled."""
 
 
 def quantised(
     arm: str, passes: list[Json], bits: int, draw: int, model: Program, pictures: torch.Tensor
 ) -> Program:
     program, dialect = model.clone(), DIALECTS[TARGET]
+    if arm == SHUFFLED and (bits, draw) not in decided:
+        quantised("offsets", arms()["offsets"], bits, draw, model, pictures)
     chosen = np.random.default_rng(1 + draw).permutation(len(pictures))[:CALIBRATED]
     data = [Batch(inputs={"pixel_values": x.numpy()}) for x in pictures[chosen].split(BATCH)]
     for options in passes:
+        if options["pass"] == TWIN:
+            twin.put(program, data, bits, noise=options["noise"], seed=draw)
+            continue
         given = {k: v for k, v in options.items() if k != "pass"}
         pass_ = PASSES[options["pass"]](bits=bits, activation_bits=bits, **LINEAR, **given)
-        before = program.clone()
-        record = effc.apply(pass_, program, data, dialect=dialect)
+        if hasattr(pass_, "seed"):
+            pass_ = dataclasses.replace(pass_, seed=draw)
         if arm == SHUFFLED:
-            program = before
-            effc.apply(pass_, program, dialect=dialect, recorded=shuffled(record.decisions, draw))
+            known = shuffled(decided[bits, draw], draw)
+            effc.apply(pass_, program, dialect=dialect, recorded=known)
+            continue
+        record = effc.apply(pass_, program, data, dialect=dialect)
+        if arm == "offsets":
+            decided[bits, draw] = record.decisions
     return program
 
 
@@ -167,10 +312,10 @@ def shuffled(decisions: Json, seed: int) -> Json:
 
 
 def told(
-    arm: str, bits: int, mine: list[Any], clip: list[Any],
-    plain: np.ndarray[Any, Any], right: np.ndarray[Any, Any],
-) -> Json:  # fmt: skip
+    arm: str, bits: int, mine: list[Unit], clip: list[Unit], plain: Array, right: Array
+) -> Json:
     """Means over draws, with intervals of 95 % from pictures drawn again, the same for both sides."""
+    clip = clip[: len(mine)]
     kl, kl_clip = (np.mean([u[0] for u in side], 0) for side in (mine, clip))
     error = np.mean([u[1] for u in mine], 0)
     hit, hit_clip = (np.mean([u[2] == right for u in side], 0) for side in (mine, clip))
@@ -184,6 +329,7 @@ def told(
     return {
         "arm": arm,
         "bits": bits,
+        "draws": len(mine),
         "accuracy": float(hit.mean()),
         "accuracy_interval": interval([hit[p].mean() for p in places]),
         "change": float(hit.mean() - plain.mean()),
@@ -199,4 +345,4 @@ def told(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from effc import heap
 from effc.calib.data import Array, Batch
-from effc.calib.probe import Probe
+from effc.calib.probe import Probe, fitting
 from effc.calib.slopes import SlopeProbe, SlopeWatcher
 from effc.errors import CalibrationError
 from effc.ir.program import Graph
@@ -37,7 +37,7 @@ class _Watcher(fx.Interpreter):
         value = super().run_node(n)
         for probe in self.probes.get(n, ()):
             try:
-                mask = _fitting(self.mask, value, getattr(probe.collector, "positions", 1))
+                mask = fitting(self.mask, value, getattr(probe.collector, "positions", 1))
                 probe.collector.update(value, mask)
             except CalibrationError as error:
                 raise CalibrationError(f"{error.what} at {probe.key}", hint=error.hint) from error
@@ -61,13 +61,6 @@ def _up_to(
     seen = {copies[node] for node in watched}
     made.eliminate_dead_code(lambda n: n in seen or n.op in KEPT or n.is_impure())
     return made, copies
-
-
-def _fitting(mask: Tensor | None, value: Tensor, positions: int) -> Tensor | None:
-    """The mask where it is of this value: over its first axis and the one of its positions."""
-    if mask is None or value.dim() < 3:
-        return None
-    return mask if (value.shape[0], value.shape[positions]) == mask.shape else None
 
 
 def collect(

@@ -34,6 +34,13 @@ class Probe:
     collector: Any
 
 
+def fitting(mask: Tensor | None, value: Tensor, positions: int = 1) -> Tensor | None:
+    """The mask where it is of this value: over its first axis and the one of its positions."""
+    if mask is None or value.dim() < 3:
+        return None
+    return mask if (value.shape[0], value.shape[positions]) == mask.shape else None
+
+
 def held_bytes(probes: Iterable[Probe]) -> int:
     """What the collectors of probes take together, with the largest twice: a batch has one of its own first.
 

@@ -17,7 +17,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
-from effc.calib.probe import Probe
+from effc.calib.collectors import Rows
+from effc.calib.probe import Probe, fitting
 from effc.errors import CalibrationError
 from effc.ir.program import Graph
 from effc.ir.values import Change, Values
@@ -37,7 +38,9 @@ class Slopes:
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         raise NotImplementedError("slopes are of values with a gradient")
 
-    def add(self, x: Tensor, slope: Tensor, dim: int, places: Tensor) -> None:
+    def add(
+        self, x: Tensor, slope: Tensor, dim: int, places: Tensor, mask: Tensor | None = None
+    ) -> None:
         """`places` [indices of `dim`] is the unit of each, −1 for none."""
         pull = (x * slope).detach().movedim(dim, -1)
         pull = pull.reshape(len(x), -1, len(places)).sum(1).to(torch.float64)
@@ -73,6 +76,18 @@ class Slopes:
         return self.squares.nbytes
 
 
+class RowSlopes(Rows):
+    """Slopes of the rows that `Rows` of the same draw keeps, where both see values of as many rows."""
+
+    def add(
+        self, x: Tensor, slope: Tensor, dim: int, places: Tensor, mask: Tensor | None = None
+    ) -> None:
+        self.update(slope, mask)
+
+    def close(self) -> None:
+        """Nothing is open between batches."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlopeProbe(Probe):
     """Watch the slope of a value; `places` is the unit of every index of its dimension `dim`."""
@@ -100,7 +115,8 @@ class SlopeWatcher:
         for probe in self.probes:
             slope = found.get(probe.node)
             if slope is not None:
-                probe.collector.add(seen[probe.node], slope, probe.dim, probe.places)
+                value = seen[probe.node]
+                probe.collector.add(value, slope, probe.dim, probe.places, fitting(mask, value))
         for collector in {id(p.collector): p.collector for p in self.probes}.values():
             collector.close()
 

@@ -117,6 +117,8 @@ class Processor:
         self.kind = kind_of(config)
         self.cache: tuple[tuple[int, int], ...] = ()
         """Heads and head size of every layer's keys and values, where the model takes them."""
+        self.gives_bytes = False
+        """Whether the model scales pixels itself."""
         self._pooling, self._unpooled = _pooling(directory)
         if self._unpooled is not None:
             log.warning("%s", self._unpooled)
@@ -257,6 +259,7 @@ class Processor:
         """Pictures of any sizes, uint8 [h, w] or [h, w, c] → float32 `pixel_values` [n, c, height, width].
 
         Resized, cropped and scaled as preprocessor_config.json says; what is not of the model's size then is resized.
+        Where the model scales pixels itself (`gives_bytes`), they are uint8 and not scaled here.
         """
         import torch
 
@@ -266,12 +269,27 @@ class Processor:
         if len({a.shape for a in arrays}) == 1 and sum(a.size for a in arrays) <= TOGETHER:
             alike = [arrays]
         values = torch.cat([self._sized(np.stack(group), settings) for group in alike])
-        if settings.get("do_rescale", True):
-            values = values * _numbers(settings, "rescale_factor", 1 / 255, values.shape[1])
-        if settings.get("do_normalize", True):
-            mean = _numbers(settings, "image_mean", 0.5, values.shape[1])
-            values = (values - mean) / _numbers(settings, "image_std", 0.5, values.shape[1])
+        if self.gives_bytes:
+            return {
+                "pixel_values": values.round().clamp(0, 255).to(torch.uint8).contiguous().numpy()
+            }
+        scale, shift = self.affine(values.shape[1])
+        values = values * scale + shift
         return {"pixel_values": values.contiguous().numpy()}
+
+    def affine(self, channels: int) -> tuple[Any, Any]:
+        """What preprocessor_config.json makes of a pixel: times the first, plus the second, [1, c, 1, 1]."""
+        import torch
+
+        settings = self._image_settings()
+        scale, shift = torch.ones(1, channels, 1, 1), torch.zeros(1, channels, 1, 1)
+        if settings.get("do_rescale", True):
+            scale = scale * _numbers(settings, "rescale_factor", 1 / 255, channels)
+        if settings.get("do_normalize", True):
+            deviation = _numbers(settings, "image_std", 0.5, channels)
+            shift = shift - _numbers(settings, "image_mean", 0.5, channels) / deviation
+            scale = scale / deviation
+        return scale, shift
 
     def _sized(self, pictures: Array, settings: Mapping[str, Any]) -> Any:
         """Pictures of one size, [n, h, w] or [n, h, w, c], as a tensor [n, c, height, width] that the model takes."""

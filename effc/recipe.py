@@ -90,7 +90,7 @@ class SourceSpec:
     """Where the model comes from: one of the words, with options for a factory.
 
     `cache` says whether a causal language model of a directory takes and gives its keys and values; `roles`, prefill
-    and decode, makes two graphs of it.
+    and decode, makes two graphs of it. `pixels` uint8 has a model of pictures take bytes and scale them itself.
     """
 
     transformers: str | None = None
@@ -100,6 +100,7 @@ class SourceSpec:
     options: dict[str, Any] = field(default_factory=dict)
     cache: bool = True
     roles: tuple[Literal["prefill"], Literal["decode"]] | None = None
+    pixels: Literal["float", "uint8"] = "float"
 
     def as_mapping(self) -> dict[str, Any]:
         named = {word: getattr(self, word) for word in WORDS}
@@ -108,6 +109,8 @@ class SourceSpec:
             given["cache"] = False
         if self.roles is not None:
             given["roles"] = list(self.roles)
+        if self.pixels != "float":
+            given["pixels"] = self.pixels
         return {**given, **self.options}
 
 

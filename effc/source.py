@@ -132,7 +132,7 @@ class Source:
 
     def stem(self, role: str) -> str:
         """What stands before the names of a model's own modules where effc has put it into a module of its own."""
-        own = (cached.Cached, pipeline.Denoiser, pipeline.Coder, pipeline.Text)
+        own = (cached.Cached, Pixels, pipeline.Denoiser, pipeline.Coder, pipeline.Text)
         return "model." if isinstance(self.modules[role], own) else ""
 
     def only(self, role: str) -> Source:
@@ -145,6 +145,20 @@ class Source:
             self, modules=of(self.modules), inputs=of(self.inputs), dims=of(self.dims),
             outputs=of(self.outputs), whole=self.whole or self,
         )  # fmt: skip
+
+
+class Pixels(nn.Module):
+    """A model of pictures that takes them as bytes, [batch, channels, height, width], and scales them itself."""
+
+    def __init__(self, model: nn.Module, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        floats = pixel_values.to(torch.float32)
+        return self.model(pixel_values=floats * self.scale + self.shift)
 
 
 def guess(model: str) -> dict[str, str]:
@@ -168,7 +182,11 @@ def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
 
     With `shapes` a directory may lack its weights; the model then has shapes alone.
     """
-    how = {"cache": spec.get("cache", True), "roles": tuple(spec.get("roles", ()))}
+    how = {
+        "cache": spec.get("cache", True),
+        "roles": tuple(spec.get("roles", ())),
+        "bytes_in": spec.get("pixels") == "uint8",
+    }
     if "transformers" in spec:
         return from_directory(Path(spec["transformers"]), **how, shapes=shapes)
     if "diffusers" in spec:
@@ -183,13 +201,19 @@ def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
 
 
 def from_directory(
-    path: Path, *, cache: bool = True, roles: Sequence[str] = (), shapes: bool = False
+    path: Path,
+    *,
+    cache: bool = True,
+    roles: Sequence[str] = (),
+    shapes: bool = False,
+    bytes_in: bool = False,
 ) -> Source:
     """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong.
 
     A causal language model takes and gives its cache of keys and values, unless `cache` is false; `roles` prefill and
     decode make two graphs of it, for an engine that reads prompts and one that writes. With `shapes` a directory
-    without weights gives a model on torch's device `meta`.
+    without weights gives a model on torch's device `meta`. With `bytes_in` a model of pictures takes uint8 pixels
+    of its own size, and scales them itself.
     """
     if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         path = _download(path)
@@ -199,6 +223,15 @@ def from_directory(
     inputs, dims = _example(config, model, processor)
     processor.input_names = tuple(inputs)
     keep = _outputs(path, config, model, inputs, missing)
+    if bytes_in:
+        if "pixel_values" not in inputs:
+            raise SourceError(
+                f"{path} takes {', '.join(inputs)}, and no pictures",
+                hint="leave source.pixels out",
+            )
+        processor.gives_bytes = True
+        model = Pixels(model, *processor.affine(inputs["pixel_values"].shape[1]))
+        inputs = {"pixel_values": ((inputs["pixel_values"] + 1) * 127.5).round().to(torch.uint8)}
     if processor.kind == "causal-lm" and cache:
         processor.cache = tuple(causal.shapes(model.config))
         inputs, dims = cached.example(inputs, processor.cache)

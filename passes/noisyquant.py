@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from effc.calib.collectors import Gram, Rows
 from effc.calib.probe import Probe
+from effc.calib.slopes import RowSlopes, SlopeProbe
 from effc.errors import PreconditionError
 from effc.ir.edit import lift, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin, Program
@@ -39,7 +40,14 @@ from effc.passes.quantize import (
 )
 from effc.passes.shift import Owner, owner, shift
 from effc.quant import noise
-from effc.quant.affine import dequantize, fake_quantize, qparams, steady, weight_qparams
+from effc.quant.affine import (
+    dequantize,
+    fake_quantize,
+    pair_scale,
+    qparams,
+    steady,
+    weight_qparams,
+)
 from effc.quant.noise import Grid
 from effc.quant.scheme import Scheme
 
@@ -47,8 +55,10 @@ AMPLITUDES = tuple(i / 20 for i in range(1, 41))
 """Of noise, in steps of the grid."""
 SEEDS = 4
 """Patterns of noise that the search draws."""
-CLIPS = tuple(i / 40 for i in range(8, 45))
+CLIPS = tuple(i / 10 for i in range(2, 12))
 """Ends of a grid that are tried, as shares of those that the range method gives."""
+FINER = tuple(i / 40 for i in (-3, -2, -1, 1, 2, 3))
+"""What is tried around the best of them."""
 FRACTIONS = tuple(i / 16 for i in range(-8, 9) if i)
 """Offsets for all channels, in steps of the grid."""
 CENTRED = (0.25, 0.5, 0.75, 1.0)
@@ -57,6 +67,10 @@ TAIL = 0.001
 """Share of the rows that may lie beyond what counts as an end of a channel, on either side."""
 FINENESS = 64
 """Offsets are whole multiples of a step over this."""
+SHARES = tuple(i / 64 for i in range(16, 71, 2))
+"""Ends of a row of a weight that are tried, as shares of those that its range method gives."""
+ROUNDS = 3
+"""How often ends of activations and of weights are searched in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +79,23 @@ class NoisyQuant(Quantize):
 
     `mode` paper draws uniform noise for every channel, its size by the error of the activation; released is what the
     published code does: clips by the error of the output, one offset for all channels, noise that is not uniform; effc
-    tries all kinds of offsets with the mean put right by the bias, and keeps what is best on held-out samples. `clip`
-    output searches the ends of every grid by the error at the layer's output in the place of `range`'s alone. `refit`
-    rounds the weights that are best for rounded inputs (ridge regression). A sum of its own is added only for a gain of
-    `gain_db`; `add` false leaves such places without an offset.
+    tries all kinds of offsets with the mean put right by the bias, and keeps what is best on held-out samples; none has
+    no offset, for the grids that the other options choose. `clip` output searches the ends of every grid by the error
+    at the layer's output in the place of `range`'s alone, and cosine by the angle between outputs (EasyQuant, Wu et al.
+    2020); `weight_clip` output does the same for every row of the weights, in turn. `slopes` weighs the error of every
+    output by the squared slope of a loss (PTQ4ViT, Yuan et al. 2022). `refit` rounds the weights that are best for
+    rounded inputs (ridge regression). A sum of its own is added only for a gain of `gain_db`; `add` false leaves such
+    places without an offset.
     """
 
     name = "noisyquant"
 
-    mode: Literal["paper", "released", "effc"] = "effc"
-    clip: Literal["range", "output"] | None = None
+    mode: Literal["paper", "released", "effc", "none"] = "effc"
+    clip: Literal["range", "output", "cosine"] | None = None
+    weight_clip: Literal["range", "output"] = "range"
+    slopes: bool = False
+    bias_correction: bool | None = None  # type: ignore[assignment]
+    """As the mode has it where nothing is said."""
     refit: bool = False
     add: bool = True
     gain_db: Annotated[float, Field(ge=0)] = 1.0
@@ -93,13 +114,37 @@ class NoisyQuant(Quantize):
     @property
     def compensates(self) -> bool:
         """Whether biases put the mean of outputs right."""
-        return self.bias_correction or self.mode == "effc"
+        return self.mode == "effc" if self.bias_correction is None else self.bias_correction
+
+    @property
+    def searches_clip(self) -> bool:
+        """Whether ends of grids are searched by the layers' outputs."""
+        return (
+            self.mode == "released" or self.mode == "effc"
+            if self.clip is None
+            else self.clip != "range"
+        )
+
+    def without_offset(self) -> NoisyQuant:
+        """The same grids, chosen as they are."""
+        clip = self.clip or ("output" if self.searches_clip else "range")
+        return replace(self, mode="none", clip=clip, bias_correction=self.compensates)
 
     def requires(self, program: Program) -> None:
         if self._is_fp8 or not self._static or self._of_tokens:
             raise PreconditionError(
                 "noisyquant: an offset is for integer activations with one scale each",
                 hint="set activation_bits to 3 … 8, and leave dtype and activation_scale out",
+            )
+        if self.slopes and self.clip == "cosine":
+            raise PreconditionError(
+                "noisyquant: an angle between outputs has no error to weigh by slopes",
+                hint="set clip: output, or leave slopes out",
+            )
+        if self.weight_clip == "output" and not self.searches_clip:
+            raise PreconditionError(
+                "noisyquant: ends of weights are searched in turn with those of activations",
+                hint="set clip: output or clip: cosine, or leave weight_clip out",
             )
         super().requires(program)
 
@@ -123,6 +168,12 @@ class NoisyQuant(Quantize):
         for place in self.places(graph):
             key = _rows_key(graph, names, place.value)
             yield Probe(key=key, node=place.value, collector=Rows(self.rows, self.seed))
+            for layer in place.layers if self.slopes else ():
+                outputs = torch.arange(layer.meta["val"].shape[-1])
+                yield SlopeProbe(
+                    key=_slopes_key(graph, names, layer), node=layer, dim=-1, places=outputs,
+                    collector=RowSlopes(self.rows, self.seed),
+                )  # fmt: skip
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         sites = self.sites(graph)
@@ -131,6 +182,10 @@ class NoisyQuant(Quantize):
 
 def _rows_key(graph: Graph, names: dict[fx.Node, str], value: fx.Node) -> str:
     return f"{value_key(graph, names, value)}:rows"
+
+
+def _slopes_key(graph: Graph, names: dict[fx.Node, str], layer: fx.Node) -> str:
+    return f"{value_key(graph, names, layer)}:slopes"
 
 
 @dataclass(frozen=True)
@@ -149,36 +204,93 @@ class _Choice:
     grid: Grid
     offset: Tensor
     loss: float = math.inf
+    shares: Tensor | None = None
+    """Of the ends of rows of the weights behind it, [out], where those are searched too."""
 
     @property
     def is_shifted(self) -> bool:
         return bool(self.offset.any())
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights [out, in] of the layers behind an activation, and the scale [out] of their rows."""
+
+    exact: Tensor
+    scale: Tensor
+    scheme: Scheme
+
+    def rounded(self, shares: Tensor | float = 1.0) -> Tensor:
+        """What grids whose ends are those shares leave of them."""
+        zero = torch.zeros(len(self.scale), dtype=self.scheme.dtype)
+        return fake_quantize(self.exact, self.scale * shares, zero, self.scheme)
+
+
 @dataclass
 class _Search:
-    """Choices for one activation: `x` rows to choose by and `held` ones, `weights` [out, in] of the layers behind."""
+    """Choices for one activation: `x` rows to choose by and `held` ones, `behind` the weights that read it."""
 
     options: NoisyQuant
     x: Tensor
     held: Tensor
-    weights: Tensor
+    behind: Weights
     plain: Grid
     """The grid without an offset."""
     scheme: Scheme
     """Of the grid with one."""
+    slopes: tuple[Tensor, Tensor] | None = None
+    """Squared, of every output of the rows to choose by and of those held out, [rows, out]."""
+    shares: Tensor = field(init=False)
+    """Of the ends of rows of weights, [out]."""
+    rounded: Tensor = field(init=False)
     root: Tensor = field(init=False)
-    """W, or where it has more rows than channels the R of W = Q R: ‖R e‖ is ‖W e‖, and costs less."""
+    """Ŵ, or where it has more rows than channels the R of Ŵ = Q R: ‖R e‖ is ‖Ŵ e‖, and costs less."""
 
     def __post_init__(self) -> None:
-        rows, channels = self.weights.shape
-        self.root = self.weights if rows <= channels else torch.linalg.qr(self.weights, mode="r").R
+        self._take(torch.ones(len(self.behind.scale)))
+
+    def _take(self, shares: Tensor) -> None:
+        self.shares, self.rounded = shares, self.behind.rounded(shares)
+        rows, channels = self.rounded.shape
+        small = rows <= channels or self.slopes is not None
+        self.root = self.rounded if small else torch.linalg.qr(self.rounded, mode="r").R
 
     def best(self, dearer_db: float) -> _Choice:
         """The choice of the options' mode; one with an offset is to gain `dearer_db` where it is a node."""
+        base = self._base()
+        made = self._offset(base, dearer_db)
+        return replace(made, shares=self.shares) if self.options.weight_clip == "output" else made
+
+    def _base(self) -> Grid:
+        """The grid without an offset, and what `weight_clip` makes of the weights' grids."""
+        if not self.options.searches_clip:
+            return self.plain
         zero = torch.zeros(self.x.shape[1])
-        base = self._clipped(self.plain, zero) if self._searches_clip else self.plain
+        base = self._clipped(self.plain, zero)
+        for _ in range(ROUNDS if self.options.weight_clip == "output" else 0):
+            self._take(self._row_shares(base.round(self.x)))
+            base = self._clipped(self.plain, zero)
+        return base
+
+    def _row_shares(self, seen: Tensor) -> Tensor:
+        """Shares of the ends of rows that lose least at the outputs for inputs `seen` [rows, in]."""
+        wanted = self.x @ self.behind.exact.T
+        lost = []
+        for share in SHARES:
+            found = seen @ self.behind.rounded(share).T
+            if self.options.clip == "cosine":
+                lost.append(noise.angle(wanted, found, 0))
+                continue
+            squares = (found - wanted).square()
+            squares = squares * self.slopes[0] if self.slopes is not None else squares
+            lost.append(squares.sum(0, dtype=torch.float64))
+        return torch.tensor(SHARES)[torch.stack(lost).argmin(0)]
+
+    def _offset(self, base: Grid, dearer_db: float) -> _Choice:
+        zero = torch.zeros(self.x.shape[1])
         match self.options.mode:
+            case "none":
+                return _Choice(base, zero)
             case "paper":
                 return self._by_input(base)
             case "released":
@@ -187,12 +299,6 @@ class _Search:
         kinds = [min(kind, key=lambda c: c.loss) for kind in self._kinds(base)]
         best = min((self._scored(c.grid, c.offset, self.held) for c in kinds), key=lambda c: c.loss)
         return best if best.loss < none.loss * 10 ** (-dearer_db / 10) else none
-
-    @property
-    def _searches_clip(self) -> bool:
-        if self.options.clip is None:
-            return self.options.mode != "paper"
-        return self.options.clip == "output"
 
     def _kinds(self, base: Grid) -> Iterator[list[_Choice]]:
         """Offsets of each kind, scored by the rows to choose by."""
@@ -230,7 +336,7 @@ class _Search:
     def _choice(self, offset: Tensor) -> _Choice:
         """An offset with a grid of its own."""
         grid = self._grid(self.x + offset)
-        if self._searches_clip:
+        if self.options.searches_clip:
             grid = self._clipped(grid, offset)
         return self._scored(grid, offset, self.x)
 
@@ -243,8 +349,23 @@ class _Search:
     def _clipped(self, grid: Grid, offset: Tensor) -> Grid:
         """The grid whose ends lose least at the outputs."""
         ends = [(end - grid.zero_point) * grid.scale for end in (grid.scheme.low, grid.scheme.high)]
-        tried = [grid, *(grid_of(ends[0] * c, ends[1] * c, grid.scheme) for c in CLIPS)]
-        return min((self._scored(one, offset, self.x) for one in tried), key=lambda c: c.loss).grid
+        wanted = self.x @ self.behind.exact.T if self.options.clip == "cosine" else None
+
+        def lost(one: Grid) -> float:
+            if wanted is None:
+                return self._scored(one, offset, self.x).loss
+            seen = one.round(self.x + offset) - offset
+            return float(noise.angle(wanted, seen @ self.rounded.T))
+
+        def tried(shares: Sequence[float]) -> list[tuple[float, float, Grid]]:
+            grids = [(c, grid_of(ends[0] * c, ends[1] * c, grid.scheme)) for c in shares]
+            return [(lost(one), c, one) for c, one in grids]
+
+        def least(found: list[tuple[float, float, Grid]]) -> tuple[float, float, Grid]:
+            return min(found, key=lambda each: each[0])
+
+        best = least([(lost(grid), 1.0, grid), *tried(CLIPS)])
+        return least([best, *tried([best[1] + f for f in FINER])])[2]
 
     def _by_input(self, base: Grid) -> _Choice:
         """Uniform noise by the error of the activation."""
@@ -284,7 +405,8 @@ class _Search:
         mean = torch.zeros(rows.shape[1])
         if self.options.compensates:
             mean = (errors if rows is self.x else noise.input_error(self.x, offset, grid)).mean(0)
-        return _Choice(grid, offset, noise.output_loss(errors, self.root, mean))
+        slopes = None if self.slopes is None else self.slopes[rows is not self.x]
+        return _Choice(grid, offset, noise.output_loss(errors, self.root, mean, slopes))
 
 
 def grid_of(low: float, high: float, scheme: Scheme) -> Grid:
@@ -302,6 +424,8 @@ class _Work(Work):
         self, pass_: NoisyQuant, graph: Graph, stats: Stats, names: dict[fx.Node, str]
     ) -> None:
         super().__init__(pass_, graph, stats, names)
+        self.shares: dict[fx.Node, Tensor] = {}
+        """By weight, of the ends of its rows."""
         self.chosen: dict[fx.Node, _Choice] = {}
         """By layer."""
         self.read: dict[fx.Node, tuple[str, Place]] = {}
@@ -319,11 +443,12 @@ class _Work(Work):
             x, held = self.stats[f"{key}:rows"].parts()
             low, high = self.stats[key].range(own)
             plain = grid_of(low, high, own)
-            weights = [self._nearest(layer) for layer in place.layers]
             options = self.options
             if place.owner is None and not options.add:
-                return _Choice(plain, torch.zeros(x.shape[1]))
-            asked = _Search(options, x, held, torch.cat(weights), plain, shifted)
+                options = options.without_offset()
+            weights = self._weights(place.layers)
+            slopes = self._slopes(place.layers) if options.slopes else None
+            asked = _Search(options, x, held, weights, plain, shifted, slopes)
             has_biases = all(constant_bias(self.graph, layer) for layer in place.layers)
             return asked.best(0.0 if place.owner is not None and has_biases else options.gain_db)
 
@@ -337,17 +462,43 @@ class _Work(Work):
         offset = self.stats.decide(f"{key}:offset", lambda: _listed(once().offset))
         scheme = shifted if offset else own
         step, zero = self.stats.decide(key, lambda: [once().grid.scale, once().grid.zero_point])
+        shares = None
+        if self.options.weight_clip == "output":
+            listed = self.stats.decide(f"{key}:shares", lambda: _numbers(once().shares))
+            shares = torch.tensor(listed)
+            for layer, part in zip(place.layers, shares.split(_rows(place.layers)), strict=True):
+                self.shares.setdefault(weight_of(layer), part)
         channels = place.value.meta["val"].shape[-1]
         found = torch.tensor(offset) if offset else torch.zeros(int(channels))
-        return _Choice(Grid(scale=step, zero_point=zero, scheme=scheme), found)
+        return _Choice(Grid(scale=step, zero_point=zero, scheme=scheme), found, shares=shares)
 
-    def _nearest(self, layer: fx.Node) -> Tensor:
-        weight = tensor_of(self.graph, weight_of(layer)).float()
-        options = self.options
-        scheme = weight_scheme(weight.shape, options.bits, None)
-        return fake_quantize(
-            weight, *weight_qparams(weight, scheme, method=options.weight_range), scheme
+    def _weights(self, layers: Sequence[fx.Node]) -> Weights:
+        exact = [tensor_of(self.graph, weight_of(layer)).float() for layer in layers]
+        scheme, method = (
+            weight_scheme(exact[0].shape, self.options.bits, None),
+            self.options.weight_range,
         )
+        scales = [weight_qparams(weight, scheme, method=method)[0] for weight in exact]
+        return Weights(torch.cat(exact), torch.cat(scales), scheme)
+
+    def _slopes(self, layers: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
+        """Squared slopes at the outputs of layers, beside the rows to choose by and those held out; 1 on average."""
+        keys = [_slopes_key(self.graph, self.names, layer) for layer in layers]
+        chosen, held = (
+            torch.cat(parts, -1).square()
+            for parts in zip(*(self.stats[key].parts() for key in keys), strict=True)
+        )
+        mean = float(chosen.mean()) or 1.0
+        return chosen / mean, held / mean
+
+    def weight_grid(
+        self, node: fx.Node, tensor: Tensor, scheme: Scheme, limit: int | None
+    ) -> tuple[Tensor, Tensor]:
+        if node not in self.shares:
+            return super().weight_grid(node, tensor, scheme, limit)
+        scale, zero = super().weight_grid(node, tensor, scheme, None)
+        scale = scale * self.shares[node]
+        return scale if limit is None else torch.maximum(scale, pair_scale(tensor, limit)), zero
 
     def grid(self, value: fx.Node, key: str, scheme: Scheme) -> tuple[float, int]:
         for layer, (known, _) in self.read.items():
@@ -429,4 +580,13 @@ class _Work(Work):
 
 
 def _listed(offset: Tensor) -> list[float]:
-    return [float(n) for n in offset] if bool(offset.any()) else []
+    return _numbers(offset) if bool(offset.any()) else []
+
+
+def _numbers(values: Tensor | None) -> list[float]:
+    return [] if values is None else [float(n) for n in values]
+
+
+def _rows(layers: Sequence[fx.Node]) -> list[int]:
+    """Outputs of every layer."""
+    return [int(layer.meta["val"].shape[-1]) for layer in layers]

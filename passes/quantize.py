@@ -417,9 +417,7 @@ class Work:
         tensor = self.target(node)
         multiplied = scheme.group is None and any(op_name(u) != "embedding" for u in node.users)
         limit = self.options._pair_limit if multiplied else None
-        scale, zero = weight_qparams(
-            tensor, scheme, method=self.options.weight_range, pair_limit=limit
-        )
+        scale, zero = self.weight_grid(node, tensor, scheme, limit)
         if node in self.grams:
 
             def compensated() -> Tensor:
@@ -448,6 +446,13 @@ class Work:
     def target(self, node: fx.Node) -> Tensor:
         """What a weight is to be near to on its grid: itself."""
         return tensor_of(self.graph, node)
+
+    def weight_grid(
+        self, node: fx.Node, tensor: Tensor, scheme: Scheme, limit: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of what a weight `tensor` is to be rounded to."""
+        method = self.options.weight_range
+        return weight_qparams(tensor, scheme, method=method, pair_limit=limit)
 
     def gram(self, node: fx.Node) -> tuple[Tensor, int]:
         """Σ x xᵀ of what layers with a weight read, and of how many rows that is."""

@@ -11,6 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("examples/*/run.py"))
 KEYS = {
     "minilm": {"shapes", "outputs", "metric", "model_bytes", "int8_sites", "total_sites"},
+    "noisyquant": {
+        "arms",
+        "fold_max_abs",
+        "extra_nodes",
+        "engine_steps_off",
+        "latency_ratio",
+        "theorem",
+    },
     "pat": {
         "arms",
         "fold_rel_err_fp32",

@@ -106,9 +106,30 @@ def best_offsets(x: Tensor, offset: Tensor, grid: Grid) -> Tensor:
     return tried.gather(0, place[None])[0]
 
 
-def output_loss(errors: Tensor, weight: Tensor, mean: Tensor) -> float:
-    """Mean ‖W (e − mean)‖² over rows of `errors` [rows, in], for W [out, in]; `mean` [in] is what the bias takes."""
-    return float(((errors - mean) @ weight.T).square().sum(-1, dtype=torch.float64).mean())
+def output_loss(
+    errors: Tensor, weight: Tensor, mean: Tensor, slopes: Tensor | None = None
+) -> float:
+    """Mean ‖W (e − mean)‖² over rows of `errors` [rows, in], for W [out, in]; `mean` [in] is what the bias takes.
+
+    `slopes` [rows, out] weigh the square of every output, as the squared slope of a loss does.
+    """
+    squares = ((errors - mean) @ weight.T).square()
+    if slopes is not None:
+        squares = squares * slopes
+    return float(squares.sum(-1, dtype=torch.float64).mean())
+
+
+def angle(wanted: Tensor, found: Tensor, dim: int | None = None) -> Tensor:
+    """1 − the cosine between two tensors, over `dim` or all of them."""
+    dims = tuple(range(wanted.dim())) if dim is None else (dim,)
+    product, *sizes = (
+        (a.double() * b).sum(dims)
+        for a, b in ((wanted, found), (wanted, wanted), (found, found.double()))
+    )
+    made: Tensor = 1 - product / (sizes[0] * sizes[1]).sqrt().clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
+    return made
 
 
 def denoised(bias: Tensor, rounded: Tensor, offset: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ import effc
 from effc.backends.dialect import DIALECTS, ORT, TENSORRT
 from effc.calib.data import Batch
 from effc.errors import CalibrationError, EffcError, PreconditionError
-from effc.passes.noisyquant import NoisyQuant, _Search, grid_of
+from effc.passes.noisyquant import NoisyQuant, Weights, _Search, grid_of
 from effc.passes.quantize import Quantize
+from effc.quant import noise
+from effc.quant.affine import weight_qparams
 from effc.quant.scheme import Scheme
 
 SIZE = 16
@@ -119,7 +121,10 @@ def test_on_held_rows_the_choice_is_never_worse_than_no_offset(seed, bits, symme
     options = NoisyQuant(bits=bits, activation_bits=bits, clip="range")
     options = dataclasses.replace(options, activation_signed=symmetric, activation_symmetric=symmetric)  # fmt: skip
     plain = grid_of(float(x.min()), float(x.max()), scheme)
-    search = _Search(options, x, held, normal(7, 5, seed=seed), plain, scheme)
+    eight = Scheme(axis=0)
+    weight = normal(7, 5, seed=seed)
+    behind = Weights(weight, weight_qparams(weight, eight)[0], eight)
+    search = _Search(options, x, held, behind, plain, scheme)
     none = search._scored(plain, torch.zeros(5), held)
     for dearer_db in (0.0, 1.0):
         assert search.best(dearer_db).loss <= none.loss
@@ -332,3 +337,55 @@ def test_the_file_is_lowered_like_that_of_quantize(tmp_path):
         (file,) = (tmp_path / kind.name).rglob("model.onnx")
         counts.append(sorted(n.op_type for n in onnx.load(file).graph.node))
     assert counts[0] == counts[1]
+
+
+BASES = {
+    "angle": {"clip": "cosine", "weight_clip": "output"},
+    "slopes": {"clip": "output", "weight_clip": "output", "slopes": True},
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_grids_by_outputs_lose_less_than_grids_of_all_values(base):
+    """Without any offset, at few bits and with values far out; and they are replayed."""
+    seen = [Batch(inputs={"x": (normal(16, 6, SIZE, seed=s) ** 3).numpy()}) for s in range(4)]
+    x = normal(64, 6, SIZE, seed=9) ** 3
+    few = {"bits": 4, "activation_bits": 4, "seen": seen, "mode": "none"}
+    plain, _ = made(range="minmax", clip="range", **few)
+    searched, record = made(range="minmax", **few, **BASES[base])
+    assert lost(searched, x) < 0.9 * lost(plain, x)
+    assert not any(v for k, v in record.decisions.items() if k.endswith(":offset"))
+    assert any(v for k, v in record.decisions.items() if k.endswith(":shares"))
+    again, _ = made(range="minmax", **{**few, "seen": None}, recorded=record.decisions, **BASES[base])  # fmt: skip
+    assert torch.equal(searched.run(x=x)["output"], again.run(x=x)["output"])
+
+
+def test_slopes_are_of_the_rows_that_are_kept():
+    from effc.calib.collectors import Rows
+    from effc.calib.slopes import RowSlopes
+
+    rows, slopes = Rows(16, seed=3), RowSlopes(16, seed=3)
+    for seed in range(3):
+        x, mask = normal(8, 6, 4, seed=seed), torch.rand(8, 6) < 0.7
+        rows.update(x, mask)
+        slopes.add(x, 2 * x, -1, torch.arange(4), mask)
+    for mine, theirs in zip(rows.parts(), slopes.parts(), strict=True):
+        assert torch.equal(2 * mine, theirs)
+
+
+def test_an_error_without_slope_costs_nothing():
+    errors, weight, mean = normal(9, 4), normal(3, 4, seed=1), torch.zeros(4)
+    slopes = torch.zeros(9, 3)
+    assert noise.output_loss(errors, weight, mean, slopes) == 0
+    slopes[:, 1] = 2
+    only = noise.output_loss(errors, weight[1:2], mean)
+    assert noise.output_loss(errors, weight, mean, slopes) == pytest.approx(2 * only)
+
+
+@pytest.mark.parametrize(
+    "options", [{"clip": "cosine", "slopes": True}, {"clip": "range", "weight_clip": "output"}]
+)
+def test_ways_to_choose_grids_that_exclude_each_other_are_refused(options):
+    with pytest.raises(PreconditionError) as caught:
+        made(**options)
+    assert caught.value.hint
