@@ -71,7 +71,7 @@ STANDARD_LIBRARY_ONLY = {
 # Training and the built-in models stand aside: all they may import, and who may import them.
 ASIDE = {
     "train": {"errors", "progress", "table", "quant", "dialect", "ir", "nn", "calib"},
-    "zoo": {"errors", "table", "nn", "calib", "processor", "source", "train"},
+    "zoo": {"errors", "paths", "bounded", "table", "nn", "calib", "processor", "source", "train"},
 }
 IMPORTERS_OF_ASIDE = {"train": {"zoo", "tuning", "compiler", "cli", "passes"}, "zoo": set()}
 
