@@ -150,6 +150,9 @@ class Source:
 class Pixels(nn.Module):
     """A model of pictures that takes them as bytes, [batch, channels, height, width], and scales them itself."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: nn.Module, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.model = model
