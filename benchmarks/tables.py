@@ -369,15 +369,16 @@ def noised() -> list[str]:
         lines += [
             f"The vision transformer on Fashion-MNIST, whose accuracy on these {found['n']} pictures is "
             f"{found['accuracy']:.4f}: linear layers with weights and activations of so many bits, on grids without a "
-            f"zero point. Means over {found['draws']} draws of calibration pictures; intervals of 95 % from pictures "
+            "zero point. Means over draws of calibration pictures; intervals of 95 % from pictures "
             "drawn again. KL is from the float model's answers, and its ratio to that of clip search is of the same "
             "pictures; the last column counts those that the first draw alone has right: of the arm, of clip search. "
             + circumstances(found), "",
         ]  # fmt: skip
         rows = [
             [
-                str(r["bits"]),
+                str(r["bits"]) + (", outliers" if r["model"] == "outliers" else ""),
                 r["arm"],
+                str(r["draws"]),
                 f"{r['accuracy']:.4f}",
                 f"{r['change']:+.4f} [{r['change_interval'][0]:+.4f}, {r['change_interval'][1]:+.4f}]",
                 f"{r['kl']:.5f}",
@@ -385,9 +386,12 @@ def noised() -> list[str]:
                 f"{r['logit_error']:.4f}",
                 "{} : {}".format(*r["mcnemar"]),
             ]
-            for r in found["rows"]
+            for r in sorted(
+                found["rows"], key=lambda r: (r["model"] == "outliers", r["bits"], r["kl"])
+            )
         ]
-        head = ["bits", "arm", "accuracy", "from float", "KL", "of clip search", "logits²", "right alone"]  # fmt: skip
+        head = ["bits", "arm", "draws", "accuracy", "from float", "KL", "of clip search", "logits²",
+                "right alone"]  # fmt: skip
         lines += table(head, rows)
     return lines
 
