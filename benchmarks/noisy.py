@@ -156,19 +156,22 @@ def main() -> int:
     )
     models = {"trained": trained, "outliers": outliers(trained)}
     wanted = answers(trained, pictures[: given.pictures])
-    seen: dict[tuple[str, int, str], list[Unit]] = {}
+    seen: dict[tuple[str, int, str], dict[int, Unit]] = {}
     for (model, bits, names, most), draw in itertools.product(PLAN, range(given.draws)):
         if bits not in given.bits or draw >= most:
             continue
         for arm in names:
             found = unit(arm, bits, draw, models[model], pictures, wanted, model, given.finished)
             if found is not None:
-                seen.setdefault((model, bits, arm), []).append(found)
+                seen.setdefault((model, bits, arm), {})[draw] = found
     right = labels[: len(wanted)].numpy()
-    rows = [
-        {**told(arm, bits, units, seen[model, bits, CLIP], wanted.argmax(-1) == right, right), "model": model}
-        for (model, bits, arm), units in seen.items() if (model, bits, CLIP) in seen
-    ]  # fmt: skip
+    plain, rows = wanted.argmax(-1) == right, []
+    for (model, bits, arm), units in seen.items():
+        clip = seen.get((model, bits, CLIP), {})
+        draws = sorted(units.keys() & clip.keys())
+        if draws:
+            both = ([units[d] for d in draws], [clip[d] for d in draws])
+            rows.append({**told(arm, bits, *both, plain, right), "model": model})
     accuracy = float((wanted.argmax(-1) == right).mean())
     found = {
         "name": "noisy",
@@ -315,7 +318,6 @@ def told(
     arm: str, bits: int, mine: list[Unit], clip: list[Unit], plain: Array, right: Array
 ) -> Json:
     """Means over draws, with intervals of 95 % from pictures drawn again, the same for both sides."""
-    clip = clip[: len(mine)]
     kl, kl_clip = (np.mean([u[0] for u in side], 0) for side in (mine, clip))
     error = np.mean([u[1] for u in mine], 0)
     hit, hit_clip = (np.mean([u[2] == right for u in side], 0) for side in (mine, clip))

@@ -376,8 +376,7 @@ def noised() -> list[str]:
         ]  # fmt: skip
         rows = [
             [
-                r["model"],
-                str(r["bits"]),
+                str(r["bits"]) + (", outliers" if r["model"] == "outliers" else ""),
                 r["arm"],
                 str(r["draws"]),
                 f"{r['accuracy']:.4f}",
@@ -387,11 +386,12 @@ def noised() -> list[str]:
                 f"{r['logit_error']:.4f}",
                 "{} : {}".format(*r["mcnemar"]),
             ]
-            for r in found["rows"]
+            for r in sorted(
+                found["rows"], key=lambda r: (r["model"] == "outliers", r["bits"], r["kl"])
+            )
         ]
-        head = [
-            "model", "bits", "arm", "draws", "accuracy", "from float", "KL", "of clip search", "logits²", "right alone",
-        ]  # fmt: skip
+        head = ["bits", "arm", "draws", "accuracy", "from float", "KL", "of clip search", "logits²",
+                "right alone"]  # fmt: skip
         lines += table(head, rows)
     return lines
 
