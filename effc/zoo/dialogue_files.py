@@ -194,14 +194,14 @@ def _next(text: str, place: int) -> int:
 
 def _dialogue(value: Any, labelled: bool) -> Dialogue:
     if not isinstance(value, Mapping):
-        raise CalibrationError(f"it is a {type(value).__name__}, not a dialogue")
+        raise CalibrationError(f"it is a {type(value).__name__}, not a dialogue", hint=HINT)
     sentences = _field(value, "sentences", str)
     if not sentences:
-        raise CalibrationError("it has no utterances")
+        raise CalibrationError("it has no utterances", hint=HINT)
     utterances = tuple(tuple(sentence.split()) for sentence in sentences)
     for i, tokens in enumerate(utterances):
         if not tokens:
-            raise CalibrationError(f"sentences[{i}] is empty")
+            raise CalibrationError(f"sentences[{i}] is empty", hint=HINT)
     made = Dialogue(
         name=str(value.get("doc_id", "")), utterances=utterances,
         replies=_replies(_field(value, "replies", int, len(sentences))),
@@ -218,19 +218,23 @@ def _dialogue(value: Any, labelled: bool) -> Dialogue:
 def _field(value: Mapping[str, Any], name: str, kind: type, count: int | None = None) -> list[Any]:
     """A list of so many strings, numbers or lists. Raises CalibrationError where it is another thing."""
     if name not in value:
-        raise CalibrationError(f"it has no `{name}`")
+        raise CalibrationError(f"it has no `{name}`", hint=HINT)
     found = value[name]
     if not isinstance(found, list) or any(type(x) is not kind for x in found):
-        raise CalibrationError(f"`{name}` is no list of {kind.__name__}")
+        raise CalibrationError(f"`{name}` is no list of {kind.__name__}", hint=HINT)
     if count is not None and len(found) != count:
-        raise CalibrationError(f"`{name}` has {len(found)} entries for {count} utterances")
+        raise CalibrationError(
+            f"`{name}` has {len(found)} entries for {count} utterances", hint=HINT
+        )
     return found
 
 
 def _replies(found: list[int]) -> tuple[int, ...]:
     for i, parent in enumerate(found):
         if i == 0 and parent != -1:
-            raise CalibrationError(f"replies[0] is {parent}, and the first answers nobody: −1")
+            raise CalibrationError(
+                f"replies[0] is {parent}, and the first answers nobody: −1", hint=HINT
+            )
         if i > 0 and parent not in (0, i - 1):
             raise CalibrationError(
                 f"the reply tree is broken: replies[{i}] is {parent}, and an utterance answers 0 or "
@@ -246,7 +250,7 @@ def _truth(dialogue: Dialogue, value: Mapping[str, Any]) -> Truth:
     for i, row in enumerate(_field(value, "triplets", list)):
         place = f"triplets[{i}]"
         if len(row) < 7:
-            raise CalibrationError(f"{place} has {len(row)} entries, not 7 or more")
+            raise CalibrationError(f"{place} has {len(row)} entries, not 7 or more", hint=HINT)
         target, aspect, opinion = (_span(dialogue, row[j : j + 2], place) for j in (0, 2, 4))
         if target and aspect:
             pairs["ta"].add((target, aspect))
@@ -271,7 +275,7 @@ def _mentions(dialogue: Dialogue, value: Mapping[str, Any], name: str) -> frozen
     for i, row in enumerate(_field(value, name, list)):
         span = _span(dialogue, row[:2], f"{name}[{i}]")
         if span is None:
-            raise CalibrationError(f"{name}[{i}] has no place")
+            raise CalibrationError(f"{name}[{i}] has no place", hint=HINT)
         found.add(span)
     return frozenset(found)
 
@@ -279,16 +283,19 @@ def _mentions(dialogue: Dialogue, value: Mapping[str, Any], name: str) -> frozen
 def _span(dialogue: Dialogue, ends: Sequence[Any], place: str) -> Span | None:
     """A span inside one utterance; None for −1."""
     if len(ends) != 2 or any(type(end) is not int for end in ends):
-        raise CalibrationError(f"{place}: {list(ends)} are no two offsets")
+        raise CalibrationError(f"{place}: {list(ends)} are no two offsets", hint=HINT)
     if tuple(ends) == (-1, -1):
         return None
     span = Span(*ends)
     if not 0 <= span.start < span.end <= dialogue.starts[-1]:
         raise CalibrationError(
-            f"{place}: {list(ends)} lies outside of the dialogue, which has {dialogue.starts[-1]} tokens"
+            f"{place}: {list(ends)} lies outside of the dialogue, which has {dialogue.starts[-1]} tokens",
+            hint=HINT,
         )
     if span.end > dialogue.starts[dialogue.utterance_of(span) + 1]:
-        raise CalibrationError(f"{place}: {list(ends)} goes over the end of an utterance")
+        raise CalibrationError(
+            f"{place}: {list(ends)} goes over the end of an utterance", hint=HINT
+        )
     return span
 
 
