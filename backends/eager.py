@@ -26,8 +26,7 @@ def numpy_dtype(dtype: torch.dtype) -> str:
 
 def ports(graph: Graph) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """The inputs and outputs of a graph, free dimensions by name."""
-    placeholders = graph.placeholders()
-    users = [placeholders[str(name)] for name in graph.exported.graph_signature.user_inputs]
+    users = list(graph.input_nodes().values())
     (output,) = [n for n in graph.fx.nodes if n.op == "output"]
     sides = []
     for names, nodes in ((graph.inputs, users), (graph.outputs, output.args[0])):

@@ -624,11 +624,8 @@ def tuned_narrow() -> list[str]:
 def _log_gap(mine: Json, other: Json) -> str:
     """Difference of log-perplexity over the seeds that both have."""
     count = min(len(mine["ppl"]), len(other["ppl"]))
-    gap = np.log(mine["ppl"][:count]) - np.log(other["ppl"][:count])
-    if count < 2:
-        return f"{gap.mean():+.4f}"
-    found = student(gap)
-    return f"{gap.mean():+.4f} ({found.low:+.4f}, {found.high:+.4f})"
+    mine, other = (np.log(of["ppl"][:count]) for of in (mine, other))
+    return _gap(mine, other) if count > 1 else f"{(mine - other).mean():+.4f}"
 
 
 def narrow_encoders() -> list[str]:
@@ -665,6 +662,7 @@ def narrow_encoders() -> list[str]:
 
 
 def _gap(mine: Any, other: Any) -> str:
+    """The mean of paired differences, with its interval."""
     found = student(mine - other)
     return f"{(mine - other).mean():+.4f} ({found.low:+.4f}, {found.high:+.4f})"
 

@@ -114,11 +114,9 @@ def collect(
 
 def tensors_for(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Tensor]:
     """A batch as torch tensors. Raises CalibrationError where it does not fit the graph's inputs."""
-    placeholders = graph.placeholders()
-    users = graph.exported.graph_signature.user_inputs
     wanted: dict[str, Wanted] = {}
-    for name, node in zip(graph.inputs, users, strict=True):
-        value = placeholders[str(node)].meta["val"]
+    for name, node in graph.input_nodes().items():
+        value = node.meta["val"]
         sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
         is_of_numbers = name in graph.codes and name in inputs and inputs[name].dtype.kind == "f"
         dtype = torch.float32 if is_of_numbers else value.dtype  # the graph rounds them itself

@@ -146,7 +146,7 @@ class Built:
 
     @property
     def lossy(self) -> bool:
-        return any(r.effect == "lossy" and r.sites for r in self.records)
+        return any(record.is_lossy for record in self.records)
 
     @property
     def first(self) -> Lowered:

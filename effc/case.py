@@ -178,7 +178,7 @@ def made_up(graph: Graph, seed: int = 0) -> dict[str, Tensor]:
     given = graph.exported.example_inputs
     example = dict(given[1]) if given is not None else {}
     feeds = {}
-    for name, node in zip(graph.inputs, _users(graph), strict=True):
+    for name, node in graph.input_nodes().items():
         value = node.meta["val"]
         known = example.get(name, torch.ones(2 * value.dim() or 1, dtype=value.dtype)).reshape(-1)
         words = shape_words(graph, value.shape)
@@ -203,8 +203,10 @@ def few(graph: Graph, feeds: Mapping[str, Tensor], tokens: int = 1024) -> dict[s
 
     An input without rows, such as the positions whose logits are wanted, stays as it is.
     """
-    pairs = zip(graph.inputs, _users(graph), strict=True)
-    words = {name: shape_words(graph, node.meta["val"].shape) for name, node in pairs}
+    words = {
+        name: shape_words(graph, node.meta["val"].shape)
+        for name, node in graph.input_nodes().items()
+    }
     batched = {name for name, axes in words.items() if axes[:1] == ["batch"]}
     left = [word for name, axes in words.items() for word in axes[name in batched :]]
     if any("batch" in word for word in left):  # as in 2 · batch
@@ -213,8 +215,3 @@ def few(graph: Graph, feeds: Mapping[str, Tensor], tokens: int = 1024) -> dict[s
     cost = max((v[0].numel() * (1 if v.is_floating_point() else 64) for v in found), default=1)
     rows = max(1, 64 * tokens // max(1, cost))
     return {name: value[:rows] if name in batched else value for name, value in feeds.items()}
-
-
-def _users(graph: Graph) -> list[fx.Node]:
-    places = graph.placeholders()
-    return [places[str(name)] for name in graph.exported.graph_signature.user_inputs]

@@ -465,7 +465,7 @@ def _refusal(lab: Lab, made: _Made) -> GateRefused:
     return gate.refusal(
         recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out,
         target=made.label if many else None,
-        stays=[recipe.passes[i].name for i in lab.builder.alike if steps[i].effect == "lossy" and steps[i].sites],
+        stays=[recipe.passes[i].name for i in lab.builder.alike if steps[i].is_lossy],
     )  # fmt: skip
 
 

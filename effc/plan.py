@@ -233,28 +233,36 @@ class _Probe:
         tensors, names = graph.tensors(), pass_.trained(graph)
         trained = {place_of(tensors[name]): tensors[name] for name in names}
         count = sum(tensor.numel() for tensor in trained.values())
-        need = (
-            4 * sum(tensor.nbytes for tensor in trained.values()) / 1e6
-        )  # gradients, moments, and the best
+        held_mb = sum(tensor.nbytes for tensor in trained.values()) / 1e6
+        need = 4 * held_mb  # gradients, moments, and the best
         need += 2 * max((self._activations_mb(batch.inputs) for batch in data), default=0.0)
-        how, step_s = "estimated", 0.0
         if graph.is_of_shapes:
-            pass_.requires(program)
-            rows = [batch.inputs for batch in data] or [self.samples.example()]
-            values = pass_.batch * _values(rows[-1]) / len(next(iter(rows[-1].values())))
-            is_whole = (
-                count > graph.weight_bytes() / 8
-            )  # gradients of weights are as much work again
-            step_s = values * self.rate * (2 + is_whole + bool(pass_.distill))
+            step_s = self._step_of_shapes(pass_, program, data, count)
         else:
-            few = min(pass_.samples, 2 * pass_.batch)
-            brief = dataclasses.replace(pass_, steps=2, samples=few, held=0)
-            train = self.builder.tuner.trainer(index, lambda done, of: None)
-            record = apply(brief, program, data or None, train=train)
-            curve = next(note for name, note in record.notes.items() if name.endswith("/curve"))
-            how, step_s = "probed", curve[-1]["seconds"] / curve[-1]["step"]
+            step_s = self._step_timed(pass_, index, program, data)
         note = f"{count:,} numbers are trained"
-        self._add(pass_.name, 1.1 * pass_.steps * step_s, extra_mb=need, how=how, note=note)
+        self._add(pass_.name, 1.1 * pass_.steps * step_s, extra_mb=need, how=self.how, note=note)
+
+    def _step_of_shapes(
+        self, pass_: Any, program: Program, data: Sequence[Batch], count: int
+    ) -> float:
+        """Seconds of a step that trains so many numbers, by the products that it takes."""
+        pass_.requires(program)
+        rows = [batch.inputs for batch in data] or [self.samples.example()]
+        values = pass_.batch * _values(rows[-1]) / len(next(iter(rows[-1].values())))
+        # where most weights are trained, their gradients are as much work again
+        is_whole = count > program.only().weight_bytes() / 8
+        return float(values * self.rate * (2 + is_whole + bool(pass_.distill)))
+
+    def _step_timed(self, pass_: Any, index: int, program: Program, data: Sequence[Batch]) -> float:
+        """Seconds of a step, the mean of two."""
+        few = min(pass_.samples, 2 * pass_.batch)
+        brief = dataclasses.replace(pass_, steps=2, samples=few, held=0)
+        train = self.builder.tuner.trainer(index, lambda done, of: None)
+        record = apply(brief, program, data or None, train=train)
+        curve = next(note for name, note in record.notes.items() if name.endswith("/curve"))
+        seconds: float = curve[-1]["seconds"] / curve[-1]["step"]
+        return seconds
 
     def _lower_s(self, graph: Graph) -> float:
         return LOWER_S + LOWER_S_PER_NODE * sum(1 for _ in graph.nodes)

@@ -119,7 +119,7 @@ def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
 
 def _to_take_back(lab: Lab, base: Trial) -> set[int]:
     """Lossy passes that did something, but those that other engines must have alike."""
-    lossy = {i for i, r in base.built.steps.items() if r.effect == "lossy" and r.sites}
+    lossy = {i for i, record in base.built.steps.items() if record.is_lossy}
     if stay := sorted(lossy.intersection(lab.builder.alike)):
         names = ", ".join(lab.recipe.passes[i].name for i in stay)
         log.warning("not taken back for one of two engines that must have it alike: %s", names)
@@ -299,8 +299,8 @@ def is_partial(pass_: Pass) -> bool:
 
 def _is_divisible(lab: Lab, index: int, record: PassRecord) -> bool:
     """Whether a pass lost something at sites of which some can be taken back."""
-    is_lossy = record.effect == "lossy" and bool(record.sites)
-    return is_lossy and is_partial(lab.recipe.passes[index]) and index not in lab.builder.alike
+    is_whole = index in lab.builder.alike
+    return record.is_lossy and is_partial(lab.recipe.passes[index]) and not is_whole
 
 
 def _sites(pass_: Pass, program: Program) -> Iterator[tuple[Graph, fx.Node]]:

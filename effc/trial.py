@@ -128,8 +128,7 @@ class Lab:
         """
         passes = self.builder.recipe.passes
         last = max((i for i in built.steps if passes[i].renews), default=-1)
-        changed = (i for i, r in built.steps.items() if i > last and r.effect == "lossy")
-        first = next((i for i in changed if built.steps[i].sites), None)
+        first = next((i for i, r in built.steps.items() if i > last and r.is_lossy), None)
         if first is None:
             return []
         before, after = built.before[first].only(), built.program.only()
@@ -154,7 +153,7 @@ class Lab:
     def _unpruned(self, built: Built) -> dict[str, Lowered]:
         """The same recipe without what prunes and trains, where more is lossy: a narrower engine may be slower."""
         passes = self.recipe.passes
-        lossy = {i for i, r in built.steps.items() if r.effect == "lossy" and r.sites}
+        lossy = {i for i, record in built.steps.items() if record.is_lossy}
         renewing = {i for i in lossy if passes[i].renews}
         if lossy == renewing or not any(passes[i].shrinks for i in renewing):
             return {}

@@ -232,6 +232,11 @@ class PassRecord:
     notes: dict[str, Any] = field(default_factory=dict)
     """What else there is to tell of it, by graph."""
 
+    @property
+    def is_lossy(self) -> bool:
+        """Whether it did something that is not exact."""
+        return self.effect == "lossy" and self.sites > 0
+
     def line(self) -> str:
         """`fold-batchnorm: 53 sites, 1 204 → 1 151 nodes, 0.4 s`"""
         before, after = (f"{n:,}".replace(",", " ") for n in self.nodes)

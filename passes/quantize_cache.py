@@ -114,15 +114,14 @@ class Place:
 
 def places(graph: Graph) -> list[Place]:
     """Where a graph puts new keys and values [batch, heads, positions, size] behind those that it takes."""
-    placeholders = graph.placeholders()
     (output,) = [n for n in graph.fx.nodes if n.op == "output"]
     made = dict(zip(graph.outputs, output.args[0], strict=True))
     found = []
-    for port, user in zip(graph.inputs, graph.exported.graph_signature.user_inputs, strict=True):
+    for port, past in graph.input_nodes().items():
         given = f"{PRESENT}{port.removeprefix(PAST)}"
         if not port.startswith(f"{PAST}.") or given not in made:
             continue
-        past, joined = placeholders[str(user)], made[given]
+        joined = made[given]
         if isinstance(joined, fx.Node) and (new := _behind(past, joined)) is not None:
             found.append(Place(port=port, output=given, new=new, joined=joined))
     return found

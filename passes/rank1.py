@@ -216,8 +216,7 @@ def _nothing(word: str, graph: Graph) -> PreconditionError:
 
 def first_rows(graph: Graph) -> fx.Node:
     """The input whose rows are those of a batch: the first whose first dimension is called so, or the first of all."""
-    users = [graph.placeholders()[str(n)] for n in graph.exported.graph_signature.user_inputs]
-    rows = [n for n in users if n.meta["val"].dim()]
+    rows = [n for n in graph.input_nodes().values() if n.meta["val"].dim()]
     named = [n for n in rows if graph.dims.get(str(n.meta["val"].shape[0])) == "batch"]
     return (named or rows)[0]
 
@@ -246,8 +245,7 @@ def _score(graph: Graph, kind: Kind, clusters: Intuition | None, site: Site) -> 
     like, weight = first_rows(graph), site.layers[0].args[1]
     dtype = weight.meta["val"].dtype  # type: ignore[union-attr]
     if name in graph.inputs:
-        users = graph.exported.graph_signature.user_inputs
-        node = graph.placeholders()[str(users[graph.inputs.index(name)])]
+        node = graph.input_nodes()[name]
         if not node.users:  # nothing has told torch yet that its rows are those of the others
             match_rows(graph, node, like)
         shape = [str(n) for n in node.meta["val"].shape]
@@ -405,8 +403,7 @@ def score_of(graph: Graph, kind: Kind) -> fx.Node | None:
     if not kind.reads:
         return None
     if not graph.pending[WORD]["centroids"]:
-        users = graph.exported.graph_signature.user_inputs
-        return graph.placeholders()[str(users[graph.inputs.index(INPUT)])]
+        return graph.input_nodes()[INPUT]
     for node in graph.nodes:
         if op_name(node) == "linear" and tensor_name(graph, node.args[1]) == CENTROIDS:
             users = list(node.users)

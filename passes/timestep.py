@@ -70,14 +70,15 @@ class TimestepTable(Pass):
         if self.input not in graph.inputs:
             return 0
         time = self._time(graph)
-        ends = _ends(graph, time)
+        path = _path(graph, time)
+        ends = _ends(graph, time, path)
         if not ends:
             return 0
         times = stats.decide(
             _key(graph), lambda: sorted(set(self.at)) or stats[_key(graph)].values()
         )
         given = torch.tensor(times, dtype=torch.float64).to(time.meta["val"].dtype)
-        rows = _computed(graph, time, ends, given)
+        rows = _computed(graph, time, path, ends, given)
         index = _index(graph, time, given, ends[0])
         batch = _batch(graph, time)
         for number, end in enumerate(ends):
@@ -92,8 +93,7 @@ class TimestepTable(Pass):
         return len(ends)
 
     def _time(self, graph: Graph) -> fx.Node:
-        users = graph.exported.graph_signature.user_inputs
-        return graph.placeholders()[str(users[graph.inputs.index(self.input)])]
+        return graph.input_nodes()[self.input]
 
 
 def _key(graph: Graph) -> str:
@@ -146,9 +146,9 @@ def _is_pure(node: fx.Node) -> bool:
     return not is_drawn and not target._schema.is_mutable
 
 
-def _ends(graph: Graph, time: fx.Node) -> list[fx.Node]:
+def _ends(graph: Graph, time: fx.Node, path: _Path) -> list[fx.Node]:
     """Where the time path meets the rest, in order."""
-    own = _path(graph, time).own
+    own = path.own
     return [
         node
         for node in graph.nodes
@@ -157,10 +157,9 @@ def _ends(graph: Graph, time: fx.Node) -> list[fx.Node]:
 
 
 def _computed(
-    graph: Graph, time: fx.Node, ends: list[fx.Node], times: Tensor
+    graph: Graph, time: fx.Node, path: _Path, ends: list[fx.Node], times: Tensor
 ) -> dict[fx.Node, Tensor]:
     """Rows [times + 1, …] of every end, as the graph itself computes them for one row; the last is no number."""
-    needed = _path(graph, time).needed
     found: dict[fx.Node, list[Tensor]] = {end: [] for end in ends}
     for value in times:
         known: dict[fx.Node, Any] = {time: value[None]}
@@ -172,7 +171,7 @@ def _computed(
             return known[node]
 
         with torch.no_grad():
-            for node in needed:
+            for node in path.needed:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), of)
                 assert callable(node.target)
                 known[node] = node.target(*args, **kwargs)
@@ -202,11 +201,7 @@ def _index(graph: Graph, time: fx.Node, times: Tensor, before: fx.Node) -> fx.No
 
 def _batch(graph: Graph, time: fx.Node) -> Callable[[fx.Node], fx.Node] | None:
     """What gives the number of rows in front of a node, as the first size of an input that has one."""
-    users = set(map(str, graph.exported.graph_signature.user_inputs))
-    wide = [
-        n for n in graph.fx.nodes
-        if n.op == "placeholder" and n.name in users and n is not time and _is_wide(n)
-    ]  # fmt: skip
+    wide = [n for n in graph.input_nodes().values() if n is not time and _is_wide(n)]
     if not wide:
         return None
     return lambda before: insert(graph, before, aten.sym_size.int, (wide[0], 0))

@@ -62,7 +62,7 @@ def with_experts(program=None, **options):
 
 
 def stirred(program, by=0.3):
-    """The program with other values in its experts, as training leaves them; the two scalars move little."""
+    """The program with other values in what was attached, as training leaves them; scalars move little."""
     made = program.clone()
     draw = torch.Generator().manual_seed(7)
     for graph in made:

@@ -199,8 +199,7 @@ def add_input(graph: Graph, name: str, like: fx.Node, example: Tensor) -> fx.Nod
 
 def drop_input(graph: Graph, name: str) -> None:
     """Take out an input that nothing reads, as `add_input` puts one in."""
-    exported, place = graph.exported, graph.inputs.index(name)
-    node = graph.placeholders()[str(exported.graph_signature.user_inputs[place])]
+    exported, node = graph.exported, graph.input_nodes()[name]
     graph.fx.erase_node(node)
     specs = exported.graph_signature.input_specs
     specs[:] = [s for s in specs if getattr(s.arg, "name", "") != node.name]
@@ -230,8 +229,7 @@ def retype(graph: Graph, name: str, dtype: torch.dtype) -> fx.Node:
     """Let an input take values of another type. Raises KeyError where there is none of that name."""
     if name not in graph.inputs:
         raise KeyError(f"{graph.role} has no input {name!r}")
-    users = graph.exported.graph_signature.user_inputs
-    node = graph.placeholders()[str(users[graph.inputs.index(name)])]
+    node = graph.input_nodes()[name]
     with fake_mode(graph):
         node.meta["val"] = torch.empty_like(node.meta["val"], dtype=dtype)
     return node

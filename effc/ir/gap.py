@@ -56,8 +56,7 @@ class Padding:
         self._ends: dict[str, fx.Node] = dict(zip(graph.outputs, output.args[0], strict=True))
         if MASK in graph.inputs and feeds[MASK].dim() == 2 and not bool(feeds[MASK].all()):
             self.kept = feeds[MASK].bool()
-            name = graph.exported.graph_signature.user_inputs[graph.inputs.index(MASK)]
-            self._sizes = shape_words(graph, graph.placeholders()[str(name)].meta["val"].shape)
+            self._sizes = shape_words(graph, graph.input_nodes()[MASK].meta["val"].shape)
 
     def _fits(self, node: fx.Node, value: Tensor) -> bool:
         if self.kept is None or value.dim() < 3 or value.shape[:2] != self.kept.shape:

@@ -70,6 +70,11 @@ class Graph:
     def placeholders(self) -> dict[str, Node]:
         return {n.name: n for n in self.fx.nodes if n.op == "placeholder"}
 
+    def input_nodes(self) -> dict[str, Node]:
+        """The placeholder of every input by its name, in their order."""
+        known, users = self.placeholders(), self.exported.graph_signature.user_inputs
+        return {name: known[str(user)] for name, user in zip(self.inputs, users, strict=True)}
+
     def tensors(self) -> dict[str, Tensor]:
         """Every lifted tensor by its name. Aliases of one tensor are one object."""
         found: dict[str, Tensor] = {}

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from gated import stirred
 from graphs import (
     Attention,
     Call,
@@ -54,17 +55,6 @@ def with_adapter(program, **options):
     made = program.clone()
     record = effc.apply(AttachLora(**options), made)
     return record, made
-
-
-def stirred(program, by=0.3):
-    """The program with other values in its adapters, as training leaves them."""
-    made = program.clone()
-    draw = torch.Generator().manual_seed(7)
-    for graph in made:
-        for name in attached(graph):
-            old = graph.tensors()[name]
-            rebind(graph, name, old + by * torch.randn(old.shape, generator=draw), "tuned")
-    return made
 
 
 def run(program, x=X):
