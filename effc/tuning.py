@@ -226,7 +226,7 @@ def _curve(run: Run) -> list[dict[str, Any]]:
 def _schedule(pass_: Tune) -> Schedule:
     return Schedule(
         steps=pass_.steps, lr=pass_.lr, warmup=pass_.warmup, weight_decay=pass_.weight_decay,
-        seed=pass_.seed, check_every=max(1, min(50, pass_.steps // 8)),
+        clip=pass_.clip, seed=pass_.seed, check_every=max(1, min(50, pass_.steps // 8)),
     )  # fmt: skip
 
 
