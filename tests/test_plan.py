@@ -123,6 +123,19 @@ def test_a_model_without_weights_is_planned_by_its_shapes(bare, tmp_path):
     assert any("not tried: it looks at values" in line for line in plan.lines(found))
 
 
+def test_the_engine_that_a_pruned_one_is_timed_beside_is_planned_too(tmp_path):
+    def stages(gate, *passes):
+        asked = spec(passes=list(passes), bench={"shapes": [[1, 8]], "budget_s": 0.1}, gate=gate)
+        found = plan.plan(asked, tmp_path / "out", progress=Progress())
+        return {s["name"]: s["seconds"] for s in found["stages"]}
+
+    prune = {"pass": "prune-dims", "ratio": 0.5, "groups": "*.intermediate.dense"}
+    assert "the same unpruned" in stages({}, prune, "quantize")
+    for gate, passes in ((False, [prune, "quantize"]), ({}, [prune]), ({}, ["quantize"])):
+        assert "the same unpruned" not in stages(gate, *passes)
+    assert "the same unpruned" not in stages({"latency": False}, prune, "quantize")
+
+
 def test_pruning_while_tuning_is_planned_by_shapes_too(bare, tmp_path):
     data, _, _ = bare
     passes = [
