@@ -90,9 +90,9 @@ def smollm2(data: Path, gguf: Path) -> Plan:
     texts = [path.read_text(encoding="utf-8") for path in (wiki / "valid.txt", play)]
     return Plan(
         source={"gguf": str(gguf)}, train=tuple(texts),
-        test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=20_000,
+        test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=10_000,
         rank=8, hsm_rank=28, align=16, length=128,
-        training={"steps": 300, "lr": 1e-3, "batch": 4, "held": 32, "precision": "bf16"},
+        training={"steps": 300, "lr": 1e-3, "batch": 2, "held": 32, "precision": "bf16"},
         questions=50, seeds=3, arms=HOURS,
     )  # fmt: skip
 
@@ -220,6 +220,7 @@ class Study:
         import effc
         from effc import measure
         from effc.calib.calibrator import tensors_for
+        from effc.ir.double import doubled, in_double
         from effc.ir.program import Program
         from effc.passes import PASSES
 
@@ -227,7 +228,7 @@ class Study:
         row = self.source.processor.tokenizer(self.plan.test[:400], add_special_tokens=False)
         feeds = self.source.processor.pad([row["input_ids"][: self.plan.length]])
         given = tensors_for(after, feeds)
-        wide = double(before)
+        wide = in_double(before)
         folded = Program({wide.role: wide.clone()})
         effc.apply(PASSES["fold-hsm"](), folded)
         with measure.opened(built.first, THREADS) as engine:
@@ -235,7 +236,7 @@ class Study:
         return {
             "fold_rel_err_fp32": apart(after.run(given)["logits"], before.run(given)["logits"]),
             "fold_rel_err_fp64": apart(
-                folded.only().run(given)["logits"], wide.run(given)["logits"]
+                folded.only().run(doubled(given))["logits"], wide.run(doubled(given))["logits"]
             ),
             "engine_rel_l2": engine_gap,
         }
@@ -306,27 +307,6 @@ def apart(found: Any, wanted: Any) -> float:
 
     a, b = (np.asarray(x, np.float64) for x in (found, wanted))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def double(graph: Any) -> Any:
-    """A graph that computes in float64."""
-    import torch
-
-    from effc.ir.edit import rebind, refresh
-
-    def wider(value: Any) -> Any:
-        return torch.float64 if value is torch.float32 else value
-
-    made = graph.clone()
-    for name, tensor in made.tensors().items():
-        if tensor.dtype == torch.float32:
-            rebind(made, name, tensor.double(), "in float64")
-
-    for node in made.nodes:
-        node.args = tuple(wider(value) for value in node.args)
-        node.kwargs = {name: wider(value) for name, value in node.kwargs.items()}
-    refresh(made)
-    return made
 
 
 def speed(seconds: float) -> Json:
