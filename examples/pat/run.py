@@ -35,7 +35,7 @@ import arms as made_of  # noqa: E402
 import tasks  # noqa: E402
 
 Json = dict[str, Any]
-THREADS = 2
+THREADS = min(2, len(os.sched_getaffinity(0)))
 MAIN = ("lora", "pca then lora", "magnitude then lora", "lora then pca", "pca then pat")
 """Arms of the short run."""
 HOURS = (*MAIN, "pat", "pca then pat, random mask")
@@ -74,7 +74,7 @@ def data_root() -> Path | None:
 def stories(data: Path, kind: str) -> Plan:
     play = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     cut = play.rindex("\n\n", 0, len(play) * 9 // 10)
-    steps = {"smoke": 8, "fast": 100}.get(kind, 600)
+    steps = {"smoke": 8, "fast": 60}.get(kind, 600)
     return Plan(
         source={"transformers": str(data / "stories260k-llama")},
         train=(play[:cut],), test=play[cut:], tokens={"smoke": 1000, "fast": 10_000}.get(kind, 20_000),
@@ -93,7 +93,7 @@ def smollm2(data: Path, gguf: Path) -> Plan:
         test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=10_000,
         rank=8, hsm_rank=28, align=16, length=128,
         training={"steps": 300, "lr": 1e-3, "batch": 2, "held": 32, "precision": "bf16"},
-        questions=50, seeds=3, arms=HOURS,
+        questions=20, seeds=3, arms=HOURS,
     )  # fmt: skip
 
 
