@@ -599,28 +599,39 @@ def tuned_narrow() -> list[str]:
             f"{found['model']}, a quarter of the residual width gone in every arm but the first, over "
             f"{' or '.join(map(str, counts))} seeds; perplexity of {data['n']:,} tokens of text that nobody trained "
             "on. Differences are of the logarithm of perplexity, paired by seed, with Student's 95 % interval: above 0 "
- "is worse than adapters on the whole model, and below 0 better than channels or directions by chance. "
-            "Answers are the share of right ones among four, the mean of four tasks. " + circumstances(found), "",
+ "is worse than the arm that the column names, and chance is a set of channels or directions that the seed draws. "
+            "Answers are the share of right ones among four, the mean of four tasks, and their difference from lora's; "
+            "seconds are those of the training, beside whatever else the machine did. " + circumstances(found), "",
         ]  # fmt: skip
         rows = []
         for arm, of in arms.items():
             control = next(
                 (name for name in arms if name == f"{arm.partition(',')[0]}, random mask"), None
             )
-            answers = np.mean([of["tasks"][task] for task in of["tasks"]], axis=0)
+            beside = [
+                _log_gap(of, arms[other]) if other in arms and arm != other else ""
+                for other in (*BESIDE, control)
+            ]
+            answers = _answers(of)
             rows.append([
-                arm, str(len(of["ppl"])), f"{of['trainables']:,}", f"{np.mean(of['ppl']):.2f}",
-                _log_gap(of, arms["lora"]) if arm != "lora" else "",
-                _log_gap(of, arms[control]) if control not in (None, arm) else "",
-                f"{answers.mean():.3f}",
+                arm, str(len(of["ppl"])), f"{of['trainables']:,}", f"{np.mean(of['seconds']):.0f}",
+                f"{np.mean(of['ppl']):.2f}", *beside, f"{answers.mean():.3f}",
+                _gap(*_both(answers, _answers(arms["lora"]))) if arm != "lora" else "",
             ])  # fmt: skip
+        heads = [f"beside {other}" for other in (*BESIDE, "chance")]
         lines += table(
-            ["arm", "seeds", "trainables", "perplexity", "beside lora", "beside chance", "answers"],
+            [
+                "arm",
+                "seeds",
+                "trainables",
+                "s",
+                "perplexity",
+                *heads,
+                "answers",
+                "answers − lora's",
+            ],
             rows,
         )
-        if {"pca then pat", "pca then lora"} <= set(arms):
-            gap = _log_gap(arms["pca then pat"], arms["pca then lora"])
-            lines += [f"`pca then pat` beside `pca then lora`: {gap}.", ""]
         if "pat, no identity" in arms:
             few = len(arms["pat, no identity"]["ppl"])
             spread = ", ".join(
@@ -640,11 +651,24 @@ def tuned_narrow() -> list[str]:
     return lines
 
 
+BESIDE = ("lora", "pca then lora", "magnitude then lora")
+"""What every arm is held against."""
+
+
+def _answers(arm: Json) -> Any:
+    """The share of right answers of every seed."""
+    return np.mean([arm["tasks"][task] for task in arm["tasks"]], axis=0)
+
+
+def _both(mine: Any, other: Any) -> tuple[Any, Any]:
+    """The seeds that both have."""
+    count = min(len(mine), len(other))
+    return mine[:count], other[:count]
+
+
 def _log_gap(mine: Json, other: Json) -> str:
     """Difference of log-perplexity over the seeds that both have."""
-    count = min(len(mine["ppl"]), len(other["ppl"]))
-    mine, other = (np.log(of["ppl"][:count]) for of in (mine, other))
-    return _gap(mine, other) if count > 1 else f"{(mine - other).mean():+.4f}"
+    return _gap(*_both(*(np.log(of["ppl"]) for of in (mine, other))))
 
 
 def narrow_encoders() -> list[str]:
@@ -682,6 +706,8 @@ def narrow_encoders() -> list[str]:
 
 def _gap(mine: Any, other: Any) -> str:
     """The mean of paired differences, with its interval."""
+    if len(mine) < 2:
+        return f"{(mine - other).mean():+.4f}"
     found = student(mine - other)
     return f"{(mine - other).mean():+.4f} ({found.low:+.4f}, {found.high:+.4f})"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,10 @@ class Rollback:
 
     dropped: frozenset[int] = frozenset()
     excluded: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def dropping(self, indices: Iterable[int]) -> Rollback:
+        """This and those passes not done at all."""
+        return dataclasses.replace(self, dropped=self.dropped.union(indices))
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -114,6 +118,20 @@ class Rollback:
 
 
 NOTHING = Rollback()
+
+
+def chained(passes: Sequence[Pass], indices: Iterable[int]) -> frozenset[int]:
+    """Those passes, and all that are of one chain with one of them."""
+    found = frozenset(indices)
+    chains = {passes[i].chain for i in found} - {""}
+    return found | {i for i, pass_ in enumerate(passes) if pass_.chain in chains}
+
+
+def whole_without(passes: Sequence[Pass], lossy: Iterable[int]) -> frozenset[int]:
+    """Passes without which an engine is the same unpruned, of those that lost something; none where no more is lost."""
+    lost = frozenset(lossy)
+    found = chained(passes, {i for i in lost if passes[i].renews})
+    return found if lost - found and any(passes[i].shrinks for i in found) else frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from effc import measure, metrics, package
 from effc.backends.base import EngineBase, Port
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import GraphEngine, ports
-from effc.build import Builder
+from effc.build import Builder, whole_without
 from effc.cache import Cache
 from effc.calib.data import Batch
 from effc.errors import PassError
@@ -126,6 +126,8 @@ class _Probe:
         if self.graph.is_of_shapes:
             self.base_mb += self.graph.weight_bytes() / 1e6
         self.stages: list[Stage] = []
+        self.compared = 0
+        """Engines that are made for no more than to be timed beside another."""
 
     def result(self) -> Json:
         for name in ("load", "trace"):
@@ -175,6 +177,7 @@ class _Probe:
             self.builder.recorded_rollback(target),
             self.samples.batches(self.graph.role),
         )
+        lossy: dict[int, float] = {}
         for index, given in enumerate(self.recipe.passes):
             pass_ = rollback.apply(index, given)
             if pass_ is None or not pass_.takes(self.graph.role):
@@ -187,6 +190,7 @@ class _Probe:
                 data = []
             is_taken_over = self.builder.twin is not None and index in self.builder.shared
             if pass_.trains:
+                lossy[index] = 0.0
                 if not is_taken_over:
                     self._train(pass_, index, program, data)
                 continue
@@ -206,8 +210,22 @@ class _Probe:
             self._add(
                 pass_.name, seconds, extra_mb=need, how="estimated" if note else "probed", note=note
             )
+            if pass_.effect == "lossy":
+                lossy[index] = seconds
         self._lower("lower", program.only())
+        self._unpruned(lossy)
         return program.weight_bytes()
+
+    def _unpruned(self, lossy: Mapping[int, float]) -> None:
+        """The engine that a pruned one is timed beside: lossy passes behind pruning once more, and its file."""
+        gate, bench = self.recipe.gate, self.recipe.bench
+        dropped = whole_without(self.recipe.passes, lossy)
+        if not dropped or gate is None or not gate.latency or bench is None:
+            return
+        first = min(dropped)
+        again = sum(s for i, s in lossy.items() if i > first and i not in dropped)
+        self._lower("the same unpruned", self.graph, more_s=again)
+        self.compared += 1
 
     def _apply(
         self, pass_: Pass, program: Program, data: Sequence[Batch], target: str, recorded: Any
@@ -260,8 +278,8 @@ class _Probe:
     def _lower_s(self, graph: Graph) -> float:
         return LOWER_S + LOWER_S_PER_NODE * sum(1 for _ in graph.nodes)
 
-    def _lower(self, name: str, graph: Graph) -> None:
-        seconds = self._lower_s(graph)
+    def _lower(self, name: str, graph: Graph, *, more_s: float = 0.0) -> None:
+        seconds = more_s + self._lower_s(graph)
         weights_mb = graph.weight_bytes() / 1e6
         self._add(
             name, seconds, extra_mb=COPIES * weights_mb, disk_mb=2 * weights_mb, how="estimated"
@@ -289,7 +307,7 @@ class _Probe:
         ]
         values = sum(map(_values, found))
         need = max(map(self._activations_mb, found), default=0.0)
-        engines = len(self.recipe.targets) * (2 + bool(self.recipe.passes))
+        engines = len(self.recipe.targets) * (2 + bool(self.recipe.passes)) + self.compared
         need = min(self.left_mb, 2 * need)
         self._add("verify", values * self.rate * engines, extra_mb=need, how=self.how)
 

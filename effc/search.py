@@ -23,7 +23,7 @@ from torch import fx
 
 from effc import gate
 from effc.backends.dialect import DIALECTS
-from effc.build import NOTHING, Built, Rollback
+from effc.build import NOTHING, Built, Rollback, chained
 from effc.errors import CalibrationError, EffcError
 from effc.ir.edit import is_constant
 from effc.ir.program import Graph, Program
@@ -85,7 +85,7 @@ def search(lab: Lab, base: Trial, *, time_budget_s: float | None = None) -> Foun
         for dropped in wholes(lab.recipe.passes, left):
             if gate.is_content(spec, best.checks):
                 break
-            rollback = dataclasses.replace(NOTHING, dropped=base.rollback.dropped | dropped)
+            rollback = NOTHING.dropping(base.rollback.dropped | dropped)
             if (whole := _tried(lab, base, rollback, timed=True)) is not None:
                 keep(whole)
     except OutOfTime:
@@ -119,18 +119,21 @@ def _is_bad(lab: Lab, trial: Trial, word: str) -> bool:
 
 def _to_take_back(lab: Lab, base: Trial) -> set[int]:
     """Lossy passes that did something, but those that other engines must have alike."""
-    lossy = {i for i, record in base.built.steps.items() if record.is_lossy}
-    if stay := sorted(lossy.intersection(lab.builder.alike)):
-        names = ", ".join(lab.recipe.passes[i].name for i in stay)
+    passes, steps = lab.recipe.passes, base.built.steps
+    lossy = {i for i, record in steps.items() if record.is_lossy}
+    alike = chained(passes, lab.builder.alike)
+    if stay := sorted(lossy & alike):
+        names = ", ".join(passes[i].name for i in stay)
         log.warning("not taken back for one of two engines that must have it alike: %s", names)
-    return lossy.difference(lab.builder.alike)
+    return lossy - alike
 
 
 def wholes(passes: Sequence[Pass], lossy: Collection[int]) -> list[frozenset[int]]:
     """What to take back as a whole: pruning and training, then all that has no single sites, then everything."""
     renewing = {i for i in lossy if passes[i].renews}
     whole = {i for i in lossy if not is_partial(passes[i])} | renewing
-    return list(dict.fromkeys(frozenset(found) for found in (renewing, whole, lossy) if found))
+    found = [chained(passes, each) for each in (renewing, whole, lossy) if each]
+    return list(dict.fromkeys(found))
 
 
 def _tried(lab: Lab, base: Trial, rollback: Rollback, *, timed: bool) -> Trial | None:

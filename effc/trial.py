@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +23,9 @@ from effc import gate, measure, metrics
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered
 from effc.bench import cpu_name
-from effc.build import Builder, Built, Rollback, versions
+from effc.build import Builder, Built, Rollback, versions, whole_without
 from effc.cache import key_of
+from effc.errors import EffcError
 from effc.gate import Check
 from effc.layers import layer_errors
 from effc.machine import cpu_features
@@ -31,6 +33,7 @@ from effc.package import digest
 from effc.recipe import BenchSpec, GateSpec
 
 Json = dict[str, Any]
+log = logging.getLogger("effc")
 
 KEPT_S = 86400.0
 """A timing of an unfinished compile that is older than a day is taken again."""
@@ -70,7 +73,8 @@ class Lab:
     beside: dict[str, Lowered] = field(default_factory=dict)
     """Engines of other targets, which every further one is timed beside."""
     _tried: dict[Any, Trial] = field(default_factory=dict)
-    _whole: dict[Any, Built] = field(default_factory=dict)
+    _whole: dict[Any, Built | None] = field(default_factory=dict)
+    """Unpruned engines; None where there is none to be had."""
     _timings: list[str] = field(default_factory=list)
     _reference: metrics.Samples | None = None
     _calls: int | None = None
@@ -151,18 +155,28 @@ class Lab:
         return dataclasses.replace(trial, checks=self._checks(trial))
 
     def _unpruned(self, built: Built) -> dict[str, Lowered]:
-        """The same recipe without what prunes and trains, where more is lossy: a narrower engine may be slower."""
-        passes = self.recipe.passes
+        """The same recipe without what prunes and trains, where more is lossy: a narrower engine may be slower.
+
+        Nothing where the gate does not ask for it, or the engine cannot be made or is not what the model does. Raises
+        OutOfTime.
+        """
         lossy = {i for i, record in built.steps.items() if record.is_lossy}
-        renewing = {i for i in lossy if passes[i].renews}
-        if lossy == renewing or not any(passes[i].shrinks for i in renewing):
+        dropped = whole_without(self.recipe.passes, lossy)
+        if self.spec is None or not self.spec.latency or not dropped:
             return {}
-        rollback = dataclasses.replace(built.rollback, dropped=built.rollback.dropped | renewing)
+        rollback = built.rollback.dropping(dropped)
         key = built.target, rollback.key
         if key not in self._whole:
-            self._whole[key] = self.narrowed(built, rollback)
-            self.drifts(self._whole[key])  # verified before it is timed
-        return {gate.UNPRUNED: self._whole[key].first}
+            self.check_time()
+            self._whole[key] = None
+            try:
+                whole = self.narrowed(built, rollback)
+                self.drifts(whole)  # verified before it is timed
+                self._whole[key] = whole
+            except EffcError as error:
+                log.warning("the engine is not timed beside the same unpruned: %s", error.what)
+        found = self._whole[key]
+        return {} if found is None else {gate.UNPRUNED: found.first}
 
     def obstacle(self, built: Built) -> str | None:
         """Why a candidate cannot be timed on this machine; None where it can."""

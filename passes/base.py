@@ -156,6 +156,8 @@ class Pass:
     """Whether values behind the pass are others, or of other sizes, than those before it: no node answers for that."""
     shrinks: ClassVar[bool] = False
     """Whether the graph is smaller behind it, and an engine of it should be faster."""
+    chain: ClassVar[str] = ""
+    """Passes of one chain work on what the first of them put into the graph: they are taken back together."""
     is_shared: ClassVar[bool] = False
     """Whether engines that go on with each other's cache must all have the pass, and decide the same."""
 

@@ -52,6 +52,7 @@ class InsertHsm(Pass):
     """
 
     name = "insert-hsm"
+    chain = "hsm"
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     align: Annotated[int, Field(ge=1)] | None = None
@@ -253,7 +254,9 @@ class HardenHsm(Pass):
     """Makes the mask of hybrid sparsification modules 0 and 1: the channels of the largest mask stay."""
 
     name = "harden-hsm"
+    chain = "hsm"
     effect = "lossy"
+    renews = True
 
     def requires(self, program: Program) -> None:
         found = [inserted(graph, self.name) for graph in program if self.takes(graph.role)]

@@ -50,6 +50,7 @@ class FoldHsm(Pass):
     """Folds hybrid sparsification modules with a hard mask into the layers in front of them, and removes width."""
 
     name = "fold-hsm"
+    chain = "hsm"
     renews = True
     shrinks = True
 

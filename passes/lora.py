@@ -72,6 +72,7 @@ class AttachLora(Pass):
     """
 
     name = "attach-lora"
+    chain = "lora"
     renews: ClassVar[bool] = True
 
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -182,6 +183,7 @@ class MergeLora(Pass):
     """Folds the adapters of linear layers into their weights; the graph has the operators that it had without them."""
 
     name = "merge-lora"
+    chain = "lora"
 
     def requires(self, program: Program) -> None:
         graphs = [graph for graph in program if self.takes(graph.role)]

@@ -59,6 +59,7 @@ class AttachRank1(Pass):
     """
 
     name = "attach-rank1"
+    chain = "rank1"
     renews = True
 
     sizes: tuple[Size, Size] = (4, 8)

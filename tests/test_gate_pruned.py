@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from effc import compiler, recipe, report, search
-from effc.errors import GateRefused
+from effc.build import whole_without
+from effc.errors import GateRefused, VerifyError
 from effc.trial import Lab
 
 pytestmark = pytest.mark.slow
@@ -37,6 +38,27 @@ def net():
     return effc.Source(
         modules={"main": module()}, inputs={"main": {"input": torch.ones(2, 16)}}, batches=batches
     )
+
+
+class Stream(nn.Module):
+    """A residual stream of 24 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.up = nn.Linear(16, 24), nn.Linear(24, 32)
+        self.down, self.head = nn.Linear(32, 24), nn.Linear(24, 4)
+        self.norms = nn.ModuleList(nn.RMSNorm(24, 1e-5) for _ in range(2))
+
+    def forward(self, input):
+        x = self.table(input)
+        x = x + self.down(self.up(self.norms[0](x)).relu())
+        return self.head(self.norms[1](x))
+
+
+def stream():
+    torch.manual_seed(0)
+    inputs = {"main": {"input": torch.ones(2, 16)}}
+    return effc.Source(modules={"main": Stream().eval()}, inputs=inputs, batches=batches)
 
 
 def agreement(run, processor, file):
@@ -98,6 +120,19 @@ def test_what_prunes_is_taken_back_before_what_rounds(place):
     assert search.wholes(passes, {0}) == [{0}] and search.wholes(passes, set()) == []
 
 
+def test_what_one_pass_puts_in_and_others_fold_is_taken_back_together(place):
+    tune = {**TUNE, "terms": ["hsm"]}
+    front, behind = (
+        ["pca-rotate", "insert-hsm", "attach-lora"],
+        ["harden-hsm", "merge-lora", "fold-hsm"],
+    )
+    passes = made(place, *front, tune, *behind, "quantize").passes
+    lossy = {3, 4, 7}  # insert and fold are exact, and neither is of use alone
+    assert search.wholes(passes, lossy) == [{1, 3, 4, 6}, {1, 3, 4, 6, 7}]
+    assert whole_without(passes, lossy) == {1, 3, 4, 6}
+    assert not whole_without(passes, {3, 4}) and not whole_without(passes, {7})
+
+
 def test_a_search_without_time_ships_nothing_that_was_pruned_too_far(place, tmp_path):
     with pytest.raises(GateRefused, match="the time for the search is up"):
         compiler.run(made(place, PRUNE), tmp_path / "out", time_budget_s=0.0)
@@ -131,20 +166,7 @@ def test_a_pruned_int8_engine_is_asked_to_be_no_slower_than_the_whole_one(
 ):
     """Twice as fast as the model in float, and yet slower than int8 alone: pruning is what does not pay."""
     took = {(False, False): 4.0, (True, False): 3.0, (False, True): 1.0, (True, True): 2.0}
-
-    def timed(lab, lowered, spec, against=None):
-        def of(low):
-            return took[is_pruned(low), is_int8(low)]
-
-        me = of(lowered)
-        others = {"float": 4.0, **{name: of(low) for name, low in (against or {}).items()}}
-        ratios = {
-            n: {"ratio": ms / me, "low": ms / me, "high": ms / me} for n, ms in others.items()
-        }
-        shape = {"batch": 1, "length": 1, "reference": "float", **ratios["float"]}
-        return {"shapes": [{**shape, "against": ratios}], "peak_rss_mb": {}, "load_ms": {}}
-
-    monkeypatch.setattr(Lab, "bench", timed)
+    monkeypatch.setattr(Lab, "bench", times(lambda low: took[is_pruned(low), is_int8(low)]))
     monkeypatch.setattr(report, "write", lambda *_: None)
     asked = made(
         place, PRUNE, "quantize", bench={"shapes": [[1, 1]], "budget_s": 0.5}, gate={"metric": False}
@@ -157,6 +179,85 @@ def test_a_pruned_int8_engine_is_asked_to_be_no_slower_than_the_whole_one(
     took[True, True] = 0.5
     gate = compiler.run(asked, tmp_path / "faster").report["gate"]
     assert not gate["rolled_back"] and gate["verdict"] == "passed"
+
+
+def test_pruning_while_tuning_is_taken_back_as_a_whole(place, tmp_path, monkeypatch):
+    """A narrow stream that is as good and twice as slow as the wide one: the engine is int8 alone."""
+    monkeypatch.setattr(Lab, "bench", times(lambda low: 2.0 if is_narrow(low) else 1.0))
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    tune = {
+        "pass": "tune",
+        "steps": 4,
+        "lr": 1e-4,
+        "samples": 32,
+        "batch": 8,
+        "held": 8,
+        "terms": ["hsm"],
+    }
+    pat = [{"pass": "insert-hsm", "ratio": 0.5, "rank": 2}, tune, "harden-hsm", "fold-hsm"]
+    asked = made(
+        place, *pat, "quantize", source={"python": f"{place}/net.py:stream"},
+        bench={"shapes": [[1, 1]], "budget_s": 0.5}, gate={"metric": False}, metric=None,
+    )  # fmt: skip
+    gate = compiler.run(asked, tmp_path / "out").report["gate"]
+    assert [taken["pass"] for taken in gate["rolled_back"]] == [
+        "0:insert-hsm", "1:tune", "2:harden-hsm", "3:fold-hsm"
+    ]  # fmt: skip
+    assert "engine ÷ the same unpruned 2.000" in gate["rolled_back"][0]["why"]
+    monkeypatch.setattr(Lab, "bench", times(lambda low: 1.0 if is_narrow(low) else 2.0))
+    gate = compiler.run(asked, tmp_path / "faster").report["gate"]
+    assert not gate["rolled_back"] and gate["verdict"] == "passed"
+
+
+def test_where_the_unpruned_engine_cannot_be_made_the_pruned_one_is_judged_alone(
+    place, tmp_path, monkeypatch, caplog
+):
+    def drifts(lab, built):
+        if not built.rollback.dropped:
+            return found(lab, built)
+        raise VerifyError("it is far from the model", hint="none")
+
+    found = Lab.drifts
+    monkeypatch.setattr(Lab, "drifts", drifts)
+    monkeypatch.setattr(Lab, "bench", times(lambda low: 1.0))
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    asked = made(
+        place, PRUNE, "quantize", bench={"shapes": [[1, 1]], "budget_s": 0.5}, gate={"metric": False}
+    )  # fmt: skip
+    gate = compiler.run(asked, tmp_path / "out").report["gate"]
+    assert gate["verdict"] == "passed" and len(gate["checks"]) == 1
+    assert "not timed beside the same unpruned: it is far from the model" in caplog.text
+
+
+def test_nothing_is_built_for_a_comparison_that_nobody_asks_for(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(Lab, "bench", times(lambda low: 1.0))
+    monkeypatch.setattr(Lab, "narrowed", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(report, "write", lambda *_: None)
+    for number, gate in enumerate((False, {"latency": False, "metric": False, "size": "smaller"})):
+        asked = made(
+            place, PRUNE, "quantize", bench={"shapes": [[1, 1]], "budget_s": 0.5}, gate=gate
+        )
+        compiler.run(asked, tmp_path / str(number))
+
+
+def times(of):
+    """Timings in which an engine takes as long as `of` says, and so do those beside it."""
+
+    def timed(lab, lowered, spec, against=None):
+        me = of(lowered)
+        others = {"float": 4.0, **{name: of(low) for name, low in (against or {}).items()}}
+        ratios = {
+            n: {"ratio": ms / me, "low": ms / me, "high": ms / me} for n, ms in others.items()
+        }
+        shape = {"batch": 1, "length": 1, "reference": "float", **ratios["float"]}
+        return {"shapes": [{**shape, "against": ratios}], "peak_rss_mb": {}, "load_ms": {}}
+
+    return timed
+
+
+def is_narrow(lowered):
+    model = ir.load(lowered.directory / lowered.files[0])
+    return all(24 not in value.shape for value in model.graph.initializers.values())
 
 
 def is_pruned(lowered):

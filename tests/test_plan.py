@@ -141,9 +141,21 @@ def test_a_training_is_planned_with_its_own_batch(bare, tmp_path, monkeypatch):
     held_mb = 4 * 3 * 2 * (3 * (16 + wide) + 4 * (16 + 16)) * 4 / 1e6  # what is trained, four times
     few, many = of(2, 24) - held_mb, of(24, 2) - held_mb
     assert 6 < many / few < 24  # twelve times the rows, and the longest of more is longer
-    assert (
-        few > 2 * 2 * 4 * 5 * wide * 4 / 1e6
-    )  # two layers, four tokens and more, five values of that width
+    values = 2 * 5 * wide  # five of that width, in two layers
+    assert few > 2 * 4 * values * 4 / 1e6  # two samples of four tokens and more
+
+
+def test_the_engine_that_a_pruned_one_is_timed_beside_is_planned_too(tmp_path):
+    def stages(gate, *passes):
+        asked = spec(passes=list(passes), bench={"shapes": [[1, 8]], "budget_s": 0.1}, gate=gate)
+        found = plan.plan(asked, tmp_path / "out", progress=Progress())
+        return {s["name"]: s["seconds"] for s in found["stages"]}
+
+    prune = {"pass": "prune-dims", "ratio": 0.5, "groups": "*.intermediate.dense"}
+    assert "the same unpruned" in stages({}, prune, "quantize")
+    for gate, passes in ((False, [prune, "quantize"]), ({}, [prune]), ({}, ["quantize"])):
+        assert "the same unpruned" not in stages(gate, *passes)
+    assert "the same unpruned" not in stages({"latency": False}, prune, "quantize")
 
 
 def test_pruning_while_tuning_is_planned_by_shapes_too(bare, tmp_path):

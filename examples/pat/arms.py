@@ -11,8 +11,8 @@
     pat, random mask     a fixed set of channels drawn by the seed: what learning the gates is worth
     pat, no identity     without the loss that keeps the modules near an isometry
 
-All have the same samples, steps, rates and seeds. The rank of an arm's adapters is chosen so that it trains as much as
-PAT does, or more.
+All have the same samples, steps, rates and seeds. The rank of an arm's adapters is the one with which it trains nearest
+to as many parameters as PAT does, counted on the graph that is trained: the pruned one where pruning comes first.
 """
 
 from __future__ import annotations
@@ -30,21 +30,27 @@ def tune(seed: int, options: Pass, *, terms: list[Any] | None = None) -> Pass:
 
 
 def arms(
-    group: str, rank: int, more: int, hsm_rank: int | float, align: int, seed: int, training: Pass
-) -> dict[str, list[Any]]:
-    """Passes by arm. `group` names the residual stream, `rank` is of PAT's adapters and `more` of the others'."""
+    group: str, rank: int, alone: tuple[int, int], hsm_rank: int | float, align: int, seed: int, training: Pass,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """Passes by arm.
+
+    `group` names the residual stream, `rank` is of PAT's adapters, `alone` of others on the whole and the pruned graph.
+    """
     smaller = {"pass": "prune-dims", "ratio": RATIO, "align": align, "groups": group}
     pca = ["pca-rotate", {**smaller, "importance": "first"}]
-    lora = [
-        {"pass": "attach-lora", "rank": more, "alpha": 2 * more, "seed": seed},
-        tune(seed, training),
-        {"pass": "merge-lora"},
-    ]
+    lora, behind = (
+        [
+            {"pass": "attach-lora", "rank": rank, "alpha": 2 * rank, "seed": seed},
+            tune(seed, training),
+            {"pass": "merge-lora"},
+        ]
+        for rank in alone
+    )
     sizes = rank, hsm_rank, align, seed, training
     return {
         "lora": lora,
-        "magnitude then lora": [{**smaller, "importance": "magnitude"}, *lora],
-        "pca then lora": [*pca, *lora],
+        "magnitude then lora": [{**smaller, "importance": "magnitude"}, *behind],
+        "pca then lora": [*pca, *behind],
         "lora then pca": [*lora, *pca],
         "pca then pat": ["pca-rotate", *pat(*sizes, importance="first")],
         "pca then pat, random mask": ["pca-rotate", *pat(*sizes, mask="random")],

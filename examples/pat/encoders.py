@@ -194,7 +194,8 @@ def unit(case: Case, arm: str, seed: int, steps: int, rank: int, hsm_rank: int) 
 
     program = case.program.clone()
     width = language.stream(program.only())
-    more = language.matched(program.only(), width, SimpleNamespace(rank=rank, hsm_rank=hsm_rank))
+    plan = SimpleNamespace(rank=rank, hsm_rank=hsm_rank, align=case.align)
+    alone = language.alone(program.only(), width, plan)
     training = {
         "task": "none",
         "distill": 1.0,
@@ -203,7 +204,7 @@ def unit(case: Case, arm: str, seed: int, steps: int, rank: int, hsm_rank: int) 
         "batch": BATCH,
         "held": BATCH,
     }
-    asked = made_of.arms(width.name, rank, more, hsm_rank, case.align, seed, training)[arm]
+    asked = made_of.arms(width.name, rank, alone, hsm_rank, case.align, seed, training)[arm]
     order = np.random.default_rng([5, seed]).permutation(len(case.rows))
     drawn = [
         joined([case.rows[i] for i in part])

@@ -35,9 +35,11 @@ import arms as made_of  # noqa: E402
 import tasks  # noqa: E402
 
 Json = dict[str, Any]
-THREADS = 2
+THREADS = min(2, len(os.sched_getaffinity(0)))
 MAIN = ("lora", "pca then lora", "magnitude then lora", "lora then pca", "pca then pat")
-"""Arms of the short run, and of a model that takes hours."""
+"""Arms of the short run."""
+HOURS = (*MAIN, "pat", "pca then pat, random mask")
+"""Arms of a model that takes hours."""
 ABLATIONS = ("pat, frozen mask", "pat, random mask", "pat, no identity")
 FEWER = 3
 """Seeds that are enough for them."""
@@ -72,7 +74,7 @@ def data_root() -> Path | None:
 def stories(data: Path, kind: str) -> Plan:
     play = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     cut = play.rindex("\n\n", 0, len(play) * 9 // 10)
-    steps = {"smoke": 8, "fast": 100}.get(kind, 600)
+    steps = {"smoke": 8, "fast": 60}.get(kind, 600)
     return Plan(
         source={"transformers": str(data / "stories260k-llama")},
         train=(play[:cut],), test=play[cut:], tokens={"smoke": 1000, "fast": 10_000}.get(kind, 20_000),
@@ -88,11 +90,10 @@ def smollm2(data: Path, gguf: Path) -> Plan:
     texts = [path.read_text(encoding="utf-8") for path in (wiki / "valid.txt", play)]
     return Plan(
         source={"gguf": str(gguf)}, train=tuple(texts),
-        test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=20_000,
+        test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=10_000,
         rank=8, hsm_rank=28, align=16, length=128,
-        training={"steps": 300, "lr": 1e-3, "batch": 4, "held": 32, "precision": "bf16"},
-        questions=50, seeds=3,
-        arms=MAIN,
+        training={"steps": 300, "lr": 1e-3, "batch": 2, "held": 32, "precision": "bf16"},
+        questions=20, seeds=3, arms=HOURS,
     )  # fmt: skip
 
 
@@ -135,7 +136,8 @@ class Study:
         test.write_text(cut(plan.test, self.source.processor, plan.tokens), encoding="utf-8")
         self.metric = Perplexity(file=test)
         self.questions = tasks.questions(plan.test, plan.questions)
-        self.more = matched(graph, self.width, plan)
+        self.alone = alone(graph, self.width, plan)
+        self.texts = [digest(file.read_bytes()) for file in (self.train, test)]
 
     def units(self) -> dict[str, list[Json]]:
         """Results by arm, one a seed; those that are there already as they are."""
@@ -147,21 +149,33 @@ class Study:
         }
         for seed in range(plan.seeds):
             every = made_of.arms(
-                self.width.name, plan.rank, self.more, plan.hsm_rank, plan.align, seed, training
+                self.width.name, plan.rank, self.alone, plan.hsm_rank, plan.align, seed, training
             )
             for arm in plan.arms or every:
                 if seed >= FEWER and arm in ABLATIONS:
                     continue
-                file = self.state / f"{arm}-{seed}.json"
+                file, of = self.state / f"{arm}-{seed}.json", self.means(every[arm])
                 if not file.exists():
-                    made = self.unit(every[arm])
+                    made = {"plan": of, **self.unit(every[arm])}
                     file.with_suffix(".part").write_text(json.dumps(made), encoding="utf-8")
                     file.with_suffix(".part").rename(file)
                     print(
-                        f"{arm}, seed {seed}: perplexity {made['ppl']:.3f}, {made['seconds']:.0f} s"
+                        f"{arm}, seed {seed}: perplexity {made['ppl']:.3f}, {made['seconds']:.0f} s",
+                        flush=True,
                     )
-                found.setdefault(arm, []).append(json.loads(file.read_text(encoding="utf-8")))
+                unit = json.loads(file.read_text(encoding="utf-8"))
+                if unit.get("plan") != of:
+                    raise SystemExit(f"{file} is of another plan: give another --state")
+                found.setdefault(arm, []).append(unit)
         return found
+
+    def means(self, passes: list[Any]) -> str:
+        """Digest of all that a unit's numbers depend on, wherever its files lie."""
+        plan, train = self.plan, str(self.train)
+        said = json.dumps([passes, plan.questions, plan.length, *self.texts]).replace(
+            train, "train"
+        )
+        return digest(said.encode())
 
     def unit(self, passes: list[Any]) -> Json:
         """One arm and seed: trained, compiled for ONNX Runtime, and measured."""
@@ -206,6 +220,7 @@ class Study:
         import effc
         from effc import measure
         from effc.calib.calibrator import tensors_for
+        from effc.ir.double import doubled, in_double
         from effc.ir.program import Program
         from effc.passes import PASSES
 
@@ -213,7 +228,7 @@ class Study:
         row = self.source.processor.tokenizer(self.plan.test[:400], add_special_tokens=False)
         feeds = self.source.processor.pad([row["input_ids"][: self.plan.length]])
         given = tensors_for(after, feeds)
-        wide = double(before)
+        wide = in_double(before)
         folded = Program({wide.role: wide.clone()})
         effc.apply(PASSES["fold-hsm"](), folded)
         with measure.opened(built.first, THREADS) as engine:
@@ -221,7 +236,7 @@ class Study:
         return {
             "fold_rel_err_fp32": apart(after.run(given)["logits"], before.run(given)["logits"]),
             "fold_rel_err_fp64": apart(
-                folded.only().run(given)["logits"], wide.run(given)["logits"]
+                folded.only().run(doubled(given))["logits"], wide.run(doubled(given))["logits"]
             ),
             "engine_rel_l2": engine_gap,
         }
@@ -234,11 +249,28 @@ def stream(graph: Any) -> Any:
     return max(coupled_dims(graph).prunable(), key=lambda group: len(group.readers))
 
 
-def matched(graph: Any, width: Any, plan: Plan) -> int:
-    """The rank at which adapters alone train as much as PAT does, or more."""
+def alone(graph: Any, width: Any, plan: Plan) -> tuple[int, int]:
+    """Ranks at which adapters alone train nearest to as much as PAT does: on the graph, and on the pruned one."""
+    import effc
+    from effc.ir.program import Program
+    from effc.passes import PASSES
+
+    pruned = Program({graph.role: graph.clone()})
+    options = {"ratio": made_of.RATIO, "align": plan.align, "groups": width.name}
+    effc.apply(PASSES["prune-dims"](**options), pruned)
+    return matched(graph, width, plan), matched(graph, width, plan, smaller=pruned.only())
+
+
+def matched(graph: Any, width: Any, plan: Plan, smaller: Any = None) -> int:
+    """The rank at which adapters alone, of a smaller graph where given, train nearest to as much as PAT does."""
     sites, d = len(width.writers), width.size
     modules = (sites - 1) * (2 * d * plan.hsm_rank + d) + d
-    return plan.rank + math.ceil(modules / adapter(graph))
+    wanted = plan.rank * adapter(graph) + modules
+    return max(1, round(wanted / adapter(smaller or graph)))
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def adapter(graph: Any) -> int:
@@ -275,27 +307,6 @@ def apart(found: Any, wanted: Any) -> float:
 
     a, b = (np.asarray(x, np.float64) for x in (found, wanted))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def double(graph: Any) -> Any:
-    """A graph that computes in float64."""
-    import torch
-
-    from effc.ir.edit import rebind, refresh
-
-    def wider(value: Any) -> Any:
-        return torch.float64 if value is torch.float32 else value
-
-    made = graph.clone()
-    for name, tensor in made.tensors().items():
-        if tensor.dtype == torch.float32:
-            rebind(made, name, tensor.double(), "in float64")
-
-    for node in made.nodes:
-        node.args = tuple(wider(value) for value in node.args)
-        node.kwargs = {name: wider(value) for name, value in node.kwargs.items()}
-    refresh(made)
-    return made
 
 
 def speed(seconds: float) -> Json:
@@ -408,7 +419,7 @@ def main() -> int:
                 "prefill_speedup": speed(1.0 if given.smoke else 20.0),
                 "data": {
                     "name": study.metric.file.name, "n": units[next(iter(units))][0]["tokens"],
-                    "sha256": hashlib.sha256(study.metric.file.read_bytes()).hexdigest(),
+                    "sha256": digest(study.metric.file.read_bytes()),
                 },
             }  # fmt: skip
         found["wall_s"] = round(time.perf_counter() - started, 1)

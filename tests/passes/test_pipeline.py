@@ -83,6 +83,34 @@ def test_an_exact_pass_that_lies_is_caught_and_undone(program):
     assert effc.show(program) == before
 
 
+@dataclass(frozen=True, kw_only=True)
+class DropShift(Pass):
+    """Leaves out what is added and taken away again."""
+
+    name = "drop-shift"
+
+    def rewrite(self, graph, stats):
+        nodes = [*effc.Select(op="add").sites(graph), *effc.Select(op="sub").sites(graph)]
+        for node in nodes:
+            replace(graph, node, node.args[0])
+        return len(nodes)
+
+
+@pytest.mark.parametrize("back", [1e4, 1.0002e4])
+def test_rounding_is_told_from_a_fault_in_float64(back, caplog):
+    parts = {"fc": nn.Linear(4, 4)}
+    program = effc.trace(Call(lambda self, x: self.fc(x) + 1e4 - back, **parts), normal(2, 4))
+    caplog.set_level("INFO", logger="effc")
+    if back == 1e4:
+        record = apply(DropShift(), program, probes=probes(8, 4))
+        assert record.drift.rel_l2 > 1e-4  # a float32 of 10,000 has steps of 0.001
+        assert "drop-shift moved the outputs by" in caplog.text and "in float64" in caplog.text
+    else:
+        with pytest.raises(PostconditionError, match="drop-shift is exact but moved"):
+            apply(DropShift(), program, probes=probes(8, 4))
+        assert ops(program) == ["linear", "add", "sub"]
+
+
 def test_an_exact_pass_is_believed_where_it_tells_the_truth(program):
     graph = program.only()
     rebind(graph, "fc.bias", torch.full((4,), 100.0), "never negative")
