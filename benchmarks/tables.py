@@ -680,20 +680,29 @@ def narrow_encoders() -> list[str]:
             + circumstances(found), "",
         ]  # fmt: skip
         for name, case in ((n, c) for n, c in found.items() if isinstance(c, dict) and "arms" in c):
-            rows = []
+            rows, counted = [], all("trainables" in of for of in case["arms"].values())
             for arm, of in case["arms"].items():
                 score = np.array(of["score"])
+                count = [f"{of['trainables'][0]:,}"] if counted else []
                 cells = [
                     _gap(score, np.array(case["arms"][other]["score"])) if arm != other else ""
                     for other in ("lora", "pca then lora", "pca then pat, random mask")
                 ]
                 rows.append(
-                    [arm, str(len(score)), str(of["width"][0]), f"{score.mean():.4f}", *cells]
+                    [
+                        arm,
+                        str(len(score)),
+                        *count,
+                        str(of["width"][0]),
+                        f"{score.mean():.4f}",
+                        *cells,
+                    ]
                 )
             lines += [f"{name}, {case['whole']:.4f} whole:", ""]
             heads = [
                 "arm",
                 "seeds",
+                *(["trainables"] if counted else []),
                 "width",
                 "accuracy",
                 "beside lora",

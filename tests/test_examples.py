@@ -52,6 +52,28 @@ def test_an_example_runs(name, tmp_path):
     assert set(found["data"]) >= {"name", "n", "sha256"}
 
 
+@pytest.mark.slow
+def test_encoders_are_pruned_while_they_are_tuned_beside_adapters_that_train_as_much(tmp_path):
+    file = tmp_path / "found.json"
+    command = [sys.executable, ROOT / "examples/pat/encoders.py", "--smoke", "--json", file]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["example"] == "pat-encoders" and "post-LN" in found["refused"]
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    for name, square, rank_one in (
+        ("vision transformer", 6 * 8 * 128**2, 6 * 14 * 128),
+        ("sentence encoder", 3 * 12 * 64**2, 3 * 16 * 64),
+    ):  # numbers of the layers in all blocks, and of adapters of rank 1: the layer that gives the classes has none
+        lora, pat = (found[name]["arms"][arm] for arm in ("lora", "pca then pat"))
+        assert (lora["linear_parameters"], pat["linear_parameters"]) == (
+            [square],
+            [square * 3 // 4],
+        )
+        assert lora["trainables"] == [round(pat["trainables"][0] / rank_one) * rank_one]
+
+
 def test_numbers_that_were_taken_before_have_the_revision_of_then(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("pat", ROOT / "benchmarks" / "pat.py")

@@ -50,11 +50,34 @@ def test_the_tables_are_what_the_results_say(monkeypatch, capsys):
     assert stop.value.code == 0, capsys.readouterr().out
 
 
-def test_a_ranking_is_held_against_all_that_were_looked_at(monkeypatch, tmp_path):
+@pytest.fixture
+def tables(monkeypatch, tmp_path):
+    """The script of the tables, over results in an empty folder."""
     place = ROOT / "benchmarks" / "tables.py"
     spec = importlib.util.spec_from_file_location("tables", place)
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    monkeypatch.setattr(made, "RESULTS", tmp_path)
+    return made
+
+
+def test_what_arms_of_encoders_train_is_told_where_it_was_counted(tables, tmp_path):
+    name = "pat-encoders.json"
+    found = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+    for arms in (
+        case["arms"] for case in found.values() if isinstance(case, dict) and "arms" in case
+    ):
+        for arm in arms.values():
+            arm["trainables"] = [53_760] * 3
+    (tmp_path / name).write_text(json.dumps(found), encoding="utf-8")
+    lines = tables.narrow_encoders()
+    assert sum("| 53,760 |" in line for line in lines) == 10
+    del arm["trainables"]
+    (tmp_path / name).write_text(json.dumps(found), encoding="utf-8")
+    assert sum("| 53,760 |" in line for line in tables.narrow_encoders()) == 5
+
+
+def test_a_ranking_is_held_against_all_that_were_looked_at(tables, tmp_path):
     units, gains = {}, np.array([0.004, 0.012, 0.006, 0.010])
     for name in ("net", "net, align 16"):
         units[f"{name} whole"] = {"accuracy": 0.9}
@@ -65,7 +88,6 @@ def test_a_ranking_is_held_against_all_that_were_looked_at(monkeypatch, tmp_path
             for seed, value in enumerate(0.8 + by * np.ones(4)):
                 units[f"{name}: {ranking}, 0.3, {seed}"] = {"int8": value, "share": 0.4}
     (tmp_path / "pruning.json").write_text(json.dumps({"units": units}), encoding="utf-8")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert student(gains, 1 - 0.05 / 2).low > 0  # above chance among the two of its own table
     assert student(gains, 1 - 0.05 / 4).low < 0  # and not among the four of the network
     assert "wanda" not in tables.best_rankings()

@@ -4,7 +4,8 @@
 
 Both have LayerNorms in front of their blocks, which are written as RMSNorms first; an encoder with norms behind its
 blocks (BERT, MiniLM) is refused with the reason. A quarter of the residual width goes while the model is held to its
-own outputs (no labels), by adapters and hybrid sparsification modules, or by adapters alone behind pruning. The vision
+own outputs (no labels), by adapters and hybrid sparsification modules, or by adapters alone behind pruning, of the rank
+with which they train nearest to as many numbers. The layer that gives the classes has no adapter. The vision
 transformer is tuned on half of Fashion-MNIST's test pictures and judged by the others. The encoder of sentences is
 trained here first, on SST-2, tuned on the same sentences, and judged by the test sentences. The data and the
 vision transformer are read from `$EFFC_DATA`, or `../shared/data` beside the repository.
@@ -15,13 +16,13 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -190,12 +191,10 @@ def unit(case: Case, arm: str, seed: int, steps: int, rank: int, hsm_rank: int) 
     from effc import measure
     from effc.backends.ort import Ort
     from effc.calib.data import Batch
-    from effc.passes import PASSES
 
     program = case.program.clone()
-    width = language.stream(program.only())
-    plan = SimpleNamespace(rank=rank, hsm_rank=hsm_rank, align=case.align)
-    alone = language.alone(program.only(), width, plan)
+    width = language.stream(program.only()).name
+    alone = ranks(program, width, rank, hsm_rank, case.align)
     training = {
         "task": "none",
         "distill": 1.0,
@@ -204,18 +203,18 @@ def unit(case: Case, arm: str, seed: int, steps: int, rank: int, hsm_rank: int) 
         "batch": BATCH,
         "held": BATCH,
     }
-    asked = made_of.arms(width.name, rank, alone, hsm_rank, case.align, seed, training)[arm]
+    asked = made_of.arms(width, rank, alone, hsm_rank, case.align, seed, training)[arm]
     order = np.random.default_rng([5, seed]).permutation(len(case.rows))
     drawn = [
         joined([case.rows[i] for i in part])
         for part in np.array_split(order, max(2, len(order) // BATCH))
     ]
     calib = [Batch(inputs=one) for one in drawn[: max(1, CALIBRATED // BATCH)]]
-    teacher, seconds = case.program, 0.0
+    teacher, seconds, count = case.program, 0.0, 0
     for given in asked:
-        options = {"pass": given} if isinstance(given, str) else dict(given)
-        pass_ = PASSES[options.pop("pass")](**typed(options))
+        pass_ = typed(given)
         if pass_.trains:
+            count += trained_in(program)
             seconds += effc.apply(pass_, program, train=effc.trainer(teacher, drawn)).seconds
         else:
             effc.apply(pass_, program, calib)
@@ -224,22 +223,65 @@ def unit(case: Case, arm: str, seed: int, steps: int, rank: int, hsm_rank: int) 
         with measure.opened(lowered, language.THREADS) as engine:
             score = case.score(engine)
     return {
-        "score": score, "seconds": round(seconds, 2), "linear_parameters": language.linear(program.only()),
+        "score": score, "seconds": round(seconds, 2), "trainables": count,
+        "linear_parameters": sum(math.prod(site.shape) for site in sites(program)),
         "width": language.stream(program.only()).size,
     }  # fmt: skip
 
 
-def typed(options: Json) -> Json:
-    """Options as Python takes them; adapters are for all layers but the one that gives the classes."""
+def ranks(program: Any, width: str, rank: int, hsm_rank: int, align: int) -> tuple[int, int]:
+    """Ranks at which adapters alone train nearest to as much as PAT does: on the graph, and on the pruned one."""
     import effc
+
+    pat, pruned = program.clone(), program.clone()
+    for given in made_of.pat(rank, hsm_rank, align, 0, {}, mask="random")[:2]:
+        effc.apply(typed(given), pat)
+    smaller = {"pass": "prune-dims", "ratio": made_of.RATIO, "align": align, "groups": width}
+    effc.apply(typed(smaller), pruned)
+    wanted = trained_in(pat)
+    whole, narrow = (
+        max(1, round(wanted / sum(sum(site.shape) for site in sites(of))))
+        for of in (program, pruned)
+    )
+    return whole, narrow
+
+
+def trained_in(program: Any) -> int:
+    """How many numbers a training of the graph as it is would train."""
+    from effc.ir.program import place_of
+    from effc.passes.tune import Tune
+
+    graph = program.only()
+    tensors = [graph.tensors()[name] for name in Tune().trained(graph)]
+    return sum({place_of(tensor): tensor.numel() for tensor in tensors}.values())
+
+
+def sites(program: Any) -> list[Any]:
+    """The layers that adapters are for."""
+    from effc.passes import lora
+
+    return lora.sites(program.only(), adapted())
+
+
+def adapted() -> Any:
+    """All layers but the one that gives the classes."""
+    import effc
+
+    return effc.Select(exclude=("head", "*classifier"))
+
+
+def typed(given: str | Json) -> Any:
+    """A pass of an arm, with options as Python takes them."""
+    from effc.passes import PASSES
     from effc.train.hsm import Hsm
 
-    made = {**options, "terms": (Hsm(),)} if "terms" in options else options
-    return (
-        {**made, "select": effc.Select(exclude=("head", "*classifier"))}
-        if "alpha" in made
-        else made
-    )
+    options = {"pass": given} if isinstance(given, str) else dict(given)
+    word = options.pop("pass")
+    if "terms" in options:
+        options["terms"] = (Hsm(),)
+    if word == "attach-lora":
+        options["select"] = adapted()
+    return PASSES[word](**options)
 
 
 def joined(rows: list[Json]) -> Json:
