@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 GROUP = 64
 LOSSY = ("q8", "q4", "q2", "sign", "topk", "lowrank")
-FLOATS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+FLOATS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 MOST_WINDOW = 1 << 27
 MOST_RANK = 64
 HARMED = "get an unharmed copy of the delta, or have it made again"
@@ -83,7 +83,8 @@ def unpacked(frame: bytes, most: int, *, name: str, known: bytes = b"") -> bytes
         reader = zstandard.ZstdDecompressor(
             dict_data=dictionary if known else None, max_window_size=MOST_WINDOW
         )
-        return reader.decompress(frame, max_output_size=most, allow_extra_data=False)
+        content: bytes = reader.decompress(frame, max_output_size=most, allow_extra_data=False)
+        return content
     except zstandard.ZstdError as error:
         raise DeltaError(f"{name} cannot be unpacked: {error}", hint=HARMED) from error
 
@@ -111,7 +112,8 @@ def decode(tensor: Tensor, encoding: str, frame: bytes, old: bytes) -> bytes:
         new = (np.frombuffer(old, kind).astype(np.float32) + change).astype(kind)
     if not np.isfinite(new).all():
         raise DeltaError(f"{name} would hold what is no number", hint=HARMED)
-    return new.tobytes()
+    result: bytes = new.tobytes()
+    return result
 
 
 def _expect(holds: bool, name: str) -> None:
@@ -134,7 +136,8 @@ def _zigzag(value: Array) -> Array:
 
 def _unzigzag(value: Array) -> Array:
     one = value.dtype.type(1)
-    return (value >> one) ^ (~(value & one) + one)
+    result: Array = (value >> one) ^ (~(value & one) + one)
+    return result
 
 
 def _grouped(content: bytes, tensor: Tensor, bits: int) -> Array:
@@ -149,7 +152,8 @@ def _grouped(content: bytes, tensor: Tensor, bits: int) -> Array:
         raise ValueError("codes")
     middle = 1 << (bits - 1)
     values = (codes[:count].astype(np.int16) - middle).astype(np.float32)
-    return values * np.repeat(scales, GROUP)[:count]
+    result: Array = values * np.repeat(scales, GROUP)[:count]
+    return result
 
 
 def _signs(content: bytes, tensor: Tensor) -> Array:
@@ -159,7 +163,8 @@ def _signs(content: bytes, tensor: Tensor) -> Array:
     )
     if len(content) != 2 * rows + -(-rows * columns // 8):
         raise ValueError("signs")
-    return (bits.astype(np.float32) * 2 - 1) * np.repeat(_scales(content, rows), columns)
+    result: Array = (bits.astype(np.float32) * 2 - 1) * np.repeat(_scales(content, rows), columns)
+    return result
 
 
 def _few(content: bytes, tensor: Tensor) -> Array:
@@ -244,9 +249,12 @@ def _ternary(blocks: Array) -> Array:
     errors = []
     for share in shares:
         step = (largest * share)[:, None]
-        near = np.clip(np.rint(np.divide(blocks, step, where=step > 0, out=np.zeros_like(blocks))), -1, 1)  # fmt: skip
+        near = np.clip(
+            np.rint(np.divide(blocks, step, where=step > 0, out=np.zeros_like(blocks))), -1, 1
+        )
         errors.append(((blocks - near * step) ** 2).sum(axis=1))
-    return largest * shares[np.argmin(errors, axis=0)]
+    result: Array = largest * shares[np.argmin(errors, axis=0)]
+    return result
 
 
 def _half(scales: Array) -> Array:
@@ -261,9 +269,7 @@ def _ratio(values: Array, scales: Array) -> Array:
 def signs(change: Array, tensor: Tensor) -> bytes:
     rows = change.reshape(tensor.rows)
     scales = _half(np.abs(rows).mean(axis=1))
-    return packed(
-        scales.tobytes() + np.packbits(rows.reshape(-1) > 0, bitorder="little").tobytes()
-    )
+    return packed(scales.tobytes() + np.packbits(rows.reshape(-1) > 0, bitorder="little").tobytes())
 
 
 def few(change: Array, weight: Array, count: int) -> bytes:

@@ -3,14 +3,15 @@
     error = Σ hᵢ (targetᵢ − decodedᵢ)²        h = 1, or what the caller gives: Fisher information, moments of inputs
 
 Of every unit (a tensor, or the codes of a quantised weight with their scales) all encodings are made and decoded, so
-bytes and error are what they will be. The candidates on the lower convex hull of bytes and error are steps; taken in the
-order of error per byte they are the best that can be had for any number of bytes, but for the last step.
+bytes and error are what they will be. The candidates on the lower convex hull of bytes and error are steps; taken in
+the order of error per byte they are the best that can be had for any number of bytes, but for the last step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def lossy(tensor: Tensor, change: Array, weight: Array) -> Iterator[tuple[str, b
     left, right = _factors(change.reshape(rows, columns), min(max(RANKS), min(rows, columns) // 4))
     for rank in RANKS:
         if rank <= len(left):
-            yield "lowrank", codec.product(left[:rank], right[:rank])
+            yield "lowrank", codec.product([*left[:rank]], [*right[:rank]])
 
 
 def _factors(matrix: Array, rank: int) -> tuple[Array, Array]:
@@ -129,7 +130,7 @@ def allocate(
     steps: list[tuple[float, int, int]] = [
         (-slope(a, b), i, j)
         for i, ways in enumerate(hulls)
-        for j, (a, b) in enumerate(zip(ways, ways[1:], strict=False), 1)
+        for j, (a, b) in enumerate(pairwise(ways), 1)
     ]
     spent = sum(way.bytes for way in chosen)
     error = sum(way.error for way in chosen)

