@@ -231,3 +231,11 @@ def test_the_device_needs_no_torch_and_nothing_that_makes_engines(world):
     loaded = set(json.loads(ran.stdout))
     assert {"numpy", "onnxruntime", "zstandard", "cryptography"} <= loaded
     assert not loaded & {"torch", "onnx", "onnx_ir", "pydantic", "scipy", "transformers", "yaml"}
+
+
+def test_what_is_not_installed_is_named(tmp_path):
+    code = "import sys; sys.modules['zstandard'] = None; from effc.cli import main; main()"
+    words = [sys.executable, "-c", code, "delta", "status", str(tmp_path)]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ran.returncode == 14 and "need zstandard" in ran.stderr
+    assert "effc[delta]" in ran.stderr and "Traceback" not in ran.stderr
