@@ -44,12 +44,12 @@ def model(tensors):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def write(place: Path, tensors, *, external=False, target="ort", source="0"):
+def write(place: Path, tensors, *, external=False, target="ort", source="0", options=None):
     """A package that `effc verify` finds whole."""
     place.mkdir(parents=True)
     made = model(tensors)
-    options = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 0}
-    onnx.save(made, place / "model.onnx", **(options if external else {}))
+    beside = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 0}
+    onnx.save(made, place / "model.onnx", **(beside if external else {}))
     for name in ("decisions.json", "origins.json"):
         (place / name).write_text("{}\n", encoding="utf-8")
     (place / "bench.json").write_text(json.dumps({"ms": len(source)}), encoding="utf-8")
@@ -60,6 +60,7 @@ def write(place: Path, tensors, *, external=False, target="ort", source="0"):
     engine = {
         "role": "main", "target": target, "path": "model.onnx", "opset": 21,
         "sha256": package.digest(place / "model.onnx"), "inputs": ports[:1], "outputs": ports[1:],
+        "options": options or {},
     }  # fmt: skip
     package.write_manifest(
         place,

@@ -104,7 +104,8 @@ def decode(tensor: Tensor, encoding: str, frame: bytes, old: bytes) -> bytes:
     _expect(count == math.prod(tensor.shape) and count * kind.itemsize == tensor.length, name)
     content = unpacked(frame, 8 * count + 4096, name=name)
     try:
-        change = _CHANGES[encoding](content, tensor)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is no number is refused below
+            change = _CHANGES[encoding](content, tensor)
     except (ValueError, IndexError) as error:  # numpy's, for too few bytes
         raise DeltaError(f"{name} has a payload of another size", hint=HARMED) from error
     _expect(change.dtype == np.float32 and change.shape == (count,), name)

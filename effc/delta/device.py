@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,10 +35,13 @@ from typing import Any
 import numpy as np
 
 from effc import bounded, paths
+from effc.backends import OPENERS
+from effc.backends.base import Lowered, Port
 from effc.delta import codec, packet
 from effc.delta.codec import HARMED, Array
 from effc.delta.packet import Packet, Vector
 from effc.errors import DeltaError
+from effc.machine import default_threads
 from effc.plain import dump, sealed
 
 try:
@@ -56,6 +60,8 @@ PROOFS = 3
 MOST_PACKET = 64 << 20
 """A delta may be as large as that, or as the package where that is larger."""
 MOST_INSPECTED = 4 << 30
+MOST_VECTOR = 64 << 20
+"""Inputs and outputs of a test vector, unpacked."""
 MOST_MANIFEST = 16 << 20
 Session = Callable[[Mapping[str, Array]], dict[str, Array]]
 
@@ -175,31 +181,26 @@ def patch(contents: Mapping[str, Array], found: Packet) -> None:
 
 
 def session(root: Path, engine: Mapping[str, Any]) -> Session:
-    """An engine of a package, opened. Raises DeltaError where its runtime does not take it."""
+    """An engine of a package, opened as effc opens it, with the settings in the manifest.
+
+    Raises DeltaError where its runtime does not take it, or this machine not the settings.
+    """
     path = root / engine["path"]
+    target = "ort" if engine["target"] == "onnx" else engine["target"]
     try:
-        if engine.get("target") == "openvino":
-            return _openvino(path)
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [o.name for o in made.get_outputs()]
-        return lambda feeds: dict(zip(names, made.run(names, dict(feeds)), strict=True))
+        lowered = Lowered(
+            role=engine["role"], target=target, directory=path.parent, files=(path.name,), opset=engine["opset"],
+            inputs=_ports(engine["inputs"]), outputs=_ports(engine["outputs"]), options=engine.get("options", {}),
+        )  # fmt: skip
+        run: Session = OPENERS[target](lowered, threads=default_threads())
+        return run
     except Exception as error:
-        raise DeltaError(f"{path.name} cannot be opened: {error}", hint=HARMED) from error
+        hint = getattr(error, "hint", None) or HARMED
+        raise DeltaError(f"{path.name} cannot be opened: {error}", hint=hint) from error
 
 
-def _openvino(path: Path) -> Session:
-    import openvino
-
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    made = openvino.Core().compile_model(str(path), "CPU", settings)
-    names = [o.get_any_name() for o in made.outputs]
-    return lambda feeds: {
-        n: np.array(v) for n, v in zip(names, made(dict(feeds)).values(), strict=True)
-    }
+def _ports(given: Iterable[Mapping[str, Any]]) -> tuple[Port, ...]:
+    return tuple(Port(name=p["name"], dtype=p["dtype"], shape=tuple(p["shape"])) for p in given)
 
 
 def looked_at(value: Array, count: int) -> Array:
@@ -210,11 +211,15 @@ def looked_at(value: Array, count: int) -> Array:
 
 def self_test(run: Session, vector: Vector) -> None:
     """Raise DeltaError where an engine does not answer a test vector as the maker's did."""
-    sizes = [
-        (np.dtype(dtype), shape, int(np.prod(shape, dtype=np.int64)))
-        for _, dtype, shape in vector.inputs
-    ]
+    try:
+        sizes = [(np.dtype(kind), shape, math.prod(shape)) for _, kind, shape in vector.inputs]
+    except TypeError:
+        sizes = []
+    if len(sizes) != len(vector.inputs) or any(kind.kind not in "biuf" for kind, *_ in sizes):
+        raise DeltaError("a test vector has inputs that are no numbers", hint=HARMED)
     wanted = sum(kind.itemsize * n for kind, _, n in sizes) + 4 * sum(n for *_, n in vector.outputs)
+    if wanted > MOST_VECTOR:
+        raise DeltaError(f"a test vector unpacks to more than {MOST_VECTOR >> 20} MiB", hint=HARMED)
     content = codec.unpacked(vector.payload, wanted, name="a test vector")
     if len(content) != wanted or not vector.outputs:
         raise DeltaError("a test vector is of another size", hint=HARMED)
@@ -533,8 +538,9 @@ def start(store: Path) -> tuple[Path, Record]:
     else:
         made = record
     if made is not record:
-        with suppress(OSError):
-            _write(store, made)
+        with suppress(DeltaError), _alone(store):
+            if record_of(store) == record:  # else who changed it meanwhile knows better
+                _write(store, made)
     return store / "slots" / made.slot, made
 
 

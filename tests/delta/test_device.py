@@ -100,6 +100,10 @@ def moved(entry, to):
     return to(entry, tensor=to(entry.tensor, offset=10**9))
 
 
+def fed(vector, to, dtype, count):
+    return to(vector, inputs=(("x", dtype, (count,)),), payload=BOMB)
+
+
 def signed(world, change, counter=1):
     """A delta that its maker spoiled and signed all the same."""
     from dataclasses import replace
@@ -122,6 +126,9 @@ def signed(world, change, counter=1):
         ("lies outside", lambda p, to: to(p, entries=(moved(p.entries[0], to),))),
         ("lies outside", lambda p, to: to(p, entries=(p.entries[0], *p.entries))),
         ("patched and replaced", lambda p, to: to(p, texts=(*p.texts, text("model.onnx")))),
+        ("more than 64 MiB", lambda p, to: to(p, vectors=(fed(p.vectors[0], to, "f4", 1 << 40),))),
+        ("no numbers", lambda p, to: to(p, vectors=(fed(p.vectors[0], to, "O", 2),))),
+        ("no numbers", lambda p, to: to(p, vectors=(fed(p.vectors[0], to, "what", 2),))),
         ("unpacks to more", lambda p, to: to(p, entries=tuple(to(e, payload=BOMB) for e in p.entries))),
     ],
 )  # fmt: skip
@@ -239,3 +246,41 @@ def test_what_is_not_installed_is_named(tmp_path):
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ran.returncode == 14 and "need zstandard" in ran.stderr
     assert "effc[delta]" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_an_engine_is_opened_with_the_settings_of_its_manifest(world):
+    """What the manifest says, and not what is usual, is what the runtime is told."""
+    told = {}
+    for name, options in (("a", {}), ("b", {"hint": "throughput", "products": "int8"})):
+        root = write(world.place / name, weights(), target="openvino", options=options)
+        compiled = device.session(root, device.manifest_of(root)["engines"][0]).compiled
+        asked = ("PERFORMANCE_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        told[name] = [str(compiled.get_property(p)) for p in asked]
+    assert told["a"][0].endswith("LATENCY")
+    assert told["b"][0].endswith("THROUGHPUT") and told["b"][1] == "32"
+
+
+def test_settings_that_this_machine_cannot_take_are_refused_with_what_to_do(world, monkeypatch):
+    from effc.backends import openvino_engine
+
+    monkeypatch.setattr(openvino_engine, "BF16", ())
+    root = write(world.place / "bf16", weights(), target="openvino", options={"precision": "bf16"})
+    with pytest.raises(DeltaError, match="bfloat16") as refused:
+        device.session(root, device.manifest_of(root)["engines"][0])
+    assert "processor" in refused.value.hint
+
+
+def test_a_start_while_the_record_is_changed_does_not_change_it_back(world, monkeypatch):
+    """A device starts while another process confirms: what that wrote stands."""
+    store = world.store()
+    device.apply(store, world.delta())
+    look = device.problems
+
+    def slow(*place):
+        monkeypatch.setattr(device, "problems", look)
+        device.confirm(store)
+        return look(*place)
+
+    monkeypatch.setattr(device, "problems", slow)
+    assert device.start(store)[0] == store / "slots" / "b"
+    assert not device.record_of(store).pending
