@@ -1072,6 +1072,71 @@ def delta_inspect(
     _write_json(json_, found)
 
 
+@delta.command("serve")
+def delta_serve(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Directory of deltas.", exists=True, file_okay=False),
+    ],
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen on; only this machine reaches 127.0.0.1."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 is any free one.")
+    ] = 8423,
+    cert: Annotated[
+        Path | None, typer.Option("--cert", metavar="FILE", help="Certificate for https, in PEM.")
+    ] = None,
+    cert_key: Annotated[
+        Path | None, typer.Option("--cert-key", metavar="FILE", help="Its private key.")
+    ] = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve the deltas of a directory to devices, each to those that hold its base, until Ctrl-C.
+
+    \b
+    Example:
+      effc delta serve releases
+    """
+    from effc.delta import serve
+
+    taken = serve.listening(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "https" if cert else "http"
+    known = len(serve.releases(directory))
+    print(
+        f"{known} releases at {scheme}://{shown}:{taken.getsockname()[1]}, Ctrl-C ends", flush=True
+    )
+    serve.serve(directory, taken, cert=cert, cert_key=cert_key)
+
+
+@delta.command("pull")
+def delta_pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where effc delta serve listens.")],
+    store: StorePlace,
+    ca: Annotated[
+        Path | None,
+        typer.Option("--ca", metavar="FILE", help="Certificates to trust for https, in PEM."),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Fetch the delta behind what a store serves, in as many attempts as it takes, and apply it.
+
+    \b
+    Example:
+      effc delta pull http://127.0.0.1:8423 STORE
+    """
+    from effc.delta import channel, device
+
+    found = channel.pull(url, store, ca=ca)
+    if found is None:
+        _say("there is no release behind what serves", json_)
+    _tell(found or device.record_of(store), json_)
+
+
 def _tell(record: Any, json_: str | None) -> None:
     from effc.delta import device
 

@@ -12,10 +12,10 @@ from effc import package
 SIZES = (64, 96, 8)
 
 
-def weights(seed=0, step=0.0):
+def weights(seed=0, step=0.0, sizes=SIZES):
     """Two layers, the first in int8 codes with a scale a row, and how far they have gone with another seed."""
     draw, move = np.random.default_rng(0), np.random.default_rng(seed)
-    i, h, o = SIZES
+    i, h, o = sizes
     first = draw.normal(size=(h, i)) + step * move.normal(size=(h, i))
     second = draw.normal(size=(o, h)) + step * move.normal(size=(o, h))
     scale = np.abs(first).max(axis=1) / 127
@@ -27,8 +27,13 @@ def weights(seed=0, step=0.0):
     }  # fmt: skip
 
 
+def ends(tensors):
+    """How wide a row of the input is, and of the output."""
+    return tensors["first.codes"].shape[1], tensors["second"].shape[0]
+
+
 def model(tensors):
-    i, _, o = SIZES
+    i, o = ends(tensors)
     nodes = [
         helper.make_node("DequantizeLinear", ["first.codes", "first.scale", "first.zero"], ["w"], axis=0),
         helper.make_node("Gemm", ["x", "w"], ["a"], transB=1),
@@ -53,7 +58,7 @@ def write(place: Path, tensors, *, external=False, target="ort", source="0", opt
     for name in ("decisions.json", "origins.json"):
         (place / name).write_text("{}\n", encoding="utf-8")
     (place / "bench.json").write_text(json.dumps({"ms": len(source)}), encoding="utf-8")
-    i, _, o = SIZES
+    i, o = ends(tensors)
     ports = [
         {"name": n, "dtype": "float32", "shape": ["batch", s]} for n, s in (("x", i), ("y", o))
     ]

@@ -336,12 +336,12 @@ def _sync(place: Path) -> None:
 
 
 @contextmanager
-def _alone(store: Path) -> Iterator[None]:
-    """One change of a store at a time. Raises DeltaError where another is at it, or the system refuses."""
+def alone(store: Path, name: str = ".lock") -> Iterator[None]:
+    """One change of a store at a time, or pull. Raises DeltaError where another is at it, or the system refuses."""
     if not store.is_dir():
         raise DeltaError(f"{store} is no store", hint="effc delta init makes one")
     try:
-        with (store / ".lock").open("w") as lock:
+        with (store / name).open("w") as lock:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -368,9 +368,9 @@ def keys_of(store: Path) -> list[str]:
 
 def apply(store: Path, file: Path) -> Record:
     """Take a release: from then on the other slot serves, pending. Raises DeltaError, and then all is as it was."""
-    with _alone(store):
+    with alone(store):
         record = record_of(store)
-        content = packet.read(file, _most(store, record))
+        content = packet.read(file, most_bytes(store, record))
         packet.check_signature(content, keys_of(store))
         found = packet.parsed(content)
         if (found.target, found.counter) == (record.id, record.counter):
@@ -401,18 +401,24 @@ def apply(store: Path, file: Path) -> Record:
         return swapped
 
 
-def _most(store: Path, record: Record) -> int:
+def most_bytes(store: Path, record: Record) -> int:
+    """Bytes that a release may have here."""
     slot = store / "slots" / record.slot
     size = sum(p.stat().st_size for p in slot.rglob("*") if p.is_file())
     return max(MOST_PACKET, size)
 
 
-def _refuse(record: Record, found: Packet) -> None:
+def expect_proved(record: Record) -> None:
+    """Raise DeltaError where the release that serves has not proved itself."""
     if record.pending:
         raise DeltaError(
             "the release before has not proved itself yet",
             hint="effc delta confirm or rollback first",
         )
+
+
+def _refuse(record: Record, found: Packet) -> None:
+    expect_proved(record)
     if found.counter <= record.highest:
         raise DeltaError(
             f"release {found.counter} is not above {record.highest}, which was taken before",
@@ -489,7 +495,7 @@ def _try(slot: Path, found: Packet) -> None:
 
 def confirm(store: Path) -> Record:
     """The release that serves has proved itself."""
-    with _alone(store):
+    with alone(store):
         record = record_of(store)
         if not record.pending:
             return record
@@ -500,7 +506,7 @@ def confirm(store: Path) -> Record:
 
 def rollback(store: Path) -> Record:
     """Let the other slot serve again. Raises DeltaError where it holds nothing whole."""
-    with _alone(store):
+    with alone(store):
         made = _reversed(store, record_of(store))
         _write(store, made)
         return made
@@ -537,8 +543,8 @@ def start(store: Path) -> tuple[Path, Record]:
         made = replace(record, sequence=record.sequence + 1, tries=record.tries - 1)
     else:
         made = record
-    if made is not record:
-        with suppress(DeltaError), _alone(store):
+    if any(_record(store, name) != made for name in RECORDS):  # also one that is harmed or behind
+        with suppress(DeltaError), alone(store):
             if record_of(store) == record:  # else who changed it meanwhile knows better
                 _write(store, made)
     return store / "slots" / made.slot, made
@@ -590,7 +596,10 @@ class Live:
                 self._left -= bool(self._left)
                 proved = not self._left
             if proved:
-                confirm(self._store)
+                try:
+                    confirm(self._store)
+                except DeltaError:  # a full disk is no reason not to answer
+                    self._left = 1
         return found
 
     def update(self, file: str | os.PathLike[str]) -> Record:
@@ -600,6 +609,12 @@ class Live:
         with self._lock:
             self._run, self._left = run, PROOFS if record.pending else 0
         return record
+
+    def pull(self, url: str, *, ca: Path | None = None) -> Record | None:
+        """Fetch the next release and serve it; None where there is none. Raises DeltaError; the old one serves on."""
+        from effc.delta import channel
+
+        return channel.pull(url, self._store, ca=ca, take=self.update)
 
 
 def show(found: Packet) -> dict[str, Any]:

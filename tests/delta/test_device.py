@@ -165,6 +165,8 @@ def test_one_copy_of_the_record_is_enough(world, name, spoil):
     wanted = device.record_of(store)
     (store / name).write_bytes((store / name).read_bytes()[:40] if spoil is None else spoil)
     assert device.record_of(store) == wanted
+    _, healed = device.start(store)
+    assert {device._record(store, n) for n in device.RECORDS} == {healed}
 
 
 def test_a_harmed_slot_gives_way_to_the_other(world):
