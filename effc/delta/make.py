@@ -25,8 +25,6 @@ from effc.delta.weights import Coded, Weights
 from effc.errors import DeltaError
 from effc.plain import sealed
 
-SPREADS = (0.5, 1.0, 1.5, 2.5)
-"""Codes that moved by less than that many steps of the grid stay, in four candidates."""
 LOOKED_AT = 64
 """Elements of an output that a test vector has."""
 TOLERANCE = 0.02
@@ -224,13 +222,13 @@ def _coded_unit(
     h = np.broadcast_to(np.asarray(weight, np.float64), target.shape)
     exact_place = target / np.where(scale == 0, 1, scale) + zero
     ways = [Candidate(error=_error(target, (old_codes - zero) * scale, h))]
-    for spread in SPREADS:
-        moved = np.abs(exact_place - old_codes) >= spread
-        codes = np.where(moved, np.clip(np.rint(exact_place), low, high), old_codes).astype(
-            np.int64
-        )
-        if not (codes != old_codes).any():
-            continue
+    near = np.clip(np.rint(exact_place), low, high).astype(np.int64)
+    left, gone = (h * (target - (codes - zero) * scale) ** 2 for codes in (near, old_codes))
+    gain = np.where(near == old_codes, 0.0, gone - left).reshape(-1)
+    first = np.argsort(-gain, kind="stable")  # what lowers the error most is sent first
+    for count in rate.counts(int((gain > 0).sum())):
+        codes = old_codes.copy()
+        codes.reshape(-1)[first[:count]] = near.reshape(-1)[first[:count]]
         part = rate.exact(tensor, olds[coded.codes], weights.bytes_of(known, coded.codes, codes))
         ways.append(Candidate(error=_error(target, (codes - zero) * scale, h), parts=(part,)))
     every = [rate.exact(known.tensors[n], olds[n], news[n]) for n in names if olds[n] != news[n]]
@@ -396,8 +394,8 @@ def _made_up(port: Mapping[str, Any]) -> Array:
 def lines(made: Made) -> list[str]:
     """What a delta does, for a person."""
     n = made.numbers
-    ways = (
-        ", ".join(f"{count} {word}" for word, count in n["encodings"].items()) or "nothing changed"
+    ways = ", ".join(f"{count} {word}" for word, count in n["encodings"].items()) or (
+        "nothing fits" if n["error"] else "nothing changed"
     )
     return [
         f"{n['base'][:12]} → {n['target'][:12]}: {n['tensors']} tensors ({ways})",

@@ -4,7 +4,8 @@
 
 Of every unit (a tensor, or the codes of a quantised weight with their scales) all encodings are made and decoded, so
 bytes and error are what they will be. The candidates on the lower convex hull of bytes and error are steps; taken in
-the order of error per byte they are the best that can be had for any number of bytes, but for the last step.
+the order of error per byte they are the best that can be had for any number of bytes, but for the last step. What that
+leaves of the budget is filled with what fits, on the hull or not.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 from effc.delta import codec
 from effc.delta.codec import Array, Tensor
 
-SHARES = (0.002, 0.01, 0.04)
+MOST_SHARE = 0.04
 """Of elements that `topk` is tried with."""
+FEWEST = 16
+"""Elements that are worth the bytes of naming their tensor."""
 RANKS = (1, 2, 4, 8)
 
 
@@ -62,7 +65,7 @@ def lossy(tensor: Tensor, change: Array, weight: Array) -> Iterator[tuple[str, b
     for bits in (8, 4, 2):
         yield f"q{bits}", codec.grouped(change, bits)
     yield "sign", codec.signs(change, tensor)
-    for count in sorted({int(change.size * share) for share in SHARES} - {0}):
+    for count in counts(int(change.size * MOST_SHARE)):
         yield "topk", codec.few(change, weight, count)
     rows, columns = tensor.rows
     if min(rows, columns) < 16:
@@ -71,6 +74,14 @@ def lossy(tensor: Tensor, change: Array, weight: Array) -> Iterator[tuple[str, b
     for rank in RANKS:
         if rank <= len(left):
             yield "lowrank", codec.product([*left[:rank]], [*right[:rank]])
+
+
+def counts(most: int) -> list[int]:
+    """Numbers of elements to try, each a quarter of the one before, so that any budget has one near."""
+    found = [most] if most else []
+    while found and found[-1] >= 4 * FEWEST:
+        found.append(found[-1] // 4)
+    return found
 
 
 def _factors(matrix: Array, rank: int) -> tuple[Array, Array]:
@@ -144,7 +155,25 @@ def allocate(
             continue  # a later step of a unit whose earlier one was too large is never smaller
         spent, error, reached[i] = spent + more, error + way.error - chosen[i].error, j
         chosen[i] = way
+    if error > most_error:
+        _fill(units, chosen, most_bytes - spent)
     return chosen
+
+
+def _fill(units: Sequence[Unit], chosen: list[Candidate], room: float) -> None:
+    """Put what lowers the error most for a byte in the place of what is chosen, as long as there is room."""
+    while True:
+        fitting = [
+            (slope(chosen[i], way), i, way)
+            for i, unit in enumerate(units)
+            for way in unit.candidates
+            if way.error < chosen[i].error and way.bytes - chosen[i].bytes <= room
+        ]
+        if not fitting:
+            return
+        _, i, way = max(fitting, key=lambda each: each[0])
+        room -= way.bytes - chosen[i].bytes
+        chosen[i] = way
 
 
 def total(chosen: Sequence[Candidate]) -> dict[str, Any]:

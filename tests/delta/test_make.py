@@ -124,15 +124,25 @@ def test_another_graph_is_refused_with_what_to_do(world):
     assert "--decisions" in refused.value.hint
 
 
+def way(size, error):
+    payload = bytes(size - rate.ENTRY_BYTES)
+    return rate.Candidate(
+        error=error, parts=(rate.Part(tensor=None, encoding="", payload=payload),)
+    )
+
+
+def test_what_is_left_of_a_budget_is_filled_with_what_fits():
+    """A way that is not on the hull is better than none where the next step of the hull does not fit."""
+    units = [
+        rate.Unit(name=n, candidates=(rate.Candidate(error=10.0), way(60, 9.9), way(1000, 0)))
+        for n in "ab"
+    ]
+    for budget, errors in ((59, [10, 10]), (100, [9.9, 10]), (120, [9.9, 9.9]), (1060, [0, 9.9])):
+        chosen = rate.allocate(units, most_bytes=budget)
+        assert [c.error for c in chosen] == errors
+
+
 def test_the_hull_leaves_out_what_never_pays():
-    tensor = None
-
-    def way(size, error):
-        payload = bytes(size - rate.ENTRY_BYTES)
-        return rate.Candidate(
-            error=error, parts=(rate.Part(tensor=tensor, encoding="", payload=payload),)
-        )
-
     ways = [rate.Candidate(error=10.0), way(100, 9), way(200, 2), way(250, 3), way(400, 0)]
     assert [w.error for w in rate.hull(ways)] == [10, 2, 0]
 
@@ -212,3 +222,42 @@ def test_the_file_of_a_delta_is_the_same_twice(world):
     )
     assert first == second
     packet.check_signature(first, [world.word])
+
+
+def test_every_budget_above_the_empty_delta_gives_one_within_it(world):
+    def sent(budget):
+        return make.make(world.old, world.new, key=world.key, counter=1, budget=budget)
+
+    with pytest.raises(DeltaError) as refused:
+        sent(1)
+    least, most = int(refused.value.what.split()[0]), len(sent(1 << 20).content)
+    with pytest.raises(DeltaError, match=f"^{least} bytes are needed"):
+        sent(least - 1)
+    for budget in (least, least + 1, least + 99, *range(least + 300, most + 300, 400)):
+        found = sent(budget)
+        assert len(found.content) <= budget
+        assert found.packet.error < 1 or budget < least + 300
+
+
+def test_a_chain_of_tight_budgets_of_codes_alone_goes_on_to_the_end(world):
+    """Where whole tensors never fit, the codes that matter most go first, round for round, and none is lost."""
+    tensors = weights()
+    codes = tensors["first.codes"].astype(int)
+    steps = np.random.default_rng(3).integers(-2, 3, codes.shape)
+    tensors["first.codes"] = np.clip(codes + steps, -127, 127).astype(np.int8)
+    new = write(world.place / "codes", tensors)
+    held, errors = world.old, []
+    whole = len(make.make(held, new, key=world.key, counter=1).content)
+    for round_ in range(1, 13):
+        mirror = world.place / f"tight{round_}"
+        make.make(held, new, key=world.key, counter=round_, budget=whole // 2, mirror=mirror)
+        held = mirror
+        errors.append(float(np.linalg.norm(_codes(mirror) - _codes(new))))
+        if not errors[-1]:
+            break
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) == len(errors)
+    assert errors[-1] == 0
+
+
+def _codes(root):
+    return _tensor(root, "first.codes").astype(int)
