@@ -1,11 +1,12 @@
 """Pruning while tuning beside its rivals, at length: what `examples/pat` measures, kept with its circumstances.
 
-    python benchmarks/pat.py stories260k --state DIR                # two hours on one core
-    python benchmarks/pat.py smollm2 --gguf FILE --state DIR        # half an hour a unit, fifteen units
-    python benchmarks/pat.py encoders                               # a quarter of an hour
+    python benchmarks/pat.py stories260k --state DIR
+    python benchmarks/pat.py smollm2 --gguf FILE --state DIR
+    python benchmarks/pat.py encoders
 
 Writes results/pat-NAME.json. Words behind the name are the example's own (`examples/pat/README.md`); finished units lie
-in `--state`, and a run that was stopped goes on from there. `--taken FILE` keeps what an example wrote by `--json`.
+in `--state`, and a run that was stopped goes on from there. `--taken FILE` keeps what an example wrote by `--json` on
+this machine, of the revision that it has in it, or that `--revision` says.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=COMMANDS)
     parser.add_argument("--taken", type=Path, help="what the example wrote")
+    parser.add_argument("--revision", help="of what was taken, as `git describe --always` said it")
     given, more = parser.parse_known_args()
+    if given.taken is None and given.revision is not None:
+        parser.error("--revision is of numbers that were --taken before")
     with tempfile.TemporaryDirectory(prefix="effc-pat-") as place:
         file = given.taken or Path(place) / "found.json"
         if given.taken is None:
@@ -39,6 +43,10 @@ def main() -> int:
             command = [sys.executable, EXAMPLE / script, *words, *more, "--json", file]
             subprocess.run(command, check=True)
         found = json.loads(file.read_text(encoding="utf-8"))
+    if given.revision is not None:
+        found = {"revision": given.revision, **found}
+    if given.taken is not None and "revision" not in found:
+        parser.error(f"--revision: {file.name} does not say which it is of")
     common.write(f"pat-{given.name}", {"name": f"pat-{given.name}", **found})
     return 0
 

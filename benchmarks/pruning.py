@@ -4,12 +4,13 @@
     python benchmarks/convnet.py                # once: trains the conv net
     python benchmarks/pruning.py                # an hour; writes results/pruning.json, and goes on where it was
 
-Every unit is model × ranking × ratio × seed. Of all groups that can be pruned that part of the units goes, as the ratio
-says or in multiples of 16 ("align 16", where the ratio does not give them itself); the graph is then trained for a few
-hundred steps towards the model it was (`tune`: the same pictures, steps and rates for every ranking), and quantised to
-int8. Accuracy is of 5,000 test pictures. Seeds change what is calibrated and trained on, in
-which order, and the random ranking. Latency is of the graph and of its int8 engine on ONNX Runtime, one picture, two
-threads: it hangs on sizes, the same for all rankings of a ratio, and is measured once. `random` is the control.
+Every unit is model × ranking × ratio × seed. Of all groups that can be pruned that part of the units goes, as the
+ratio says; at the smaller ratio also so that multiples of 16 stay ("align 16"), but for the case where the residual
+width alone is pruned. The graph is then trained for a few hundred steps towards the model it was (`tune`: the same
+pictures, steps and rates for every ranking), and quantised to int8. Accuracy is of 5,000 test pictures. Seeds change
+what is calibrated and trained on, in which order, and the random ranking. Latency is of the graph and of its int8
+engine on ONNX Runtime, one picture, two threads: it hangs on sizes, the same for all rankings of a ratio, and is
+measured once. `random` is the control.
 """
 
 from __future__ import annotations

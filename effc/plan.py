@@ -30,7 +30,7 @@ from effc.build import Builder, whole_without
 from effc.cache import Cache
 from effc.calib.data import Batch
 from effc.errors import PassError
-from effc.ir.memory import peak_bytes
+from effc.ir.memory import peak_bytes, whole_bytes
 from effc.ir.program import Graph, Program, place_of
 from effc.passes.base import Pass
 from effc.passes.pipeline import apply
@@ -246,31 +246,24 @@ class _Probe:
         return ""
 
     def _train(self, pass_: Any, index: int, program: Program, data: Sequence[Batch]) -> None:
-        """Two steps of a training, for all of them."""
+        """Two steps of a training, for all of them; memory is that of a step's own batch."""
+        pass_.requires(program)
         graph = program.only()
         tensors, names = graph.tensors(), pass_.trained(graph)
         trained = {place_of(tensors[name]): tensors[name] for name in names}
         count = sum(tensor.numel() for tensor in trained.values())
         held_mb = sum(tensor.nbytes for tensor in trained.values()) / 1e6
+        feeds = self.builder.tuner.inputs(pass_, graph)
         need = 4 * held_mb  # gradients, moments, and the best
-        need += 2 * max((self._activations_mb(batch.inputs) for batch in data), default=0.0)
+        need += whole_bytes(graph, self._sizes(feeds)) / 1e6
         if graph.is_of_shapes:
-            step_s = self._step_of_shapes(pass_, program, data, count)
+            # where most weights are trained, their gradients are as much work again
+            is_whole = count > graph.weight_bytes() / 8
+            step_s = _values(feeds) * self.rate * (2 + is_whole + bool(pass_.distill))
         else:
             step_s = self._step_timed(pass_, index, program, data)
         note = f"{count:,} numbers are trained"
         self._add(pass_.name, 1.1 * pass_.steps * step_s, extra_mb=need, how=self.how, note=note)
-
-    def _step_of_shapes(
-        self, pass_: Any, program: Program, data: Sequence[Batch], count: int
-    ) -> float:
-        """Seconds of a step that trains so many numbers, by the products that it takes."""
-        pass_.requires(program)
-        rows = [batch.inputs for batch in data] or [self.samples.example()]
-        values = pass_.batch * _values(rows[-1]) / len(next(iter(rows[-1].values())))
-        # where most weights are trained, their gradients are as much work again
-        is_whole = count > program.only().weight_bytes() / 8
-        return float(values * self.rate * (2 + is_whole + bool(pass_.distill)))
 
     def _step_timed(self, pass_: Any, index: int, program: Program, data: Sequence[Batch]) -> float:
         """Seconds of a step, the mean of two."""
@@ -293,12 +286,16 @@ class _Probe:
         )
 
     def _activations_mb(self, feeds: Mapping[str, Any]) -> float:
+        return KERNELS * peak_bytes(self.graph, self._sizes(feeds)) / 1e6
+
+    def _sizes(self, feeds: Mapping[str, Any]) -> dict[str, int]:
+        """Free dimensions by name."""
         sizes: dict[str, int] = {}
         dims = self.source.dims.get(self.graph.role, {})
         for name, value in feeds.items():
             for axis, word in dims.get(name, {0: "batch"}).items():
                 sizes.setdefault(word, value.shape[axis])
-        return KERNELS * peak_bytes(self.graph, sizes) / 1e6
+        return sizes
 
     def _verify(self) -> None:
         inputs, _ = ports(self.graph)

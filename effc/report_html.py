@@ -16,7 +16,7 @@ from effc import charts
 from effc.bench import word_of
 from effc.charts import Bar, Html, Layer, Span, Spread, join
 from effc.package import UNHASHED, label
-from effc.report_numbers import FORMATS, At, curve_words, number, size_words
+from effc.report_numbers import FORMATS, At, curve_words, number, size_words, whole_words
 from effc.stats import Interval
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def page(content: Mapping[str, Any], *, files: Mapping[str, str], recipe: str, b
             "stages": _stages(r),
         },
         curves=list(_curves(r["passes"])),
+        whole=list(_whole(r["passes"])),
         bought=list(_bought(r["passes"])),
         layers=[(t, f, _profile(i, f), _shares_of_error(i, f)) for i, (t, f) in enumerate(layers)],
         files=files,
@@ -334,6 +335,14 @@ def _told(place: int, points: At) -> Iterator[tuple[str, Html]]:
         elif all(v is None or type(v) in (int, float) for v in found):
             desc = "At every point of the training."
             yield title, charts.curve(name, title, desc, {"engine": found})
+
+
+def _whole(passes: At) -> Iterator[tuple[At, str]]:
+    """Passes that pruned in multiples of a number, and what that left whole."""
+    for pass_ in passes:
+        for name, whole in pass_["notes"].pairs():
+            if name.endswith("/whole") and whole:
+                yield pass_, whole_words(whole.raw)
 
 
 def _bought(passes: At) -> Iterator[tuple[At, list[str]]]:

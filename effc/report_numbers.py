@@ -70,6 +70,14 @@ def gate_words(gates: Any) -> str:
     return f"{words}, and {gates['undecided']} had not decided" if gates["undecided"] else words
 
 
+def whole_words(whole: Any) -> str:
+    """`left whole, since in multiples of 16 too little of them would go: fc1 (32 units), fc2 (48), and 4 more`"""
+    (first, size), *others = whole["groups"].items()
+    names = [f"{first} ({size} units)", *(f"{name} ({size})" for name, size in others[:2])]
+    more = f", and {len(others) - 2} more" if len(others) > 2 else ""
+    return f"left whole, since in multiples of {whole['align']} too little of them would go: {', '.join(names)}{more}"
+
+
 def size_words(sizes: Any) -> list[str]:
     """What the groups of a pruned graph bought, a line for every kind, and all of them together.
 

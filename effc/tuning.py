@@ -87,6 +87,12 @@ class Tuner:
 
         return train
 
+    def inputs(self, pass_: Tune, graph: Graph) -> dict[str, Any]:
+        """Inputs of a step of a training, as arrays by name. Raises what reading its samples raises."""
+        few = dataclasses.replace(pass_, samples=min(pass_.samples, pass_.batch), held=0)
+        drawn, _ = self._examples(few, graph)
+        return {name: tensor.numpy() for name, tensor in drawn(0).feeds.items()}
+
     def _key(self, pass_: Tune, graph: Graph) -> str:
         return key_of(
             "tune", graph=graph_digest([Program({graph.role: graph})]),
@@ -220,7 +226,7 @@ def _curve(run: Run) -> list[dict[str, Any]]:
 def _schedule(pass_: Tune) -> Schedule:
     return Schedule(
         steps=pass_.steps, lr=pass_.lr, warmup=pass_.warmup, weight_decay=pass_.weight_decay,
-        seed=pass_.seed, check_every=max(1, min(50, pass_.steps // 8)),
+        clip=pass_.clip, seed=pass_.seed, check_every=max(1, min(50, pass_.steps // 8)),
     )  # fmt: skip
 
 

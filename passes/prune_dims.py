@@ -96,21 +96,12 @@ class PruneDims(Pass):
         couplings = [coupled_dims(graph) for graph in program if self.takes(graph.role)]
         for word, units in (self.keep or {}).items():
             _hold(word, units, couplings)
-        if isinstance(self.align, int):
+        if self.multiple > 1:
             for coupling in couplings:
-                sizes.refuse_unaligned(self._matching(coupling), self.align)
+                sizes.refuse_unaligned(self._matching(coupling), self.multiple)
         if self.keep is None and not any(self._chosen(c) for c in couplings):
-            if most := max((g.size for c in couplings for g in self._matching(c)), default=0):
-                if isinstance(self.align, int):
-                    raise PreconditionError(
-                        f"a ratio of {self.ratio} in multiples of {self.align} leaves every group whole; the largest "
-                        f"has {most} units",
-                        hint="a larger ratio, or a smaller `align`",
-                    )
-                raise PreconditionError(
-                    f"a ratio of {self.ratio} is less than one unit of every group; the largest has {most}",
-                    hint=f"ratio: {1 / most:.2g} or more",
-                )
+            if found := [group for c in couplings for group in self._matching(c)]:
+                raise self._whole(found)
             raise PreconditionError(
                 f"no group of {self.groups!r} can lose a unit",
                 hint=_refusals(couplings, self.groups),
@@ -140,9 +131,21 @@ class PruneDims(Pass):
                 )
             if len(units) < group.size:
                 chosen[group.name] = units
+        if groups and not chosen and self.ratio is not None and not self.times:
+            raise self._whole(groups, f"graph {graph.role!r}")
         if chosen:
             remove(coupling, coupling.keep(chosen))
+        whole = [group for group in self._matching(coupling) if group.name not in chosen]
+        if whole and self.multiple > 1 and not self.times:
+            stats.notes["whole"] = {
+                "groups": {group.name: group.size for group in whole}, "align": self.multiple,
+            }  # fmt: skip
         return len(chosen)
+
+    @property
+    def multiple(self) -> int:
+        """Of what the units that stay are a multiple, where no clock says it."""
+        return self.align if isinstance(self.align, int) else 1
 
     @property
     def times(self) -> bool:
@@ -171,6 +174,22 @@ class PruneDims(Pass):
             if any(fnmatchcase(group.name, word) for word in words)
         ]
 
+    def _whole(self, groups: Sequence[Group], where: str | None = None) -> PreconditionError:
+        """Why a ratio takes no unit of any of these groups."""
+        most = max(group.size for group in groups)
+        if self.multiple > 1:
+            return PreconditionError(
+                f"a ratio of {self.ratio} in multiples of {self.multiple} leaves every group whole; the largest "
+                f"has {most} units",
+                where=where,
+                hint="a larger ratio, or a smaller `align`",
+            )
+        return PreconditionError(
+            f"a ratio of {self.ratio} is less than one unit of every group; the largest has {most}",
+            where=where,
+            hint=f"ratio: {1 / most:.2g} or more",
+        )
+
     def _scores(self, coupling: Coupling, groups: list[Group], stats: Stats) -> Scores:
         importance = IMPORTANCES[self.importance]()
         return {group.name: importance.scores(coupling, group, stats) for group in groups}
@@ -186,8 +205,7 @@ class PruneDims(Pass):
         found = {}
         for group in groups:
             count = counts[group.name]
-            step = sizes.step_of(group, self.align) if isinstance(self.align, int) else 1
-            found[group.name] = sizes.aligned(group, count, step)
+            found[group.name] = sizes.aligned(group, count, sizes.step_of(group, self.multiple))
         return found
 
     def _counts(

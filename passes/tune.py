@@ -46,7 +46,8 @@ Terms = tuple[
 class Tune(Pass):
     """Trains the tensors of the graph that match `tensors`, `steps` of AdamW with a warm-up and a cosine.
 
-    Where none are named, they are those that passes attached, and all where nothing is attached.
+    Where none are named, they are those that passes attached, and all where nothing is attached. `clip` bounds the norm
+    of a step's gradient.
 
     The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
     `labels` of the samples, the next of their `tokens`, or none. `file` has the samples, those of `calib` where None;
@@ -65,6 +66,7 @@ class Tune(Pass):
     lr: Positive = 1e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Share = 0.0
+    clip: Positive = 1.0
     batch: Count = 16
     distill: Share = 1.0
     temperature: Positive = 1.0

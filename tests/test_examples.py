@@ -1,5 +1,6 @@
 """Every example runs as its first lines say, and writes what was measured."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -49,3 +50,28 @@ def test_an_example_runs(name, tmp_path):
         pytest.skip(found["skipped"])
     assert set(found) >= KEYS[name]
     assert set(found["data"]) >= {"name", "n", "sha256"}
+
+
+def test_numbers_that_were_taken_before_have_the_revision_of_then(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("pat", ROOT / "benchmarks" / "pat.py")
+    pat = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pat)
+    monkeypatch.setattr(pat.common, "RESULTS", tmp_path)
+    file, kept = tmp_path / "found.json", tmp_path / "pat-encoders.json"
+    file.write_text('{"example": "pat-encoders"}', encoding="utf-8")
+
+    def take(*words):
+        monkeypatch.setattr(sys, "argv", ["pat.py", "encoders", *words])
+        return pat.main()
+
+    with pytest.raises(SystemExit):
+        take("--taken", str(file))
+    assert "does not say which it is of" in capsys.readouterr().err and not kept.exists()
+    assert take("--taken", str(file), "--revision", "1234567") == 0
+    assert json.loads(kept.read_text(encoding="utf-8"))["revision"] == "1234567"
+    file.write_text('{"revision": "89abcde"}', encoding="utf-8")
+    assert take("--taken", str(file)) == 0
+    assert json.loads(kept.read_text(encoding="utf-8"))["revision"] == "89abcde"
+    with pytest.raises(SystemExit):
+        take("--revision", "1234567")

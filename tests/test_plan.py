@@ -123,6 +123,28 @@ def test_a_model_without_weights_is_planned_by_its_shapes(bare, tmp_path):
     assert any("not tried: it looks at values" in line for line in plan.lines(found))
 
 
+def test_a_training_is_planned_with_its_own_batch(bare, tmp_path, monkeypatch):
+    """Every activation of a step is kept until the gradients are there, of as many rows as the pass has."""
+    monkeypatch.setattr(plan, "resident_mb", lambda: 0.0)
+    data, config, place = bare
+    wide = 4096
+    (place / "config.json").write_text(json.dumps({**config, "intermediate_size": wide}))
+
+    def of(batch, others):
+        tune = {"pass": "tune", "task": "tokens", "distill": 0, "batch": batch}
+        calib = {**data["calib"], "batch": others}
+        given = {**data, "calib": calib, "passes": [{"pass": "attach-lora", "rank": 3}, tune]}
+        found = plan.plan(recipe.build(given), tmp_path / "out", progress=Progress())
+        stages = {s["name"]: s for s in found["stages"]}
+        return stages["tune"]["memory_mb"] - stages["attach-lora"]["memory_mb"]
+
+    held_mb = 4 * 3 * 2 * (3 * (16 + wide) + 4 * (16 + 16)) * 4 / 1e6  # what is trained, four times
+    few, many = of(2, 24) - held_mb, of(24, 2) - held_mb
+    assert 6 < many / few < 24  # twelve times the rows, and the longest of more is longer
+    values = 2 * 5 * wide  # five of that width, in two layers
+    assert few > 2 * 4 * values * 4 / 1e6  # two samples of four tokens and more
+
+
 def test_the_engine_that_a_pruned_one_is_timed_beside_is_planned_too(tmp_path):
     def stages(gate, *passes):
         asked = spec(passes=list(passes), bench={"shapes": [[1, 8]], "budget_s": 0.1}, gate=gate)

@@ -1,5 +1,7 @@
 """The code of the README runs as it stands, and its numbers are those of the results."""
 
+import importlib.util
+import json
 import re
 import runpy
 import shutil
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from effc.passes import PASSES
+from effc.stats import student
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +48,34 @@ def test_the_tables_are_what_the_results_say(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "benchmarks" / "tables.py"), run_name="__main__")
     assert stop.value.code == 0, capsys.readouterr().out
+
+
+def test_a_ranking_is_held_against_all_that_were_looked_at(monkeypatch, tmp_path):
+    place = ROOT / "benchmarks" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", place)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    units, gains = {}, np.array([0.004, 0.012, 0.006, 0.010])
+    for name in ("net", "net, align 16"):
+        units[f"{name} whole"] = {"accuracy": 0.9}
+        units[f"{name} latency 0.3"] = {
+            "int8": {"against": {"whole": {"ratio": 1.2, "low": 1.1, "high": 1.3}}}
+        }
+        for ranking, by in (("random", 0), ("magnitude", -gains), ("wanda", gains)):
+            for seed, value in enumerate(0.8 + by * np.ones(4)):
+                units[f"{name}: {ranking}, 0.3, {seed}"] = {"int8": value, "share": 0.4}
+    (tmp_path / "pruning.json").write_text(json.dumps({"units": units}), encoding="utf-8")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert student(gains, 1 - 0.05 / 2).low > 0  # above chance among the two of its own table
+    assert student(gains, 1 - 0.05 / 4).low < 0  # and not among the four of the network
+    assert "wanda" not in tables.best_rankings()
+    gains += 0.01
+    for name in ("net", "net, align 16"):
+        for seed, value in enumerate(0.8 + gains):
+            units[f"{name}: wanda, 0.3, {seed}"]["int8"] = value
+    (tmp_path / "pruning.json").write_text(json.dumps({"units": units}), encoding="utf-8")
+    gap = student(gains, 1 - 0.05 / 4)
+    assert tables.best_rankings().count(f"{gap.low:+.4f}, {gap.high:+.4f}") == 2
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/recipes.md"])

@@ -20,9 +20,15 @@ from effc.passes import PASSES
 from effc.passes.base import Pass
 from effc.passes.quantize import Quantize
 from effc.recipe import QUANTIZE_WORDS, build, canonical, parse, passes_of, read
+from effc.tuning import _schedule
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*/recipe.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*/*.yaml"))
+
+
+def named(file):
+    return f"{file.parent.name}/{file.stem}"
+
 
 TEXT = """\
 source: {transformers: DIR}
@@ -389,7 +395,7 @@ def test_the_published_schema_is_what_the_code_says():
     assert set(published["properties"]) == set(recipe.schema()["properties"])
 
 
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", EXAMPLES, ids=named)
 def test_the_schema_accepts_the_examples_and_refuses_a_typing_error(file):
     schema = recipe.schema()
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -398,9 +404,17 @@ def test_the_schema_accepts_the_examples_and_refuses_a_typing_error(file):
         jsonschema.validate({**data, "target": ["ort"]}, schema)
 
 
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", EXAMPLES, ids=named)
 def test_the_examples_are_recipes(file):
     assert read(file).targets
+
+
+def test_the_recipe_of_seven_billion_trains_as_the_paper_does():
+    (tune,) = [p for p in read(ROOT / "examples/pat/llama2-7b.yaml").passes if p.name == "tune"]
+    schedule = _schedule(tune)
+    assert schedule.rate(99) == schedule.lr == 5e-5 and schedule.rate(98) < schedule.lr
+    assert (schedule.clip, schedule.weight_decay) == (0.3, 0)
+    assert tune.steps * tune.batch == 3 * tune.samples
 
 
 @pytest.mark.parametrize(

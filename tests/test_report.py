@@ -758,6 +758,17 @@ def test_the_text_says_what_the_gate_asked_and_what_was_taken_back():
     ]
 
 
+def test_what_a_multiple_left_whole_is_told_in_text_and_page():
+    found = full()
+    sizes = {"fc1": 32, "fc2": 48, "fc3": 8, "fc4": 8}
+    pass_ = found["passes"][-1]
+    pass_["notes"] = {"main/whole": {"groups": sizes, "align": 16}}
+    words = "in multiples of 16 too little of them would go: fc1 (32 units), fc2 (48), fc3 (8), and 1 more"
+    assert words in report.text(found) and words in page_of(found)
+    pass_["notes"]["main/whole"]["groups"] = {"fc1": 32}
+    assert "would go: fc1 (32 units)\n" in report.text(found)
+
+
 # Charts
 
 

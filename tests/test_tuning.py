@@ -235,6 +235,20 @@ def test_the_rate_rises_and_falls():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.01
 
 
+def test_a_gradient_is_shortened_to_what_the_recipe_says():
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    moved = []
+    for clip in (1.0, 1e-12):  # far below what AdamW adds to the root of a gradient's square
+        made = harmed(program)
+        before = made.only().tensors()
+        effc.apply(
+            Tune(steps=3, lr=1e-2, held=0, clip=clip), made, train=effc.trainer(program, inputs())
+        )
+        after = made.only().tensors()
+        moved.append(max(float((after[n] - t).abs().max()) for n, t in before.items()))
+    assert moved[0] > 1e-3 and moved[1] < 1e-5
+
+
 def test_every_epoch_sees_all_samples_once():
     pass_ = Tune(batch=4)
     seen = [i for step in range(5) for i in _chosen(10, pass_, step)]

@@ -1,12 +1,12 @@
 """Pruning while tuning on encoders: a vision transformer, and an encoder of sentences.
 
-    python examples/pat/encoders.py [--smoke] [--json FILE]       # a quarter of an hour
+    python examples/pat/encoders.py [--smoke] [--json FILE]
 
 Both have LayerNorms in front of their blocks, which are written as RMSNorms first; an encoder with norms behind its
 blocks (BERT, MiniLM) is refused with the reason. A quarter of the residual width goes while the model is held to its
 own outputs (no labels), by adapters and hybrid sparsification modules, or by adapters alone behind pruning. The vision
 transformer is tuned on half of Fashion-MNIST's test pictures and judged by the others. The encoder of sentences is
-trained here first, a minute on SST-2, tuned on the same sentences, and judged by the test sentences. The data and the
+trained here first, on SST-2, tuned on the same sentences, and judged by the test sentences. The data and the
 vision transformer are read from `$EFFC_DATA`, or `../shared/data` beside the repository.
 """
 

@@ -1,7 +1,7 @@
 """Pruning while tuning: PAT beside LoRA, prune-then-tune and tune-then-prune, on equal samples, steps and trainables.
 
-    python examples/pat/run.py [--smoke | --fast] [--json FILE]                 # stories260K; minutes
-    python examples/pat/run.py --model smollm2 --gguf FILE --state DIR          # hours, in units that can be stopped
+    python examples/pat/run.py [--smoke | --fast] [--json FILE]                 # stories260K
+    python examples/pat/run.py --model smollm2 --gguf FILE --state DIR          # in units that can be stopped
 
 stories260K (a Llama of 260,032 parameters that has learnt to tell children's stories) is tuned on the first nine tenths
 of Shakespeare's plays and tested on the last. SmolLM2-135M is tuned on WikiText-2's validation text and Shakespeare,

@@ -373,14 +373,37 @@ def test_recorded_channels_are_taken_again():
 # -- the numbers of it
 
 
-def test_trainable_numbers_of_a_llama_of_seven_billion():
+def numbers(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("mode", "count"), [("effc", 106_766_336), ("released", 106_766_336), ("paper", 106_513_096)]
+)
+def test_trainable_numbers_of_a_llama_of_seven_billion(mode, count):
+    """The recipe says them by mode, beside adapters of rank 20 on seven layers of 32 blocks."""
     with torch.device("meta"):
-        behind = [Hybrid(4096, 200, mode="effc", identity=True) for _ in range(2 * 32 + 1)]
+        behind = [Hybrid(4096, 200, mode=mode, identity=True) for _ in range(2 * 32 + 1)]
         shared = Gate(torch.zeros(4096), is_trained=True)
-    count = sum(p.numel() for module in (*behind, shared) for p in module.parameters())
-    assert count == 106_766_336
-    one = sum(p.numel() for p in behind[0].parameters())
-    assert one / 4096**2 < 0.1
+    assert numbers(*behind, shared) == count
+    adapters = 32 * 20 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    text = (Path(__file__).parents[2] / "examples/pat/llama2-7b.yaml").read_text(encoding="utf-8")
+    if mode != "effc":
+        line = next(line for line in text.splitlines() if f"mode: {mode} " in line)
+        assert f" {numbers(*behind):,} " in line and f" {count + adapters:,} " in line
+    assert f" {adapters:,}," in text and f" {adapters // 20 * 64:,}." in text
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "share"), [(4096, 200, 0.0979), (4096, 204, 0.0999), (576, 28, 0.0990), (64, 3, 0.1094)]
+)  # fmt: skip
+def test_a_module_has_a_tenth_of_a_square_layer_where_the_width_is_not_small(width, rank, share):
+    """Of 64 channels the scale of each is a sixtieth of a square layer, and rank 3 is above a tenth with it."""
+    found = numbers(Hybrid(width, rank, mode="effc", identity=True)) / width**2
+    assert found == pytest.approx(share, abs=5e-5) and (found <= 0.1) == (width > 64)
+    assert found == pytest.approx((2 * rank + 1) / width)
+    if rank != 200:
+        assert InsertHsm(ratio=0.25).rank_of(width) == rank
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,36 @@ def test_a_ratio_that_leaves_no_smaller_multiple_is_refused():
     assert kept(record) == {"main/0": 16}
 
 
+def test_a_global_budget_that_leaves_no_smaller_multiple_is_refused_too():
+    with pytest.raises(PreconditionError, match="in multiples of 16 leaves every group whole") as e:
+        pruned(net(32), None, ratio=0.2, align=16, budget="global")
+    assert "a larger ratio" in e.value.hint and "main" in e.value.where
+    record, _ = pruned(net(32), None, ratio=0.3, align=16, budget="global")
+    assert kept(record) == {"main/0": 16} and record.notes == {}
+
+
+@pytest.mark.parametrize(("budget", "whole"), [("group", {"2": 32}), ("global", {"0": 96})])
+def test_what_a_multiple_leaves_whole_is_told_where_another_group_is_pruned(budget, whole):
+    options = {"ratio": 0.2, "align": 16, "budget": budget}
+    record, _ = pruned(net(96, 32), None, **options)
+    assert record.sites == 1
+    assert record.notes["main/whole"] == {"groups": whole, "align": 16}
+    again, _ = pruned(net(96, 32), None, record.decisions, **options)
+    assert again.notes == record.notes
+
+
+@pytest.mark.parametrize("budget", ["group", "global"])
+def test_multiples_of_one_are_any_number(budget):
+    record, _ = pruned(net(96, 2), None, ratio=0.2, align=1, budget=budget)
+    assert record.sites and record.notes == {}
+
+
+def test_a_ratio_below_a_unit_is_refused_without_a_word_of_multiples_of_one():
+    with pytest.raises(PreconditionError, match="less than one unit") as error:
+        pruned(net(32), None, ratio=0.01, align=1)
+    assert error.value.hint == "ratio: 0.031 or more"
+
+
 @pytest.mark.parametrize("change", ["counts", "kinds", "nothing"])
 def test_a_record_of_another_model_is_refused(change):
     record, _ = pruned(net(96), Staircase(), ratio=0.3, align="auto")
