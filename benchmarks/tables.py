@@ -1198,6 +1198,30 @@ def filled(text: str, source: str, content: str) -> str:
     return f"{before}{mark}\n{content}\n{END}{rest.partition(END)[2]}"
 
 
+def delta_faults() -> list[str]:
+    lines = ["## Faults on a device that takes weight deltas (benchmarks/delta_faults.py)", ""]
+    for found in results("delta_faults"):
+        faults = found["faults"]
+        lines += [circumstances(found), ""]
+        lines += [
+            f"{faults['survived']:,} of {faults['injected']:,} faults survived, seed {found['seed']}, a package of "
+            f"{found['package_bytes'] / 1e6:.1f} MB: a store started after each and served the old or the new package, "
+            "every file and every answer of it by sha256.",
+            "",
+        ]
+        rows = [
+            [kind, f"{c['survived']} of {c['injected']}", "; ".join(sorted(c["reasons"])) or "—"]
+            for kind, c in sorted(found["kinds"].items())
+        ]
+        lines += table(["fault", "survived", "refused because"], rows)
+        rows = [
+            [word, ", ".join(f"{where} {n}" for where, n in sorted(hit.items()))]
+            for word, hit in sorted(found["kills"].items())
+        ]
+        lines += ["Where the kills hit:", "", *table(["act", "moment"], rows)]
+    return lines
+
+
 PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     minilm: ("minilm",),
     models: ("models",),
@@ -1229,6 +1253,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     memory: ("memory",),
     plans: ("plan",),
     torture: ("malformed", "kills", "full"),
+    delta_faults: ("delta_faults",),
 }
 """The sections of the page, in order, and the results that they are made of; without any a section is left out."""
 

@@ -202,7 +202,7 @@ def _size(value: str | None) -> str | None:
     return value
 
 
-def _size_of(value: str | None) -> int | None:
+def _size_of(value: str | None, example: str = "--max-ram 4GB") -> int | None:
     if value is None:
         return None
     from effc.sizes import parse_bytes
@@ -210,7 +210,7 @@ def _size_of(value: str | None) -> int | None:
     try:
         return parse_bytes(value)
     except ValueError as error:
-        raise UsageError(f"--max-ram: {error}", hint="--max-ram 4GB") from error
+        raise UsageError(f"{example.split()[0]}: {error}", hint=example) from error
 
 
 def _seconds(value: str | None) -> str | None:
@@ -876,6 +876,274 @@ def doctor(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -
     _write_json(json_, found)
 
 
+delta = typer.Typer(
+    name="delta",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Send changed weights to devices in few signed bytes, and take them there without a risk.",
+)
+app.add_typer(delta)
+StorePlace = Annotated[Path, typer.Argument(metavar="STORE", help="The store of a device.")]
+
+
+def _budget(value: str | None) -> str | None:
+    """Refuse what is no size before the work."""
+    _size_of(value, "--budget 64KB")
+    return value
+
+
+@delta.command("keygen")
+def delta_keygen(
+    private: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help="Where the private key goes.")
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write a pair of keys: FILE signs deltas, FILE.pub is what devices trust.
+
+    \b
+    Example:
+      effc delta keygen -o release.key
+    """
+    from effc.delta import packet
+
+    public = private.with_name(f"{private.name}.pub")
+    word = packet.keygen(private, public)
+    print(f"{private} is the private key: keep it; {public} ({word[:12]}…) is for devices")
+
+
+@delta.command("make")
+def delta_make(
+    old: Annotated[Path, typer.Argument(help="The package that devices hold.")],
+    new: Annotated[
+        Path, typer.Argument(help="The same, compiled of new weights with --decisions.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="Delta to write.")],
+    key: Annotated[Path, typer.Option("--key", help="Private key to sign with.")],
+    counter: Annotated[
+        int, typer.Option("--release", min=1, help="Number of the release, above all before.")
+    ],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZE",
+            callback=_budget,
+            help="Most bytes of the file, such as 64KB.",
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error", help="Share of the change that may be left out [default: 0, lossless]."
+        ),
+    ] = None,
+    self_test: Annotated[
+        Path | None,
+        typer.Option(
+            "--self-test",
+            metavar="FILE",
+            help=".safetensors with an array for each input, to test with.",
+        ),
+    ] = None,
+    importance: Annotated[
+        Path | None,
+        typer.Option(
+            "--importance",
+            metavar="FILE",
+            help=".safetensors with what an error of each weight costs, by initialiser.",
+        ),
+    ] = None,
+    mirror: Annotated[
+        Path | None,
+        typer.Option("--mirror", metavar="DIR", help="Write what devices will hold: the next OLD."),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a signed delta from one package to another.
+
+    \b
+    Examples:
+      effc delta make OLD NEW --release 1 --key release.key -o up.effd
+      effc delta make OLD NEW --release 2 --key release.key --budget 64KB --mirror HELD -o up.effd
+    """
+    _outside(json_, old, new)
+    _outside(str(out), old, new, option="-o")
+    from effc.delta import make
+
+    made = make.make(
+        old, new, key=key, counter=counter, budget=_size_of(budget), max_error=max_error,
+        inputs=make.arrays_of(self_test) if self_test else None,
+        importance=make.arrays_of(importance) if importance else None, mirror=mirror,
+    )  # fmt: skip
+    _write("-o", str(out), made.content)
+    for line in make.lines(made):
+        _say(line, json_)
+    _say(f"{out} is ready", json_)
+    _write_json(json_, made.numbers)
+
+
+@delta.command("init")
+def delta_init(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Directory to make.")],
+    out: Annotated[Path, typer.Argument(help="A package that effc compile wrote.")],
+    key: Annotated[
+        list[Path], typer.Option("--key", help="Public key to trust; may be given again.")
+    ],
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Make the store of a device: two slots, the first with a copy of a package, and the keys that it trusts.
+
+    \b
+    Example:
+      effc delta init STORE OUT --key release.key.pub
+    """
+    from effc.delta import device, packet
+
+    _tell(device.init(store, out, [packet.public_word(file) for file in key]), json_)
+
+
+@delta.command("apply")
+def delta_apply(
+    store: StorePlace,
+    file: Annotated[Path, typer.Argument(metavar="DELTA", help="A file of effc delta make.")],
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Check a delta, build its package in the other slot, test it there, and let it serve; or leave all as it is."""
+    from effc.delta import device
+
+    _tell(device.apply(store, file), json_)
+
+
+@delta.command("confirm")
+def delta_confirm(store: StorePlace, json_: Json = None, debug: Debug = False) -> None:
+    """Say that the release that serves has proved itself."""
+    from effc.delta import device
+
+    _tell(device.confirm(store), json_)
+
+
+@delta.command("rollback")
+def delta_rollback(store: StorePlace, json_: Json = None, debug: Debug = False) -> None:
+    """Let the package in the other slot serve again."""
+    from effc.delta import device
+
+    _tell(device.rollback(store), json_)
+
+
+@delta.command("status")
+def delta_status(store: StorePlace, json_: Json = None, debug: Debug = False) -> None:
+    """Say what a store holds, after a look at every byte of it."""
+    from effc.delta import device
+
+    found = device.status(store)
+    _say(device.line(device.record_of(store)), json_)
+    for slot, word in found["slots"].items():
+        _say(f"    slot {slot}: {word}", json_)
+    _write_json(json_, found)
+
+
+@delta.command("inspect")
+def delta_inspect(
+    file: Annotated[Path, typer.Argument(metavar="DELTA", help="A file of effc delta make.")],
+    key: Annotated[
+        Path | None, typer.Option("--key", help="Public key that it must be signed by.")
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say what is in a delta; without --key nobody has looked at who signed it."""
+    from effc.delta import device, packet
+
+    content = packet.read(file, device.MOST_INSPECTED)
+    if key is not None:
+        packet.check_signature(content, [packet.public_word(key)])
+    found = {
+        **device.show(packet.parsed(content)),
+        "bytes": len(content),
+        "signed": key is not None,
+    }
+    for line in device.show_lines(found):
+        _say(line, json_)
+    _write_json(json_, found)
+
+
+@delta.command("serve")
+def delta_serve(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Directory of deltas.", exists=True, file_okay=False),
+    ],
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen on; only this machine reaches 127.0.0.1."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 is any free one.")
+    ] = 8423,
+    cert: Annotated[
+        Path | None, typer.Option("--cert", metavar="FILE", help="Certificate for https, in PEM.")
+    ] = None,
+    cert_key: Annotated[
+        Path | None, typer.Option("--cert-key", metavar="FILE", help="Its private key.")
+    ] = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve the deltas of a directory to devices, each to those that hold its base, until Ctrl-C.
+
+    \b
+    Example:
+      effc delta serve releases
+    """
+    from effc.delta import serve
+
+    taken = serve.listening(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "https" if cert else "http"
+    known = len(serve.releases(directory))
+    print(
+        f"{known} releases at {scheme}://{shown}:{taken.getsockname()[1]}, Ctrl-C ends", flush=True
+    )
+    serve.serve(directory, taken, cert=cert, cert_key=cert_key)
+
+
+@delta.command("pull")
+def delta_pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where effc delta serve listens.")],
+    store: StorePlace,
+    ca: Annotated[
+        Path | None,
+        typer.Option("--ca", metavar="FILE", help="Certificates to trust for https, in PEM."),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Fetch the delta behind what a store serves, in as many attempts as it takes, and apply it.
+
+    \b
+    Example:
+      effc delta pull http://127.0.0.1:8423 STORE
+    """
+    from effc.delta import channel, device
+
+    found = channel.pull(url, store, ca=ca)
+    if found is None:
+        _say("there is no release behind what serves", json_)
+    _tell(found or device.record_of(store), json_)
+
+
+def _tell(record: Any, json_: str | None) -> None:
+    from effc.delta import device
+
+    _say(device.line(record), json_)
+    _write_json(json_, record)
+
+
 def _say(text: str, json_: str | None) -> None:
     """Print for a person; to stderr where stdout carries the JSON."""
     print(text, file=sys.stderr if json_ == "-" else sys.stdout, flush=True)
@@ -889,20 +1157,22 @@ def _write_json(json_: str | None, value: Any) -> None:
     _write("--json", json_, dump(value))
 
 
-def _write(option: str, place: str, text: str) -> None:
+def _write(option: str, place: str, text: str | bytes) -> None:
     """Text to stdout, into a stream, or into a file that is exchanged as a whole."""
+    content = text.encode() if isinstance(text, str) else text
     if place == "-":
-        sys.stdout.write(text)
+        sys.stdout.flush()
+        sys.stdout.write(text) if isinstance(text, str) else sys.stdout.buffer.write(text)
         return
     try:
         if _is_stream(place):
-            with open(place, "a", encoding="utf-8") as stream:
-                stream.write(text)
+            with open(place, "ab") as stream:
+                stream.write(content)
             return
         path = Path(os.path.realpath(place))
         part = path.with_name(f".{path.name}.part")
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(content)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -29,6 +28,8 @@ from effc import bounded, paths, scratch
 from effc.backends import TARGETS
 from effc.backends.base import Port
 from effc.errors import PackageError, SourceError
+from effc.plain import dump as dump
+from effc.plain import sealed as sealed
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -150,29 +151,6 @@ class Manifest:
                 f"{error.filename} is in the manifest and cannot be read: {error.strerror}",
                 hint=UNHARMED,
             ) from error
-
-
-def dump(value: Any) -> str:
-    """JSON as it stands in every package: sorted, UTF-8, one newline at the end."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    import dataclasses
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, Path):
-        return value.as_posix()
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is not plain JSON")
-
-
-def sealed(content: Mapping[str, Any]) -> str:
-    """JSON that holds its own sha256: `digest` is that of the same text without the line of `digest`."""
-    plain = json.loads(dump({k: v for k, v in content.items() if k != "digest"}))
-    return dump({**plain, "digest": hashlib.sha256(dump(plain).encode()).hexdigest()})
 
 
 def _unsealed(out: Path, name: str) -> Any:

@@ -20,7 +20,7 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors sizes heap quiet lean
+    errors sizes heap quiet lean plain
     progress paths scratch
     bounded table stats cache
     machine schedule
@@ -64,6 +64,7 @@ STANDARD_LIBRARY_ONLY = {
     "heap",
     "quiet",
     "paths",
+    "plain",
     "bounded",
     "table",
 }

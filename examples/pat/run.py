@@ -97,8 +97,11 @@ def smollm2(data: Path, gguf: Path) -> Plan:
     )  # fmt: skip
 
 
-def windows(texts: tuple[str, ...], processor: Any, length: int, file: Path) -> int:
-    """Texts as rows of so many tokens, in a file that a recipe reads; gives the number of rows."""
+def windows(texts: tuple[str, ...], processor: Any, length: int, file: Path) -> Any:
+    """Texts as rows of so many tokens, in a file that a recipe reads.
+
+    A file that has them already stays: the bytes of another would differ by its time, and no training would go on.
+    """
     import numpy as np
 
     ids: list[int] = []
@@ -107,8 +110,9 @@ def windows(texts: tuple[str, ...], processor: Any, length: int, file: Path) -> 
     begin = [] if processor.bos_id is None else [processor.bos_id]
     size = length - len(begin)
     rows = np.array([begin + ids[i : i + size] for i in range(0, len(ids) - size, size)], np.int64)
-    np.savez(file, input_ids=rows, attention_mask=np.ones_like(rows))
-    return len(rows)
+    if not file.exists() or not np.array_equal(np.load(file)["input_ids"], rows):
+        np.savez(file, input_ids=rows, attention_mask=np.ones_like(rows))
+    return rows
 
 
 def cut(text: str, processor: Any, tokens: int) -> str:
@@ -132,12 +136,13 @@ class Study:
         graph = cleaned(self.original.clone()).only()
         self.width = stream(graph)
         self.train, test = state / "train.npz", state / "test.txt"
-        self.rows = windows(plan.train, self.source.processor, plan.length, self.train)
+        rows = windows(plan.train, self.source.processor, plan.length, self.train)
+        self.rows = len(rows)
         test.write_text(cut(plan.test, self.source.processor, plan.tokens), encoding="utf-8")
         self.metric = Perplexity(file=test)
         self.questions = tasks.questions(plan.test, plan.questions)
         self.alone = alone(graph, self.width, plan)
-        self.texts = [digest(file.read_bytes()) for file in (self.train, test)]
+        self.texts = [digest(rows.tobytes()), digest(test.read_bytes())]
 
     def units(self) -> dict[str, list[Json]]:
         """Results by arm, one a seed; those that are there already as they are."""

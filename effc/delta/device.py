@@ -1,0 +1,653 @@
+"""The device's half of a delta: a store with two whole slots, one of which always serves.
+
+    STORE/trust.json          public keys that releases must be signed by; written by `init` and never again
+    STORE/CURRENT, CURRENT.2  the record: which slot serves, since which release, and whether it has proved itself
+    STORE/slots/a, slots/b    two packages, each whole or not there; the one that serves is never written to
+
+    verify     signature, release counter, base, graph
+    stage      the other slot is filled beside the serving one, and synced
+    hash       every file of it, read back from the disk
+    try        a second session opens it and answers the test vectors of the release
+    swap       one record is exchanged by a rename: from then on the other slot serves
+    pending    until some inferences went well; a start that finds it unproven too often goes back to the slot before
+
+Until the swap nothing that serves has changed, so a kill, a full disk or a harmed file costs the update and no more.
+The record has two copies, each with the sha256 of itself, and the later whole one counts. Keys and counter lie outside
+the slots, where no release can write.
+
+This needs numpy, onnxruntime, zstandard and cryptography, and of effc nothing that needs more: `pip install --no-deps`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effc import bounded, paths
+from effc.backends import OPENERS
+from effc.backends.base import Lowered, Port
+from effc.delta import codec, packet
+from effc.delta.codec import HARMED, Array
+from effc.delta.packet import Packet, Vector
+from effc.errors import DeltaError
+from effc.machine import default_threads
+from effc.plain import dump, sealed
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - without locks two updates at once are the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+MANIFEST, VOLATILE = "manifest.json", "volatile.json"
+RECORDS = ("CURRENT", "CURRENT.2")
+TRUST = "trust.json"
+SLOTS = ("a", "b")
+TRIES = 3
+"""Starts that a release has to prove itself in."""
+PROOFS = 3
+"""Inferences that prove it."""
+MOST_PACKET = 64 << 20
+"""A delta may be as large as that, or as the package where that is larger."""
+MOST_INSPECTED = 4 << 30
+MOST_VECTOR = 64 << 20
+"""Inputs and outputs of a test vector, unpacked."""
+MOST_MANIFEST = 16 << 20
+Session = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Which slot serves. `other` is the sha256 of what the other slot holds, "" where that is nothing whole.
+
+    `counter` is of the release that serves, `highest` the greatest that was ever taken: what is not above that is
+    refused, also after a rollback.
+    """
+
+    sequence: int
+    slot: str
+    id: str
+    counter: int
+    highest: int
+    pending: bool = False
+    tries: int = 0
+    other: str = ""
+    other_counter: int = 0
+
+    @property
+    def spare(self) -> str:
+        return SLOTS[1 - SLOTS.index(self.slot)]
+
+
+# a package as it lies in a slot
+
+
+def manifest_of(root: Path) -> dict[str, Any]:
+    """The manifest of a package, its own digest right. Raises DeltaError."""
+    text = bounded.content(
+        paths.opened(root, MANIFEST, DeltaError), MANIFEST, DeltaError, MOST_MANIFEST
+    )
+    return _manifest(text, str(root))
+
+
+def _manifest(text: bytes, where: str) -> dict[str, Any]:
+    found: dict[str, Any] = bounded.json_of(text, f"{where}: {MANIFEST}", DeltaError)
+    files = found.get("files") if isinstance(found, dict) else None
+    engines = found.get("engines") if isinstance(found, dict) else None
+    if (
+        not isinstance(files, dict)
+        or not isinstance(engines, list)
+        or sealed(found).encode() != text
+        or not all(isinstance(e, dict) and e.get("path") in files for e in engines)
+    ):
+        raise DeltaError(f"{where} has no whole {MANIFEST}", hint="get an unharmed package")
+    for name in files:
+        paths.parts(name, DeltaError)
+    return found
+
+
+def slot_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """manifest.json and volatile.json of a package in a slot, where files with measured times stay away."""
+    bare = {**manifest, "unhashed": [VOLATILE]}
+    return sealed(bare), sealed({"schema": manifest["schema"], "files": {}})
+
+
+def id_of(text: str) -> str:
+    """What a package in a slot is known by: the sha256 of its manifest, which has those of all its files."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def problems(root: Path, wanted: str) -> list[str]:
+    """What of a slot is not the package that it should hold, in words."""
+    try:
+        found = manifest_of(root)
+        if id_of(sealed(found)) != wanted:
+            return [f"{MANIFEST} is of another package"]
+        return [
+            f"{name} differs from its sha256"
+            for name, sha in sorted(found["files"].items())
+            if _sha256(root, name) != sha
+        ]
+    except (DeltaError, OSError) as error:
+        return [getattr(error, "what", None) or str(error)]
+
+
+def _sha256(root: Path, name: str) -> str:
+    with paths.opened(root, name, DeltaError) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def graph_of(contents: Mapping[str, Array], found: Packet) -> str:
+    """sha256 of files of a package without the tensors that a delta patches; `contents` are the bytes of each.
+
+    Raises DeltaError where the tensors lie over each other or outside their file.
+    """
+    total = hashlib.sha256()
+    for name in sorted({e.tensor.file for e in found.entries}):
+        content = contents[name]
+        total.update(f"{name} {len(content)}\n".encode())
+        at = 0
+        for tensor in sorted(
+            (e.tensor for e in found.entries if e.tensor.file == name), key=lambda t: t.offset
+        ):
+            if not at <= tensor.offset <= tensor.offset + tensor.length <= len(content):
+                raise DeltaError(f"tensor {tensor.name!r} lies outside of {name}", hint=HARMED)
+            total.update(content[at : tensor.offset].data)
+            at = tensor.offset + tensor.length
+        total.update(content[at:].data)
+    return total.hexdigest()
+
+
+def patch(contents: Mapping[str, Array], found: Packet) -> None:
+    """Change the bytes of files, in place, tensor by tensor; `contents` are of the target and still the base's."""
+    for entry in found.entries:
+        tensor = entry.tensor
+        place = contents[tensor.file][tensor.offset : tensor.offset + tensor.length]
+        new = codec.decode(tensor, entry.encoding, entry.payload, place.tobytes())
+        place[:] = np.frombuffer(new, np.uint8)
+
+
+# engines
+
+
+def session(root: Path, engine: Mapping[str, Any]) -> Session:
+    """An engine of a package, opened as effc opens it, with the settings in the manifest.
+
+    Raises DeltaError where its runtime does not take it, or this machine not the settings.
+    """
+    path = root / engine["path"]
+    target = "ort" if engine["target"] == "onnx" else engine["target"]
+    try:
+        lowered = Lowered(
+            role=engine["role"], target=target, directory=path.parent, files=(path.name,), opset=engine["opset"],
+            inputs=_ports(engine["inputs"]), outputs=_ports(engine["outputs"]), options=engine.get("options", {}),
+        )  # fmt: skip
+        run: Session = OPENERS[target](lowered, threads=default_threads())
+        return run
+    except Exception as error:
+        hint = getattr(error, "hint", None) or HARMED
+        raise DeltaError(f"{path.name} cannot be opened: {error}", hint=hint) from error
+
+
+def _ports(given: Iterable[Mapping[str, Any]]) -> tuple[Port, ...]:
+    return tuple(Port(name=p["name"], dtype=p["dtype"], shape=tuple(p["shape"])) for p in given)
+
+
+def looked_at(value: Array, count: int) -> Array:
+    """`count` elements of an output, spread over it."""
+    flat = np.asarray(value).reshape(-1)
+    return flat[np.linspace(0, flat.size - 1, count).astype(np.int64)].astype(np.float32)
+
+
+def self_test(run: Session, vector: Vector) -> None:
+    """Raise DeltaError where an engine does not answer a test vector as the maker's did."""
+    try:
+        sizes = [(np.dtype(kind), shape, math.prod(shape)) for _, kind, shape in vector.inputs]
+    except TypeError:
+        sizes = []
+    if len(sizes) != len(vector.inputs) or any(kind.kind not in "biuf" for kind, *_ in sizes):
+        raise DeltaError("a test vector has inputs that are no numbers", hint=HARMED)
+    wanted = sum(kind.itemsize * n for kind, _, n in sizes) + 4 * sum(n for *_, n in vector.outputs)
+    if wanted > MOST_VECTOR:
+        raise DeltaError(f"a test vector unpacks to more than {MOST_VECTOR >> 20} MiB", hint=HARMED)
+    content = codec.unpacked(vector.payload, wanted, name="a test vector")
+    if len(content) != wanted or not vector.outputs:
+        raise DeltaError("a test vector is of another size", hint=HARMED)
+    feeds, at = {}, 0
+    for (name, *_), (kind, shape, count) in zip(vector.inputs, sizes, strict=True):
+        feeds[name] = np.frombuffer(content, kind, count, at).reshape(shape)
+        at += kind.itemsize * count
+    try:
+        found = run(feeds)
+    except Exception as error:
+        raise DeltaError(f"the engine fails on a test vector: {error}", hint=HARMED) from error
+    for name, elements, count in vector.outputs:
+        want = np.frombuffer(content, "<f4", count, at)
+        at += 4 * count
+        if name not in found or found[name].size != elements:
+            raise DeltaError(f"output {name!r} has another size in the test", hint=HARMED)
+        off = float(np.linalg.norm(looked_at(found[name], count) - want))
+        if not off <= vector.tolerance * float(np.linalg.norm(want)):
+            raise DeltaError(
+                f"output {name!r} is off by {off:.3g} in the test",
+                hint="the release does not run as its maker saw it; what serves stays as it was",
+            )
+
+
+# the store
+
+
+def init(store: Path, out: Path, keys: list[str]) -> Record:
+    """A new store with a copy of a package in its first slot. Raises DeltaError where there is one already."""
+    if not keys:
+        raise DeltaError("a store without a key trusts nobody", hint="give --key PUBLIC")
+    if store.exists() and (not store.is_dir() or any(store.iterdir())):
+        raise DeltaError(f"{store} is not empty", hint="name a directory that is not there")
+    manifest = manifest_of(out)
+    try:
+        slot = store / "slots" / SLOTS[0]
+        slot.mkdir(parents=True)
+        for name in manifest["files"]:
+            (slot / name).parent.mkdir(parents=True, exist_ok=True)
+            with paths.opened(out, name, DeltaError) as given, (slot / name).open("xb") as taken:
+                shutil.copyfileobj(given, taken, 1 << 20)
+        text = _finish(slot, manifest)
+        if broken := problems(slot, id_of(text)):
+            raise DeltaError(f"{out} is not whole: {broken[0]}", hint="get an unharmed package")
+        _exchange(store / TRUST, dump({"schema": 1, "keys": sorted(keys)}))
+        made = Record(sequence=1, slot=SLOTS[0], id=id_of(text), counter=0, highest=0)
+        _write(store, made)
+    except OSError as error:
+        raise _no(error, store) from error
+    return made
+
+
+def _finish(slot: Path, manifest: Mapping[str, Any]) -> str:
+    """Write what makes a slot a package, and let all of it reach the disk; gives the manifest."""
+    text, volatile = slot_texts(manifest)
+    (slot / VOLATILE).write_text(volatile, encoding="utf-8")
+    (slot / MANIFEST).write_text(text, encoding="utf-8")
+    for place in (*slot.rglob("*"), slot, slot.parent, slot.parent.parent):
+        _sync(place)
+    return text
+
+
+def _no(error: OSError, place: Path) -> DeltaError:
+    room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return DeltaError(
+        f"{error.filename or place}: {error.strerror or error}",
+        where=str(place),
+        hint="what serves is untouched; "
+        + ("free some disk space" if room else "make it writable"),
+    )
+
+
+def record_of(store: Path) -> Record:
+    """The later whole copy of the record. Raises DeltaError where there is none."""
+    found = [r for name in RECORDS if (r := _record(store, name)) is not None]
+    if not found:
+        raise DeltaError(
+            f"{store} is no store, or its record is gone", hint="effc delta init makes a store"
+        )
+    return max(found, key=lambda r: r.sequence)
+
+
+def _record(store: Path, name: str) -> Record | None:
+    with suppress(DeltaError, TypeError, ValueError):
+        text = bounded.content(paths.opened(store, name, DeltaError), name, DeltaError, 1 << 16)
+        value = bounded.json_of(text, name, DeltaError)
+        if isinstance(value, dict) and sealed(value).encode() == text:
+            made = Record(**{k: v for k, v in value.items() if k != "digest"})
+            return made if made.slot in SLOTS else None
+    return None
+
+
+def _write(store: Path, record: Record) -> None:
+    for name in RECORDS:  # one after the other, so that one is whole at any time
+        _exchange(store / name, sealed(asdict(record)))
+
+
+def _exchange(place: Path, text: str) -> None:
+    part = place.with_name(f".{place.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, place)
+    _sync(place.parent)
+
+
+def _sync(place: Path) -> None:
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def alone(store: Path, name: str = ".lock") -> Iterator[None]:
+    """One change of a store at a time, or pull. Raises DeltaError where another is at it, or the system refuses."""
+    if not store.is_dir():
+        raise DeltaError(f"{store} is no store", hint="effc delta init makes one")
+    try:
+        with (store / name).open("w") as lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise DeltaError(
+                        f"another process is changing {store}", hint="wait for it"
+                    ) from error
+            yield
+    except OSError as error:
+        raise _no(error, store) from error
+
+
+def keys_of(store: Path) -> list[str]:
+    """The trusted keys in hex. Raises DeltaError."""
+    text = bounded.content(paths.opened(store, TRUST, DeltaError), TRUST, DeltaError, 1 << 16)
+    value = bounded.json_of(text, TRUST, DeltaError)
+    keys = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(k, str) and len(k) == 64 for k in keys):
+        raise DeltaError(
+            f"{store / TRUST} has no keys", hint="make the store again: effc delta init"
+        )
+    return keys
+
+
+def apply(store: Path, file: Path) -> Record:
+    """Take a release: from then on the other slot serves, pending. Raises DeltaError, and then all is as it was."""
+    with alone(store):
+        record = record_of(store)
+        content = packet.read(file, most_bytes(store, record))
+        packet.check_signature(content, keys_of(store))
+        found = packet.parsed(content)
+        if (found.target, found.counter) == (record.id, record.counter):
+            return record  # it is here already
+        _refuse(record, found)
+        base, slot = store / "slots" / record.slot, store / "slots" / record.spare
+        if broken := problems(base, record.id):
+            raise DeltaError(
+                f"the package that serves is harmed: {broken[0]}",
+                hint="effc delta rollback, or init anew",
+            )
+        cleared = replace(record, sequence=record.sequence + 1, other="", other_counter=0)
+        _write(store, cleared)
+        try:
+            _stage(base, slot, found)
+            if broken := problems(slot, found.target):
+                raise DeltaError(f"the release is not what it should be: {broken[0]}", hint=HARMED)
+            _try(slot, found)
+        except BaseException:
+            shutil.rmtree(slot, ignore_errors=True)
+            raise
+        swapped = Record(
+            sequence=cleared.sequence + 1, slot=record.spare, id=found.target,
+            counter=found.counter, highest=found.counter, pending=True, tries=TRIES,
+            other=record.id, other_counter=record.counter,
+        )  # fmt: skip
+        _write(store, swapped)
+        return swapped
+
+
+def most_bytes(store: Path, record: Record) -> int:
+    """Bytes that a release may have here."""
+    slot = store / "slots" / record.slot
+    size = sum(p.stat().st_size for p in slot.rglob("*") if p.is_file())
+    return max(MOST_PACKET, size)
+
+
+def expect_proved(record: Record) -> None:
+    """Raise DeltaError where the release that serves has not proved itself."""
+    if record.pending:
+        raise DeltaError(
+            "the release before has not proved itself yet",
+            hint="effc delta confirm or rollback first",
+        )
+
+
+def _refuse(record: Record, found: Packet) -> None:
+    expect_proved(record)
+    if found.counter <= record.highest:
+        raise DeltaError(
+            f"release {found.counter} is not above {record.highest}, which was taken before",
+            hint="older releases come back by effc delta rollback alone",
+        )
+    if found.base != record.id:
+        raise DeltaError(
+            f"the delta is for package {found.base[:12]}, and {record.id[:12]} serves",
+            hint="have a delta made from the package that serves",
+        )
+
+
+def _stage(base: Path, slot: Path, found: Packet) -> None:
+    """Fill the other slot with the base, changed. Raises DeltaError before it writes where the delta does not fit."""
+    manifest = manifest_of(base)
+    known = {*manifest["files"], MANIFEST}
+    named = {e.tensor.file for e in found.entries} | {t.name for t in found.texts}
+    if strange := sorted(named - known):
+        raise DeltaError(f"{paths.shown(strange[0])} is no file of the package", hint=HARMED)
+    patched = {e.tensor.file for e in found.entries}
+    if MANIFEST in patched or patched & {t.name for t in found.texts}:
+        raise DeltaError("a file is patched and replaced at once", hint=HARMED)
+    contents = {name: np.memmap(base / name, np.uint8, "r") for name in patched}
+    if graph_of(contents, found) != found.graph:
+        raise DeltaError("the delta is for another graph", hint="have it made from this package")
+    texts = {t.name: _text(base, t) for t in found.texts}
+    target = _manifest(texts[MANIFEST], "the delta") if MANIFEST in texts else manifest
+    if {*target["files"]} != {*manifest["files"]}:
+        raise DeltaError("the release has other files than the package", hint=HARMED)
+    shutil.rmtree(slot, ignore_errors=True)
+    slot.mkdir(parents=True)
+    for name in manifest["files"]:
+        (slot / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in texts:
+            (slot / name).write_bytes(texts[name])
+        else:
+            shutil.copyfile(base / name, slot / name)
+    _patch_files(slot, patched, found)
+    _finish(slot, target)
+
+
+def _patch_files(slot: Path, patched: set[str], found: Packet) -> None:
+    """By reads and writes, since a full disk ends a process that writes through a map."""
+    for name in sorted(patched):
+        with (slot / name).open("r+b") as stream:
+            for entry in (e for e in found.entries if e.tensor.file == name):
+                tensor = entry.tensor
+                stream.seek(tensor.offset)
+                old = stream.read(tensor.length)
+                stream.seek(tensor.offset)
+                stream.write(codec.decode(tensor, entry.encoding, entry.payload, old))
+
+
+def _text(base: Path, text: packet.Text) -> bytes:
+    with paths.opened(base, text.name, DeltaError) as stream:
+        known = stream.read()
+    most = max(MOST_PACKET, 2 * len(known))
+    found = codec.unpacked(text.payload, min(text.length, most), name=text.name, known=known)
+    if len(found) != text.length:
+        raise DeltaError(f"{text.name} is of another size", hint=HARMED)
+    return found
+
+
+def _try(slot: Path, found: Packet) -> None:
+    engines = manifest_of(slot)["engines"]
+    tested = {v.engine for v in found.vectors}
+    if missing := [e["path"] for e in engines if e["path"] not in tested]:
+        raise DeltaError(f"the release has no test for {missing[0]}", hint=HARMED)
+    for engine in engines:
+        run = session(slot, engine)
+        for vector in (v for v in found.vectors if v.engine == engine["path"]):
+            self_test(run, vector)
+
+
+def confirm(store: Path) -> Record:
+    """The release that serves has proved itself."""
+    with alone(store):
+        record = record_of(store)
+        if not record.pending:
+            return record
+        made = replace(record, sequence=record.sequence + 1, pending=False, tries=0)
+        _write(store, made)
+        return made
+
+
+def rollback(store: Path) -> Record:
+    """Let the other slot serve again. Raises DeltaError where it holds nothing whole."""
+    with alone(store):
+        made = _reversed(store, record_of(store))
+        _write(store, made)
+        return made
+
+
+def _reversed(store: Path, record: Record) -> Record:
+    """The record with the other slot serving. Raises DeltaError where that holds nothing whole."""
+    broken = ["it is empty"]
+    if record.other:
+        broken = problems(store / "slots" / record.spare, record.other)
+    if broken:
+        raise DeltaError(
+            f"there is nothing to go back to: {broken[0]}",
+            hint="make the store again: effc delta init",
+        )
+    return Record(
+        sequence=record.sequence + 1, slot=record.spare, id=record.other,
+        counter=record.other_counter, highest=record.highest,
+        other=record.id, other_counter=record.counter,
+    )  # fmt: skip
+
+
+def start(store: Path) -> tuple[Path, Record]:
+    """The slot to serve from, whole. A release that did not prove itself in time, or is harmed, gives way to the other.
+
+    A release that is being taken meanwhile is no hindrance, nor is a disk that cannot be written. Raises DeltaError
+    where neither slot is whole.
+    """
+    record = record_of(store)
+    broken = problems(store / "slots" / record.slot, record.id)
+    if broken or (record.pending and record.tries <= 0):
+        made = _reversed(store, record)
+    elif record.pending:
+        made = replace(record, sequence=record.sequence + 1, tries=record.tries - 1)
+    else:
+        made = record
+    if any(_record(store, name) != made for name in RECORDS):  # also one that is harmed or behind
+        with suppress(DeltaError), alone(store):
+            if record_of(store) == record:  # else who changed it meanwhile knows better
+                _write(store, made)
+    return store / "slots" / made.slot, made
+
+
+def status(store: Path) -> dict[str, Any]:
+    """What a store holds, every byte of it looked at."""
+    record = record_of(store)
+    found: dict[str, Any] = {**asdict(record), "slots": {}}
+    for slot, wanted in ((record.slot, record.id), (record.spare, record.other)):
+        broken = problems(store / "slots" / slot, wanted) if wanted else ["empty"]
+        found["slots"][slot] = broken[0] if broken else "whole"
+    return found
+
+
+class Live:
+    """An engine of a store that goes on serving while a release is taken.
+
+    `live = Live(STORE)`, then `live(feeds)`, and `live.update("up.effd")` from any thread: the session is exchanged
+    when the new one has answered its tests, and a call that is under way ends on the old one.
+    """
+
+    def __init__(self, store: str | os.PathLike[str], target: str | None = None) -> None:
+        self._store, self._target = Path(store), target
+        self._lock = threading.Lock()
+        root, record = start(self._store)
+        try:
+            self._run, self._left = self._open(root), PROOFS if record.pending else 0
+        except DeltaError:
+            if not record.pending:
+                raise
+            rollback(self._store)  # it opened when it was taken, and does not any more
+            self._run, self._left = self._open(start(self._store)[0]), 0
+
+    def _open(self, root: Path) -> Session:
+        engines = manifest_of(root)["engines"]
+        found = [e for e in engines if self._target in (None, e.get("target"), e.get("role"))]
+        if not found:
+            raise DeltaError(
+                f"no engine for {self._target!r}", hint="name one that the package has"
+            )
+        return session(root, found[0])
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        run = self._run
+        found = run(feeds)
+        if self._left and run is self._run:
+            with self._lock:
+                self._left -= bool(self._left)
+                proved = not self._left
+            if proved:
+                try:
+                    confirm(self._store)
+                except DeltaError:  # a full disk is no reason not to answer
+                    self._left = 1
+        return found
+
+    def update(self, file: str | os.PathLike[str]) -> Record:
+        """Take a release and serve it. Raises DeltaError, and then the old one serves on."""
+        record = apply(self._store, Path(file))
+        run = self._open(self._store / "slots" / record.slot)
+        with self._lock:
+            self._run, self._left = run, PROOFS if record.pending else 0
+        return record
+
+    def pull(self, url: str, *, ca: Path | None = None) -> Record | None:
+        """Fetch the next release and serve it; None where there is none. Raises DeltaError; the old one serves on."""
+        from effc.delta import channel
+
+        return channel.pull(url, self._store, ca=ca, take=self.update)
+
+
+def show(found: Packet) -> dict[str, Any]:
+    """What is in a delta, as plain JSON."""
+    return {
+        "base": found.base, "target": found.target, "counter": found.counter, "error": found.error,
+        "entries": [
+            {"name": e.tensor.name, "file": e.tensor.file, "shape": list(e.tensor.shape),
+             "encoding": e.encoding, "bytes": len(e.payload)}
+            for e in found.entries
+        ],
+        "files": {t.name: len(t.payload) for t in found.texts},
+        "tests": [v.engine for v in found.vectors],
+    }  # fmt: skip
+
+
+def show_lines(found: Mapping[str, Any]) -> list[str]:
+    """`show`, with the `bytes` of the file and whether it was `signed` by a key that was asked for, for a person."""
+    who = "signed by that key" if found["signed"] else "signature not looked at"
+    head = f"release {found['counter']}: {found['base'][:12]} → {found['target'][:12]}, {found['bytes']} bytes, {who}"
+    lines = [head, f"    {found['error']:.3g} of the change is left out"]
+    for entry in found["entries"]:
+        size = "×".join(map(str, entry["shape"]))
+        lines.append(
+            f"    {entry['encoding']:8}{entry['bytes']:>10}  {paths.word(entry['name'])} [{size}]"
+        )
+    return lines + [
+        f"    file    {size:>10}  {paths.word(n)}" for n, size in found["files"].items()
+    ]
+
+
+def line(record: Record) -> str:
+    """A record for a person."""
+    state = f"pending, {record.tries} starts left" if record.pending else "confirmed"
+    back = f"; {record.other[:12]} can come back" if record.other else "; nothing to go back to"
+    return f"slot {record.slot} serves {record.id[:12]}, release {record.counter}, {state}{back}"

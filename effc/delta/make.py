@@ -1,0 +1,403 @@
+"""A delta of two packages: what of the new one is worth its bytes, put on the old one as a device will, and signed.
+
+The old package is what devices hold, to the byte, and the result of a delta is written as the next one's old package
+(`mirror`). So what one delta leaves is in the change that the next one sees, and errors do not add up (closed loop).
+Weights of codes keep their scales where that pays: the new value is rounded to the old grid, and only codes that
+change are sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effc import package, paths, scratch
+from effc.delta import codec, device, packet, rate, weights
+from effc.delta.codec import Array
+from effc.delta.packet import Entry, Packet, Text, Vector
+from effc.delta.rate import Candidate, Part, Unit
+from effc.delta.weights import Coded, Weights
+from effc.errors import DeltaError
+from effc.plain import sealed
+
+LOOKED_AT = 64
+"""Elements of an output that a test vector has."""
+TOLERANCE = 0.02
+FROZEN = "compile the new weights with the same recipe and --decisions OLD/decisions.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A delta, the bytes of its file, and what it does in numbers."""
+
+    packet: Packet
+    content: bytes
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """A package: its manifest as in a slot, the bytes of its files, and the weights of its engines."""
+
+    manifest: dict[str, Any]
+    text: str
+    contents: dict[str, Array]
+    weights: dict[str, Weights]
+
+
+def make(
+    old: Path,
+    new: Path,
+    *,
+    key: Path,
+    counter: int,
+    budget: int | None = None,
+    max_error: float | None = None,
+    inputs: Mapping[str, Array] | None = None,
+    importance: Mapping[str, Array | float] | None = None,
+    mirror: Path | None = None,
+) -> Made:
+    """The delta from one package to another, and with `mirror` the package that a device will hold.
+
+    Lossless where neither `budget` (bytes of the whole file) nor `max_error` is given. `max_error` is the share of
+    the change that may be left, √(Σ h·left² ÷ Σ h·change²). `importance` has h by the name of an initialiser, and
+    `inputs` feeds the test vectors. Raises DeltaError where the packages do not fit or the budget is too small.
+    """
+    if max_error is not None and not 0 <= max_error < 1:
+        raise DeltaError(f"{max_error} is no share of an error", hint="--max-error 0.1")
+    signer = packet.private_key(key)
+    before, after = _side(old), _side(new)
+    _compare(before, after)
+    bare = _Bare(before, after, counter, inputs)
+    if before.text == after.text:
+        return _made(bare, (), 0.0, signer, mirror)
+    units = _units(before, after, importance or {})
+    change = sum(unit.candidates[0].error for unit in units)
+    if budget is None and not max_error:
+        return _made(bare, _exact(before, after), 0.0, signer, mirror)
+    room = float("inf") if budget is None else float(budget)
+    while True:
+        chosen = rate.allocate(units, most_bytes=room, most_error=(max_error or 0) ** 2 * change)
+        left = sum(way.error for way in chosen)
+        parts = [part for way in chosen for part in way.parts]
+        found = _made(bare, parts, float(np.sqrt(left / change)) if change else 0.0, signer, None)
+        over = 0 if budget is None else len(found.content) - budget
+        if over <= 0:
+            return _made(bare, parts, found.packet.error, signer, mirror) if mirror else found
+        spent = sum(way.bytes for way in chosen)
+        if not spent or room <= 0:
+            raise DeltaError(
+                f"{len(found.content)} bytes are needed to send nothing but manifest, tests and signature",
+                hint="give a larger --budget",
+            )
+        room = min(room, spent) - over
+
+
+def arrays_of(file: Path) -> dict[str, Array]:
+    """The arrays of a .safetensors file that the user named. Raises DeltaError."""
+    import safetensors
+    from safetensors.numpy import load
+
+    with paths.plain(file, DeltaError) as stream:
+        content = stream.read()
+    try:
+        return load(content)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise DeltaError(
+            f"{file} has no arrays: {error}", hint="write it with safetensors.numpy.save_file"
+        ) from error
+
+
+def _side(root: Path) -> _Side:
+    if broken := package.check(root):
+        raise DeltaError(f"{root} is not whole: {broken[0]}", hint=package.UNHARMED)
+    manifest = device.manifest_of(root)
+    text, _ = device.slot_texts(manifest)
+    contents = {n: np.frombuffer((root / n).read_bytes(), np.uint8) for n in manifest["files"]}
+    engines = [e["path"] for e in manifest["engines"]]
+    if strange := [name for name in engines if not name.endswith(".onnx")]:
+        raise DeltaError(
+            f"{strange[0]} is an engine whose weights have no place in the file",
+            hint="deltas are for targets ort, onnx and openvino",
+        )
+    return _Side(
+        manifest=manifest, text=text, contents=contents,
+        weights={name: weights.read(root, name) for name in engines},
+    )  # fmt: skip
+
+
+def _compare(before: _Side, after: _Side) -> None:
+    """Raise DeltaError where more than weights has changed between two packages."""
+    for what, a, b in (
+        ("other files", set(before.contents), set(after.contents)),
+        ("other engines", list(before.weights), list(after.weights)),
+    ):
+        if a != b:
+            raise DeltaError(f"the new package has {what}", hint=FROZEN)
+    for name, known in before.weights.items():
+        if known != after.weights[name] or _skeleton(before, name) != _skeleton(after, name):
+            raise DeltaError(f"{name} is another graph in the new package", hint=FROZEN)
+
+
+def _skeleton(side: _Side, engine: str) -> str:
+    """sha256 of the bytes of an engine that are no weights."""
+    every = tuple(
+        Entry(tensor=t, encoding="", payload=b"") for t in side.weights[engine].tensors.values()
+    )
+    blank = Packet(
+        base="", target="", counter=0, graph="", error=0, entries=every, texts=(), vectors=()
+    )
+    return device.graph_of({**side.contents}, blank)
+
+
+def _bytes(side: _Side, tensor: codec.Tensor) -> bytes:
+    return side.contents[tensor.file][tensor.offset : tensor.offset + tensor.length].tobytes()
+
+
+# what can be sent
+
+
+def _exact(before: _Side, after: _Side) -> list[Part]:
+    """Every tensor that changed, as it is."""
+    found = {}
+    for known in before.weights.values():
+        for tensor in known.tensors.values():
+            old, new = _bytes(before, tensor), _bytes(after, tensor)
+            if old != new:  # engines may share a tensor in one file
+                found[tensor.file, tensor.offset] = rate.exact(tensor, old, new)
+    return [found[place] for place in sorted(found)]
+
+
+def _units(before: _Side, after: _Side, importance: Mapping[str, Array | float]) -> list[Unit]:
+    seen: set[tuple[str, int]] = set()
+    found = []
+    for known in before.weights.values():
+        for coded in known.coded:
+            unit = _coded_unit(known, coded, before, after, importance.get(coded.codes, 1.0))
+            if unit is not None:
+                seen |= {_at(known, n) for n in (coded.codes, coded.scale, coded.zero) if n}
+                found.append(unit)
+        for name, tensor in known.tensors.items():
+            old, new = _bytes(before, tensor), _bytes(after, tensor)
+            if old == new or _at(known, name) in seen:
+                continue
+            seen.add(_at(known, name))
+            if tensor.dtype:
+                found.append(rate.floats(tensor, old, new, importance.get(name, 1.0)))
+            else:  # what it stands for is not known, so it is sent as it is
+                found.append(
+                    Unit(name=name, candidates=(Candidate(error=0.0, parts=(rate.exact(tensor, old, new),)),))
+                )  # fmt: skip
+    return [unit for unit in found if unit.candidates[0].error or unit.candidates[0].parts]
+
+
+def _at(known: Weights, name: str) -> tuple[str, int]:
+    tensor = known.tensors.get(name)
+    return (tensor.file, tensor.offset) if tensor else (name, -1)
+
+
+def _coded_unit(
+    known: Weights, coded: Coded, before: _Side, after: _Side, weight: Array | float
+) -> Unit | None:
+    """The ways to send a weight in codes; None where its type is none of ours."""
+    names = [n for n in (coded.codes, coded.scale, coded.zero) if n]
+    if not all(n in known.tensors for n in names):
+        return None
+    try:
+        low, high = weights.code_range(known, coded.codes)
+    except KeyError:
+        return None
+    olds, news = ({n: _bytes(side, known.tensors[n]) for n in names} for side in (before, after))
+    tensor = known.tensors[coded.codes]
+    if olds == news:
+        return Unit(name=tensor.name, candidates=(Candidate(error=0.0),))
+    old_codes, scale, zero = _grid(known, coded, olds)
+    new_codes, new_scale, new_zero = _grid(known, coded, news)
+    target = (new_codes - new_zero) * new_scale
+    h = np.broadcast_to(np.asarray(weight, np.float64), target.shape)
+    exact_place = target / np.where(scale == 0, 1, scale) + zero
+    ways = [Candidate(error=_error(target, (old_codes - zero) * scale, h))]
+    near = np.clip(np.rint(exact_place), low, high).astype(np.int64)
+    left, gone = (h * (target - (codes - zero) * scale) ** 2 for codes in (near, old_codes))
+    gain = np.where(near == old_codes, 0.0, gone - left).reshape(-1)
+    first = np.argsort(-gain, kind="stable")  # what lowers the error most is sent first
+    for count in rate.counts(int((gain > 0).sum())):
+        codes = old_codes.copy()
+        codes.reshape(-1)[first[:count]] = near.reshape(-1)[first[:count]]
+        part = rate.exact(tensor, olds[coded.codes], weights.bytes_of(known, coded.codes, codes))
+        ways.append(Candidate(error=_error(target, (codes - zero) * scale, h), parts=(part,)))
+    every = [rate.exact(known.tensors[n], olds[n], news[n]) for n in names if olds[n] != news[n]]
+    ways.append(Candidate(error=0.0, parts=tuple(every)))
+    return Unit(name=tensor.name, candidates=tuple(ways))
+
+
+def _grid(known: Weights, coded: Coded, content: Mapping[str, bytes]) -> tuple[Array, Array, Array]:
+    """Codes, and a scale and a zero point for each."""
+    shape = known.tensors[coded.codes].shape
+    codes = weights.array(known, coded.codes, content[coded.codes])
+    scale = weights.spread(weights.array(known, coded.scale, content[coded.scale]), coded, shape)
+    if coded.zero is None:
+        return codes, scale, np.zeros(shape, np.int64)
+    zero = weights.array(known, coded.zero, content[coded.zero])
+    return codes, scale, weights.spread(zero, coded, shape)
+
+
+def _error(target: Array, made: Array, weight: Array) -> float:
+    return float((weight * (target - made) ** 2).sum())
+
+
+# the file
+
+
+class _Bare:
+    """What a delta has beside its tensors, and the target that comes of them."""
+
+    def __init__(
+        self, before: _Side, after: _Side, counter: int, inputs: Mapping[str, Array] | None
+    ) -> None:
+        self.before, self.after, self.counter, self.inputs = before, after, counter, inputs
+        self.patched = {t.file for w in before.weights.values() for t in w.tensors.values()}
+
+    def target(self, entries: Sequence[Entry]) -> tuple[dict[str, Array], str]:
+        """The files of the target, and its manifest: the new one with the sha256 of what came of the old files."""
+        contents = {
+            n: (self.before if n in self.patched else self.after).contents[n].copy()
+            for n in self.after.contents
+        }
+        blank = Packet(
+            base="",
+            target="",
+            counter=0,
+            graph="",
+            error=0,
+            entries=tuple(entries),
+            texts=(),
+            vectors=(),
+        )
+        device.patch(contents, blank)
+        files = {n: hashlib.sha256(c.data).hexdigest() for n, c in contents.items()}
+        engines = [{**e, "sha256": files[e["path"]]} for e in self.after.manifest["engines"]]
+        by_role = {(e["target"], e["role"]): e["sha256"] for e in engines}
+        links = [
+            {**link, "sha256": by_role[link["target"], link["producer"]]}
+            for link in self.after.manifest["links"]
+        ]
+        told = {**self.after.manifest, "files": files, "engines": engines, "links": links}
+        return contents, device.slot_texts(told)[0]
+
+
+def _made(
+    bare: _Bare, parts: Sequence[Part], error: float, signer: Any, mirror: Path | None
+) -> Made:
+    entries = tuple(
+        Entry(tensor=p.tensor, encoding=p.encoding, payload=p.payload)
+        for p in sorted(parts, key=lambda p: (p.tensor.file, p.tensor.offset))
+    )
+    contents, text = bare.target(entries)
+    before = bare.before
+    texts = [
+        _text(name, before.contents[name].tobytes(), content.tobytes())
+        for name, content in sorted(contents.items())
+        if name not in bare.patched and content.tobytes() != before.contents[name].tobytes()
+    ]
+    if text != before.text:
+        texts.append(_text(device.MANIFEST, before.text.encode(), text.encode()))
+    found = Packet(
+        base=device.id_of(before.text), target=device.id_of(text), counter=bare.counter,
+        graph="", error=error, entries=entries, texts=tuple(texts), vectors=(),
+    )  # fmt: skip
+    found = replace(found, graph=device.graph_of(before.contents, found))
+    if text != before.text:
+        with scratch.held() as place:
+            _write(place / "out", contents, text)
+            vectors = [
+                _vector(place / "out", e, bare.inputs) for e in bare.after.manifest["engines"]
+            ]
+        found = replace(found, vectors=tuple(vectors))
+    content = packet.written(found, signer)
+    if mirror is not None:
+        with package.staged(mirror) as stage:
+            _write(stage.package, contents, text)
+    full = sum(bare.before.contents[name].size for name in sorted(bare.patched))
+    numbers = {
+        "bytes": len(content), "full_bytes": full, "share": len(content) / full if full else 0.0,
+        "error": error, "base": found.base, "target": found.target, "counter": found.counter,
+        "tensors": len(entries),
+        "encodings": {w: sum(e.encoding == w for e in entries) for w in sorted({e.encoding for e in entries})},
+    }  # fmt: skip
+    return Made(packet=found, content=content, numbers=numbers)
+
+
+def _text(name: str, old: bytes, new: bytes) -> Text:
+    import zstandard
+
+    known = zstandard.ZstdCompressionDict(old, zstandard.DICT_TYPE_RAWCONTENT) if old else None
+    frame = zstandard.ZstdCompressor(level=19, dict_data=known).compress(new)
+    return Text(name=name, length=len(new), payload=frame)
+
+
+def _write(place: Path, contents: Mapping[str, Array], text: str) -> None:
+    for name, content in contents.items():
+        file = paths.inside(place, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.tobytes())
+    schema = package.SCHEMA
+    (place / device.VOLATILE).write_text(sealed({"schema": schema, "files": {}}), encoding="utf-8")
+    (place / device.MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _vector(root: Path, engine: Mapping[str, Any], given: Mapping[str, Array] | None) -> Vector:
+    """A test vector of an engine as it will be on the device, which is run for it here."""
+    feeds = {}
+    for port in engine["inputs"]:
+        name = port["name"]
+        feeds[name] = given[name] if given and name in given else _made_up(port)
+        feeds[name] = np.ascontiguousarray(feeds[name].astype(np.dtype(port["dtype"])))
+    try:
+        outputs = device.session(root, engine)(feeds)
+    except Exception as error:
+        raise DeltaError(
+            f"{engine['path']} does not run on the inputs of its test: {error}",
+            hint="give inputs that it runs on: --self-test FILE.safetensors, an array for each input",
+        ) from error
+    numbers = {n: v for n, v in outputs.items() if v.size and np.issubdtype(v.dtype, np.number)}
+    if not numbers or not all(np.isfinite(v).all() for v in numbers.values()):
+        raise DeltaError(f"{engine['path']} has outputs that are no numbers", hint=FROZEN)
+    looked = {n: device.looked_at(v, min(LOOKED_AT, v.size)) for n, v in numbers.items()}
+    content = b"".join(
+        [*(v.tobytes() for v in feeds.values()), *(v.tobytes() for v in looked.values())]
+    )
+    return Vector(
+        engine=engine["path"], tolerance=TOLERANCE, payload=codec.packed(content),
+        inputs=tuple((n, v.dtype.name, v.shape) for n, v in feeds.items()),
+        outputs=tuple((n, numbers[n].size, v.size) for n, v in looked.items()),
+    )  # fmt: skip
+
+
+def _made_up(port: Mapping[str, Any]) -> Array:
+    """Something to feed a port: drawn numbers, ones for a mask, and for codes 0 and 1, which any table has."""
+    named = {"batch": 1}
+    shape = [size if isinstance(size, int) else named.get(size, 4) for size in port["shape"]]
+    count = int(np.prod(shape, dtype=np.int64))
+    if np.issubdtype(np.dtype(port["dtype"]), np.floating):
+        return np.random.default_rng(0).normal(size=shape)
+    if "mask" in port["name"]:
+        return np.ones(shape, np.int64)
+    return (np.arange(count) % 2).reshape(shape)
+
+
+def lines(made: Made) -> list[str]:
+    """What a delta does, for a person."""
+    n = made.numbers
+    ways = ", ".join(f"{count} {word}" for word, count in n["encodings"].items()) or (
+        "nothing fits" if n["error"] else "nothing changed"
+    )
+    return [
+        f"{n['base'][:12]} → {n['target'][:12]}: {n['tensors']} tensors ({ways})",
+        f"{n['bytes']} bytes, {n['share']:.2%} of {n['full_bytes']}; {n['error']:.3g} of the change is left out",
+    ]

@@ -1,0 +1,189 @@
+"""Which tensors of a delta are sent, and in how many bytes: what lowers the error most for a byte goes first.
+
+    error = Σ hᵢ (targetᵢ − decodedᵢ)²        h = 1, or what the caller gives: Fisher information, moments of inputs
+
+Of every unit (a tensor, or the codes of a quantised weight with their scales) all encodings are made and decoded, so
+bytes and error are what they will be. The candidates on the lower convex hull of bytes and error are steps; taken in
+the order of error per byte they are the best that can be had for any number of bytes, but for the last step. What that
+leaves of the budget is filled with what fits, on the hull or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from effc.delta import codec
+from effc.delta.codec import Array, Tensor
+
+MOST_SHARE = 0.04
+"""Of elements that `topk` is tried with."""
+FEWEST = 16
+"""Elements that are worth the bytes of naming their tensor."""
+RANKS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A tensor and how it is sent."""
+
+    tensor: Tensor
+    encoding: str
+    payload: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A way to send a unit: nothing where there are no parts."""
+
+    error: float
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(part.payload) + ENTRY_BYTES for part in self.parts)
+
+
+ENTRY_BYTES = 32
+"""About what naming an entry takes in a packed header; the file as it is decides in the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What is sent or left together, and the ways to do it; the first is to send nothing."""
+
+    name: str
+    candidates: tuple[Candidate, ...]
+
+
+def lossy(tensor: Tensor, change: Array, weight: Array) -> Iterator[tuple[str, bytes]]:
+    """Every lossy encoding of `change` [n], as its word and payload."""
+    for bits in (8, 4, 2):
+        yield f"q{bits}", codec.grouped(change, bits)
+    yield "sign", codec.signs(change, tensor)
+    for count in counts(int(change.size * MOST_SHARE)):
+        yield "topk", codec.few(change, weight, count)
+    rows, columns = tensor.rows
+    if min(rows, columns) < 16:
+        return
+    left, right = _factors(change.reshape(rows, columns), min(max(RANKS), min(rows, columns) // 4))
+    for rank in RANKS:
+        if rank <= len(left):
+            yield "lowrank", codec.product([*left[:rank]], [*right[:rank]])
+
+
+def counts(most: int) -> list[int]:
+    """Numbers of elements to try, each a quarter of the one before, so that any budget has one near."""
+    found = [most] if most else []
+    while found and found[-1] >= 4 * FEWEST:
+        found.append(found[-1] // 4)
+    return found
+
+
+def _factors(matrix: Array, rank: int) -> tuple[Array, Array]:
+    """Its first singular vectors [rank, rows] and [rank, columns], sizes shared between them (randomised, seeded)."""
+    start = np.random.default_rng(0).normal(size=(matrix.shape[1], rank + 4))
+    basis = np.linalg.qr(matrix.astype(np.float64) @ start)[0]
+    for _ in range(2):
+        basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
+    u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+    size = np.sqrt(s[:rank])[:, None]
+    return (basis @ u[:, :rank]).T * size, vt[:rank] * size
+
+
+def floats(tensor: Tensor, old: bytes, new: bytes, weight: Array | float = 1.0) -> Unit:
+    """The ways to send a tensor of floats."""
+    kind = codec.FLOATS[tensor.dtype]
+    target = np.frombuffer(new, kind).astype(np.float64)
+    change = (target - np.frombuffer(old, kind)).astype(np.float32)
+    h = np.broadcast_to(np.asarray(weight, np.float64), tensor.shape).reshape(-1)
+    ways = [Candidate(error=float((h * change.astype(np.float64) ** 2).sum()))]
+    for encoding, payload in lossy(tensor, change, h):
+        made = np.frombuffer(codec.decode(tensor, encoding, payload, old), kind)
+        part = Part(tensor=tensor, encoding=encoding, payload=payload)
+        ways.append(Candidate(error=float((h * (target - made) ** 2).sum()), parts=(part,)))
+    ways.append(Candidate(error=0.0, parts=(exact(tensor, old, new),)))
+    return Unit(name=tensor.name, candidates=tuple(ways))
+
+
+def exact(tensor: Tensor, old: bytes, new: bytes) -> Part:
+    encoding, payload = codec.exact(tensor, old, new)
+    return Part(tensor=tensor, encoding=encoding, payload=payload)
+
+
+def hull(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those on the lower convex hull of bytes and error, fewest bytes first; the first candidate is always one."""
+    best = [candidates[0]]
+    for way in sorted(candidates[1:], key=lambda way: (way.bytes, way.error)):
+        if way.error >= best[-1].error:
+            continue
+        while len(best) > 1 and slope(best[-2], best[-1]) <= slope(best[-1], way):
+            best.pop()
+        best.append(way)
+    return best
+
+
+def slope(before: Candidate, after: Candidate) -> float:
+    """Error that goes for a byte more."""
+    return (before.error - after.error) / max(1, after.bytes - before.bytes)
+
+
+def allocate(
+    units: Sequence[Unit], *, most_bytes: float = np.inf, most_error: float = 0.0
+) -> list[Candidate]:
+    """A candidate for each unit: within `most_bytes`, and no more of them than `most_error` (a sum) takes."""
+    hulls = [hull(unit.candidates) for unit in units]
+    chosen = [ways[0] for ways in hulls]
+    steps: list[tuple[float, int, int]] = [
+        (-slope(a, b), i, j)
+        for i, ways in enumerate(hulls)
+        for j, (a, b) in enumerate(pairwise(ways), 1)
+    ]
+    spent = sum(way.bytes for way in chosen)
+    error = sum(way.error for way in chosen)
+    reached = [0] * len(hulls)
+    for _, i, j in sorted(steps):
+        if error <= most_error:
+            break
+        way = hulls[i][j]
+        more = way.bytes - chosen[i].bytes
+        if j != reached[i] + 1 or spent + more > most_bytes:
+            continue  # a later step of a unit whose earlier one was too large is never smaller
+        spent, error, reached[i] = spent + more, error + way.error - chosen[i].error, j
+        chosen[i] = way
+    if error > most_error:
+        _fill(units, chosen, most_bytes - spent)
+    return chosen
+
+
+def _fill(units: Sequence[Unit], chosen: list[Candidate], room: float) -> None:
+    """Put what lowers the error most for a byte in the place of what is chosen, as long as there is room."""
+    while True:
+        fitting = [
+            (slope(chosen[i], way), i, way)
+            for i, unit in enumerate(units)
+            for way in unit.candidates
+            if way.error < chosen[i].error and way.bytes - chosen[i].bytes <= room
+        ]
+        if not fitting:
+            return
+        _, i, way = max(fitting, key=lambda each: each[0])
+        room -= way.bytes - chosen[i].bytes
+        chosen[i] = way
+
+
+def total(chosen: Sequence[Candidate]) -> dict[str, Any]:
+    return {
+        "bytes": sum(way.bytes for way in chosen),
+        "error": sum(way.error for way in chosen),
+        "encodings": _counts([part.encoding for way in chosen for part in way.parts]),
+        "skipped": sum(not way.parts for way in chosen),
+    }
+
+
+def _counts(words: Sequence[str]) -> dict[str, int]:
+    return {word: words.count(word) for word in sorted(set(words))}
