@@ -1160,19 +1160,19 @@ def best_rankings() -> str:
         )
         looked = _looked(units)
         for name, rows in asked.items():
-            for ratio, ranking, seeds in rows:
-                own, chance = _beside_chance(units, name, ratio, ranking, seeds, "int8")
+            for gone, ranking, seeds in rows:
+                own, chance = _beside_chance(units, name, gone, ranking, seeds, "int8")
                 gap = student(own - chance, 1 - 0.05 / every[network(name)])
-                time = units[f"{name} latency {ratio}"]["int8"]["against"]["whole"]
+                time = units[f"{name} latency {gone}"]["int8"]["against"]["whole"]
                 if ranking == "random" or gap.low <= 0 or time["low"] <= 1:
                     continue
-                share = units[f"{name}: {ranking}, {ratio}, {seeds[0]}"]["share"]
+                share = units[f"{name}: {ranking}, {gone}, {seeds[0]}"]["share"]
                 row = [
                     name, f"{share:.0%}", ranking, f"{units[f'{name} whole']['accuracy']:.4f} → {own.mean():.4f}",
-                    f"{gap.low:+.4f}, {gap.high:+.4f}", str(len(seeds)), f"{time['ratio']:.2f}",
+                    f"{gap.low:+.4f}, {gap.high:+.4f}", str(len(seeds)), ratio(time, time["n"]),
                 ]  # fmt: skip
-                if (name, ratio) not in best or own.mean() > best[name, ratio][0]:
-                    best[name, ratio] = own.mean(), row
+                if (name, gone) not in best or own.mean() > best[name, gone][0]:
+                    best[name, gone] = own.mean(), row
     heads = ["model", "parameters gone", "ranking", "accuracy", "above chance", "seeds", "faster"]
     return "\n".join([*table(heads, [row for _, row in best.values()]), looked.strip()]).strip()
 

@@ -127,11 +127,21 @@ def chained(passes: Sequence[Pass], indices: Iterable[int]) -> frozenset[int]:
     return found | {i for i, pass_ in enumerate(passes) if pass_.chain in chains}
 
 
-def whole_without(passes: Sequence[Pass], lossy: Iterable[int]) -> frozenset[int]:
-    """Passes without which an engine is the same unpruned, of those that lost something; none where no more is lost."""
+def pruning(passes: Sequence[Pass], lossy: Iterable[int]) -> frozenset[int]:
+    """Of passes that lost something those that prune, and train from there on: a whole engine has none of them."""
     lost = frozenset(lossy)
-    found = chained(passes, {i for i in lost if passes[i].renews})
-    return found if lost - found and any(passes[i].shrinks for i in found) else frozenset()
+    found = chained(passes, {i for i in lost if passes[i].shrinks or passes[i].chain})
+    return found | {i for i in lost if found and i > min(found) and passes[i].trains}
+
+
+def revocable(passes: Sequence[Pass], lossy: Iterable[int]) -> frozenset[int]:
+    """Of passes that lost something those that a gate may take back: not what makes the model that is meant.
+
+    An adapter of the user's makes it, and a training with no pruning in front of it.
+    """
+    lost = frozenset(lossy)
+    kept = {i for i in lost if passes[i].is_meant or passes[i].trains}
+    return lost - (kept - pruning(passes, lost))
 
 
 @dataclass(frozen=True, kw_only=True)

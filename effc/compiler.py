@@ -27,7 +27,7 @@ from effc import (
 )
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered, Port
-from effc.build import Builder, Built, versions
+from effc.build import Builder, Built, revocable, versions
 from effc.cache import Cache
 from effc.causal import ROLES
 from effc.errors import GateRefused, LoweringError, RecipeError, TuneError, UsageError
@@ -461,11 +461,21 @@ def _refusal(lab: Lab, made: _Made) -> GateRefused:
     recipe, found = lab.recipe, made.found
     assert recipe.gate is not None
     many = len(recipe.targets) > 1 or made.label != made.built.target
-    steps = made.built.steps
+    passes, steps = recipe.passes, made.built.steps
+    lossy = {i for i, record in steps.items() if record.is_lossy}
+    stays = [
+        f"{passes[i].name} makes the model that is meant"
+        for i in sorted(lossy - revocable(passes, lossy))
+    ]
+    stays += [
+        f"{passes[i].name} is not taken back for one engine alone"
+        for i in lab.builder.alike
+        if i in lossy
+    ]
     return gate.refusal(
         recipe.gate, found.trial.checks, tried=found.tried, ran_out=found.ran_out,
         target=made.label if many else None,
-        stays=[recipe.passes[i].name for i in lab.builder.alike if steps[i].is_lossy],
+        stays=stays,
     )  # fmt: skip
 
 

@@ -168,10 +168,10 @@ def refusal(
     spec: GateSpec, found: Sequence[Check], *, tried: int, ran_out: bool = False,
     target: str | None = None, stays: Sequence[str] = (),
 ) -> GateRefused:  # fmt: skip
-    """The letter of a compile that cannot meet its gate: what was reached, and which passes no search takes back."""
+    """The letter of a compile that cannot meet its gate: what was reached, and why no search takes some passes back."""
     bad = fails(spec, found)
     others = [check.text for check in found if check not in bad]
-    others += [f"{name} is not taken back for one engine alone" for name in stays]
+    others += stays
     reached = "; ".join(check.text for check in bad)
     of = f" for {target}" if target is not None else ""
     tries = f", the best of {tried} tried" if tried > 1 else ""

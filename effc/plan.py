@@ -26,7 +26,7 @@ from effc import measure, metrics, package
 from effc.backends.base import EngineBase, Port
 from effc.backends.dialect import DIALECTS
 from effc.backends.eager import GraphEngine, ports
-from effc.build import Builder, whole_without
+from effc.build import Builder, pruning
 from effc.cache import Cache
 from effc.calib.data import Batch
 from effc.errors import PassError
@@ -219,7 +219,7 @@ class _Probe:
     def _unpruned(self, lossy: Mapping[int, float]) -> None:
         """The engine that a pruned one is timed beside: lossy passes behind pruning once more, and its file."""
         gate, bench = self.recipe.gate, self.recipe.bench
-        dropped = whole_without(self.recipe.passes, lossy)
+        dropped = pruning(self.recipe.passes, lossy)
         if not dropped or gate is None or not gate.latency or bench is None:
             return
         first = min(dropped)

@@ -23,7 +23,7 @@ from torch import fx
 
 from effc import gate
 from effc.backends.dialect import DIALECTS
-from effc.build import NOTHING, Built, Rollback, chained
+from effc.build import NOTHING, Built, Rollback, chained, pruning, revocable
 from effc.errors import CalibrationError, EffcError
 from effc.ir.edit import is_constant
 from effc.ir.program import Graph, Program
@@ -125,15 +125,14 @@ def _to_take_back(lab: Lab, base: Trial) -> set[int]:
     if stay := sorted(lossy & alike):
         names = ", ".join(passes[i].name for i in stay)
         log.warning("not taken back for one of two engines that must have it alike: %s", names)
-    return lossy - alike
+    return set(revocable(passes, lossy) - alike)
 
 
 def wholes(passes: Sequence[Pass], lossy: Collection[int]) -> list[frozenset[int]]:
     """What to take back as a whole: pruning and training, then all that has no single sites, then everything."""
-    renewing = {i for i in lossy if passes[i].renews}
-    whole = {i for i in lossy if not is_partial(passes[i])} | renewing
-    found = [chained(passes, each) for each in (renewing, whole, lossy) if each]
-    return list(dict.fromkeys(found))
+    pruned, every = pruning(passes, lossy), chained(passes, lossy)
+    whole = pruned | {i for i in every if not is_partial(passes[i])}
+    return [each for each in dict.fromkeys((pruned, whole, every)) if each]
 
 
 def _tried(lab: Lab, base: Trial, rollback: Rollback, *, timed: bool) -> Trial | None:

@@ -23,7 +23,7 @@ from effc import gate, measure, metrics
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered
 from effc.bench import cpu_name
-from effc.build import Builder, Built, Rollback, versions, whole_without
+from effc.build import Builder, Built, Rollback, pruning, versions
 from effc.cache import key_of
 from effc.errors import EffcError
 from effc.gate import Check
@@ -155,13 +155,13 @@ class Lab:
         return dataclasses.replace(trial, checks=self._checks(trial))
 
     def _unpruned(self, built: Built) -> dict[str, Lowered]:
-        """The same recipe without what prunes and trains, where more is lossy: a narrower engine may be slower.
+        """The same recipe without what prunes, and is trained from there on: a narrower engine may be slower.
 
         Nothing where the gate does not ask for it, or the engine cannot be made or is not what the model does. Raises
         OutOfTime.
         """
         lossy = {i for i, record in built.steps.items() if record.is_lossy}
-        dropped = whole_without(self.recipe.passes, lossy)
+        dropped = pruning(self.recipe.passes, lossy)
         if self.spec is None or not self.spec.latency or not dropped:
             return {}
         rollback = built.rollback.dropping(dropped)

@@ -158,6 +158,8 @@ class Pass:
     """Whether the graph is smaller behind it, and an engine of it should be faster."""
     chain: ClassVar[str] = ""
     """Passes of one chain work on what the first of them put into the graph: they are taken back together."""
+    is_meant: ClassVar[bool] = False
+    """Whether the model is meant to be another behind the pass, as with a user's adapter: it is never taken back."""
     is_shared: ClassVar[bool] = False
     """Whether engines that go on with each other's cache must all have the pass, and decide the same."""
 

@@ -270,6 +270,12 @@ class HardenHsm(Pass):
         tensors = graph.tensors()
         mask, tau, beta = (tensors[f"{WORD}.{name}"] for name in ("mask", "tau", "beta"))
         key = f"{graph.role}/{state['group']}"
+        if not mask.is_meta and not bool(torch.isfinite(mask).all()):
+            raise PreconditionError(
+                f"{self.name}: the mask holds values that are no numbers",
+                where=f"graph {graph.role!r}",
+                hint="train it again with a lower `lr` or `mask_lr`",
+            )
         if mask.is_meta:  # of a shape alone: some stay
             made = list(range(state["kept"]))
         else:

@@ -72,7 +72,6 @@ class AttachLora(Pass):
     """
 
     name = "attach-lora"
-    chain = "lora"
     renews: ClassVar[bool] = True
 
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -86,6 +85,7 @@ class AttachLora(Pass):
     def __post_init__(self) -> None:
         if self.adapter is not None:  # it changes what the model does, and is meant to
             object.__setattr__(self, "effect", "lossy")
+            object.__setattr__(self, "is_meant", True)
 
     def agrees(self, behind: Sequence[Pass]) -> None:
         usual = type(self)()
@@ -183,7 +183,6 @@ class MergeLora(Pass):
     """Folds the adapters of linear layers into their weights; the graph has the operators that it had without them."""
 
     name = "merge-lora"
-    chain = "lora"
 
     def requires(self, program: Program) -> None:
         graphs = [graph for graph in program if self.takes(graph.role)]

@@ -59,6 +59,7 @@ class StackLora(Pass):
     name = "stack-lora"
     renews = True
     effect = "lossy"
+    is_meant = True
 
     adapters: tuple[str, ...] = ()
 

@@ -92,6 +92,11 @@ class PruneDims(Pass):
                 f"{self.name}: the keep-sets name no group",
                 hint="keep: {GROUP: [0, 1, 3]}; `effc inspect MODEL --coupling` names the groups",
             )
+        if self.budget == "global" and (self.ratio or 0) > 1 - LEAST:
+            raise PreconditionError(
+                f"a global budget leaves a tenth of every group, and a ratio of {self.ratio} asks for less",
+                hint=f"ratio: {1 - LEAST:g} or less, or budget: group",
+            )
         IMPORTANCES[self.importance]  # a word that nobody knows is refused before any work
         couplings = [coupled_dims(graph) for graph in program if self.takes(graph.role)]
         for word, units in (self.keep or {}).items():

@@ -59,7 +59,6 @@ class AttachRank1(Pass):
     """
 
     name = "attach-rank1"
-    chain = "rank1"
     renews = True
 
     sizes: tuple[Size, Size] = (4, 8)
@@ -76,6 +75,7 @@ class AttachRank1(Pass):
     def __post_init__(self) -> None:
         if self.adapter is not None:  # it changes what the model does, and is meant to
             object.__setattr__(self, "effect", "lossy")
+            object.__setattr__(self, "is_meant", True)
 
     @property
     def kind(self) -> Kind:

@@ -121,7 +121,6 @@ class BatchRank1(Pass):
     """Writes the experts of layers that read one value with one product and one softmax, and folds their numbers."""
 
     name = "batch-rank1"
-    chain = "rank1"
 
     def requires(self, program: Program) -> None:
         for graph in program:
@@ -156,7 +155,6 @@ class FoldStatic(Pass):
     """
 
     name = "fold-static"
-    chain = "rank1"
     effect = "lossy"
     renews = True
 

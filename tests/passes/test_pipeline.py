@@ -111,6 +111,27 @@ def test_rounding_is_told_from_a_fault_in_float64(back, caplog):
         assert ops(program) == ["linear", "add", "sub"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AddShift(Pass):
+    """Adds a number and takes it away again, which float64 does not notice."""
+
+    name = "add-shift"
+    shift: float
+
+    def rewrite(self, graph, stats):
+        (node,) = effc.Select(op="relu").sites(graph)
+        added = insert(graph, node, aten.add.Scalar, (node.args[0], self.shift))
+        node.update_arg(0, insert(graph, node, aten.sub.Scalar, (added, self.shift)))
+        return 1
+
+
+@pytest.mark.parametrize("shift", [1e8, 1e300])
+def test_rounding_that_a_pass_brings_is_a_fault(program, shift):
+    """The outputs are all 0, or no numbers; in float64 the first are right."""
+    with pytest.raises(PostconditionError, match="add-shift is exact but moved"):
+        apply(AddShift(shift=shift), program, probes=probes(8, 4))
+
+
 def test_an_exact_pass_is_believed_where_it_tells_the_truth(program):
     graph = program.only()
     rebind(graph, "fc.bias", torch.full((4,), 100.0), "never negative")

@@ -204,6 +204,7 @@ def test_groups_are_chosen_by_pattern():
         ({"keep": {"upp": (0,)}}, "did you mean 'up'"),
         ({"keep": {"up": ()}}, "is empty"),
         ({"keep": {"up": (0, 16)}}, "is of another model: it has 16 units"),
+        ({"ratio": 0.95, "budget": "global"}, "leaves a tenth of every group"),
         ({"keep": {"up": (3, 3)}}, "each once"),
         ({"keep": {"up": (-1, 2)}}, "numbers from 0 to 15"),
         ({"keep": {"down": (0,)}}, "cannot lose a unit: the output 'output' has it"),
