@@ -389,3 +389,27 @@ def test_ways_to_choose_grids_that_exclude_each_other_are_refused(options):
     with pytest.raises(PreconditionError) as caught:
         made(**options)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_on_the_same_codes_an_engine_is_within_a_step_of_the_graph(target, bits, tmp_path):
+    """Fed values that are codes already, in steps of the sums of products of codes."""
+    from effc.backends.openvino import OpenVino
+    from effc.backends.options import OpenVinoOptions
+    from effc.backends.ort import Ort
+
+    layer = nn.Linear(SIZE, 8)
+    program = traced(Call(lambda self, x: self.f(x), f=layer), 4, 6, SIZE)
+    _, record = made(program=program, bits=bits, activation_bits=bits, dialect=DIALECTS[target])
+    step, zero = record.decisions["main/x"]
+    offset = torch.tensor(record.decisions["main/x:offset"] or [0.0])
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (4, 6, SIZE)).float()
+    middle = zero if zero == 0 else zero - 2 ** (bits - 1)
+    x = (codes - middle) * step - offset
+    backend = Ort() if target == "ort" else OpenVino(OpenVinoOptions(precision="f32"))
+    with backend.open(backend.lower(program.only(), tmp_path), threads=1) as opened:
+        found = opened({"x": x.numpy()})["output"]
+    wanted = program.run(x=x)["output"].numpy()
+    rows = layer.weight.detach().abs().amax(1).numpy() / (2 ** (bits - 1) - 1)
+    assert (np.abs(found - wanted) <= step * rows).all()
