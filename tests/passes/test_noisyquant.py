@@ -422,3 +422,24 @@ def test_on_the_same_codes_an_engine_is_within_a_step_of_the_graph(target, bits,
     wanted = program.run(x=x)["output"].numpy()
     rows = layer.weight.detach().abs().amax(1).numpy() / (2 ** (bits - 1) - 1)
     assert (np.abs(found - wanted) <= step * rows).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "bits"), [("ort", 8), ("ort", 6), ("openvino", 8), ("openvino", 6)]
+)
+def test_an_engine_is_as_near_to_the_float_model_as_its_graph(target, bits, tmp_path):
+    """End to end, of the whole stack, on inputs that calibrated nothing."""
+    from effc.backends.openvino import OpenVino
+    from effc.backends.options import OpenVinoOptions
+    from effc.backends.ort import Ort
+    from effc.passes.level import Level
+
+    program, dialect, few = traced(), DIALECTS[target], {"bits": bits, "activation_bits": bits}
+    made(Level, program=program, dialect=dialect, alike=True, **few)
+    made(program=program, dialect=dialect, rounding="gptq", weight_range="mse", **few)
+    x = normal(64, 6, SIZE, seed=9)
+    wanted = traced().run(x=x)["output"]
+    backend = Ort() if target == "ort" else OpenVino(OpenVinoOptions(precision="f32"))
+    with backend.open(backend.lower(program.only(), tmp_path), threads=1) as opened:
+        found = torch.from_numpy(opened({"x": x.numpy()})["output"])
+    assert distance(wanted, found) <= 1.05 * lost(program, x)
