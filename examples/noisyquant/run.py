@@ -22,6 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 Json = dict[str, Any]
 BITS, CALIBRATED, THREADS = 6, 128, 2
+GRAPHED = 512
+"""Pictures that the graph itself is run on."""
 ROWS = 32
 """Of every layer, by which engine and graph are compared."""
 BEST = {"weight_range": "mse", "rounding": "gptq"}
@@ -221,6 +223,18 @@ class Study:
             most = max(most, float((np.abs(mine - theirs) / step).max()))
         return most
 
+    def error_ratio(self, program: Any) -> float:
+        """Distance of the engine's logits to the float model's ÷ that of the graph's, on some pictures."""
+        import numpy as np
+        import torch
+
+        count = min(GRAPHED, len(self.feeds))
+        with torch.no_grad():
+            parts = torch.from_numpy(self.feeds[:count]).split(64)
+            graphed = torch.cat([program.run(**{self.name: x})["logits"] for x in parts]).numpy()
+        engine, wanted = self.answers(program)[:count], self.wanted[:count]
+        return float(np.linalg.norm(engine - wanted) / np.linalg.norm(graphed - wanted))
+
     def latency(self, plain: Any, shifted: Any, seconds: float) -> Json:
         """Time of the engine with offsets ÷ that of the one without, 16 pictures at once."""
         from effc import bench, measure
@@ -361,6 +375,7 @@ def run(study: Study, kind: str) -> Json:
         "logits_max_abs": float(abs(study.wanted).max()),
         "extra_nodes": study.nodes(program) - study.nodes(made[PLAIN][0]) - sums,
         "engine_steps_off": study.steps_off(program),
+        "engine_error_ratio": study.error_ratio(made[BEST_ARM][0]),
         "latency_ratio": time_ratio["ratio"], "latency_interval": [time_ratio["low"], time_ratio["high"]],
         "theorem": theorem,
     }  # fmt: skip
