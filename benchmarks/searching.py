@@ -4,14 +4,13 @@
 
 A vision transformer of random weights, 384 wide, twelve layers, 197 tokens, is brought to six bits by the whole stack,
 levelled channels, offsets and codes that make up for each other, with 128 pictures of noise. All is done in a process
-of its own, whose peak is the memory; what a machine of few cores needs is asked: ten minutes and 4 GB.
-`cpu_s` are seconds that the processor worked for it, which a machine with other work on it does not lengthen.
+of its own, whose peak is the memory; asked are ten minutes and 4 GB. Seconds are those that one core works for it, with
+one thread, which other work on the machine does not lengthen; what the clock said beside other work is `wall_s`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -55,12 +54,11 @@ def _pictures(count: int, seed: int) -> torch.Tensor:
 
 def once(file: Path) -> int:
     """The whole search in this process; writes its seconds by step."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
-    started, seconds = time.perf_counter(), dict[str, float]()
+    torch.set_num_threads(1)
+    started, seconds = time.process_time(), dict[str, float]()
 
     def lap(word: str) -> None:
-        seconds[word] = round(time.perf_counter() - started - sum(seconds.values()), 1)
+        seconds[word] = round(time.process_time() - started - sum(seconds.values()), 1)
 
     program = model()
     lap("trace")
@@ -81,7 +79,6 @@ def once(file: Path) -> int:
     logits = program.run(pixel_values=_pictures(2, 99))["logits"].numpy()
     assert np.isfinite(logits).all()
     found = {
-        "cores": cores,
         "seconds": seconds,
         "sites": sites,
         "cpu_s": round(time.process_time(), 1),
@@ -106,7 +103,7 @@ def main() -> int:
     }
     print(common.write(f"searching-{common.features()}", found))
     print(found)
-    missed = wall > LONGEST_S or peak > MOST_MB
+    missed = found["cpu_s"] > LONGEST_S or peak > MOST_MB
     if missed:
         print(f"MISSED: {LONGEST_S} s and {MOST_MB} MB")
     return int(missed)

@@ -458,8 +458,8 @@ def searching() -> list[str]:
         steps = ", ".join(f"{word} {seconds:.0f} s" for word, seconds in found["seconds"].items())
         lines += [
             f"A vision transformer of random weights of DeiT-S's size, {found['sites']} layers to {found['bits']} "
-            f"bits with {found['samples']} pictures, on {found['cores']} core: {found['wall_s']:.0f} s, of which the "
-            f"processor worked {found['cpu_s']:.0f} s, and at most {found['peak_mb']:,} MB; {steps}. "
+            f"bits with {found['samples']} pictures: one core works {found['cpu_s']:.0f} s for it, with at most "
+            f"{found['peak_mb']:,} MB; {steps}. Beside other work on that core it took {found['wall_s']:.0f} s. "
             + circumstances(found), "",
         ]  # fmt: skip
     return lines
