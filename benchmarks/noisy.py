@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ OUTLIERS, LARGER = 3, 8.0
 CLIP, SHUFFLED = "clip search", "offsets, shuffled"
 ALL, ALIKE = "level, offsets, gptq", "level alike, offsets, gptq"
 LINEAR = {"select": effc.Select(op="linear")}
-TWIN = "twin"
+TWIN, TWINS = "twin", "twin-uniform"
 """What is done behind the passes of an arm, where it is done."""
 
 
@@ -100,10 +101,11 @@ def arms() -> dict[str, list[Json]]:
         found.setdefault(name, [offsets(mode="none", **base)])
         found[f"{name}, noise"] = [offsets(mode="paper", **base)]
         found.setdefault(f"{name}, offsets", [offsets(**base)])
-    for name in ("", ", noise"):
-        found[f"twin-uniform{name}"] = [
+    for name in ("", ", noise", ", offsets"):
+        extra = {"offsets": True} if name == ", offsets" else {}
+        found[f"{TWINS}{name}"] = [
             *found[f"PTQ4ViT{name}"],
-            {"pass": TWIN, "noise": bool(name)},
+            {"pass": TWIN, "noise": name == ", noise", **extra},
         ]
     return found
 
@@ -112,16 +114,18 @@ FIRST = (CLIP, ALIKE, "offsets", SHUFFLED, "clip search, noise")
 MAIN = ("min/max", "released", "clip search, bias compensation", "offsets, no compensation",
         "level alike", ALL)  # fmt: skip
 PAIRS = tuple(
-    name for base in ("min/max", "percentile", "EasyQuant", "PTQ4ViT", "twin-uniform")
+    name for base in ("min/max", "percentile", "EasyQuant", "PTQ4ViT", TWINS)
     for name in (base, f"{base}, noise")
 )  # fmt: skip
-REST = tuple(name for name in arms() if name not in (*FIRST, *MAIN, *PAIRS))
+SHIFTED = tuple(f"{base}, offsets" for base in (*BASES, TWINS))
+REST = tuple(name for name in arms() if name not in (*FIRST, *MAIN, *PAIRS, *SHIFTED))
 PLAN = (
     ("trained", 6, FIRST, DRAWS),
     ("trained", 4, (CLIP, ALIKE), DRAWS),
     ("trained", 3, (CLIP, ALIKE), DRAWS),
     ("trained", 6, MAIN, DRAWS),
-    ("trained", 6, PAIRS, 3),
+    ("trained", 6, PAIRS, DRAWS),
+    ("trained", 6, SHIFTED, DRAWS),
     ("outliers", 6, (CLIP, "clip search, noise", *PAIRS), 2),
     ("trained", 8, (CLIP, ALIKE, "offsets", SHUFFLED, "clip search, noise"), 3),
     ("trained", 4, ("offsets", SHUFFLED, "clip search, noise", ALL), DRAWS),
@@ -155,7 +159,7 @@ def main() -> int:
         trace_source(load({"transformers": str(data / "vit-fashion-mnist")})), TARGET
     )
     models = {"trained": trained, "outliers": outliers(trained)}
-    wanted = answers(trained, pictures[: given.pictures])
+    wanted = logits(trained, pictures[: given.pictures])
     seen: dict[tuple[str, int, str], dict[int, Unit]] = {}
     for (model, bits, names, most), draw in itertools.product(PLAN, range(given.draws)):
         if bits not in given.bits or draw >= most:
@@ -178,6 +182,7 @@ def main() -> int:
         "n": len(wanted),
         "target": TARGET,
         "rows": rows,
+        "pairs": pairs(seen),
         "accuracy": accuracy,
     }
     print(common.write("noisy", found))
@@ -202,14 +207,17 @@ Unit = tuple[Array, Array, Array]
 """KL, squared error of the logits, and answer, of every picture."""
 
 
-def answers(program: Program, pictures: torch.Tensor) -> Array:
-    """Logits of an engine."""
+def logits(program: Program, pictures: torch.Tensor) -> Array:
+    feeds = ({"pixel_values": x.numpy()} for x in pictures.split(50))
+    return np.concatenate([found["logits"] for found in answers(program, feeds)])
+
+
+def answers(program: Program, feeds: Iterable[Json]) -> list[Json]:
+    """What an engine gives for every batch."""
     with tempfile.TemporaryDirectory(prefix="effc-") as place:
         lowered = Ort().lower(unsigned(program).only(), Path(place))
         with Ort().open(lowered, threads=1) as engine:
-            return np.concatenate(
-                [engine({"pixel_values": x.numpy()})["logits"] for x in pictures.split(50)]
-            )
+            return [dict(engine(batch)) for batch in feeds]
 
 
 def unsigned(program: Program) -> Program:
@@ -257,11 +265,10 @@ def unit(
         return None
     if not file.is_file():
         started = time.process_time()
-        found = answers(
-            quantised(arm, arms()[arm], bits, draw, model, pictures), pictures[: len(wanted)]
-        )
-        p, q = (torch.from_numpy(side).double().log_softmax(-1) for side in (wanted, found))
-        kl = (p.exp() * (p - q)).sum(-1).numpy()
+        chosen = pictures[places_of(draw, len(pictures))]
+        data = [Batch(inputs={"pixel_values": x.numpy()}) for x in chosen.split(BATCH)]
+        found = logits(quantised(arm, bits, draw, model, data, name), pictures[: len(wanted)])
+        kl = divergence(wanted, found)
         np.savez(file, kl=kl, error=np.square(found - wanted).mean(-1), answer=found.argmax(-1))
         spent = time.process_time() - started
         print(
@@ -271,33 +278,45 @@ def unit(
     return kept["kl"], kept["error"], kept["answer"]
 
 
-decided: dict[tuple[int, int], Json] = {}
-"""What `offsets` chose, by bits and draw, for those that are shuffled."""
+def divergence(wanted: Array, found: Array) -> Array:
+    """KL of answers from those that are wanted, by sample, from logits [n, classes]."""
+    p, q = (torch.from_numpy(side).double().log_softmax(-1) for side in (wanted, found))
+    kl: Array = (p.exp() * (p - q)).sum(-1).numpy()
+    return kl
+
+
+def places_of(draw: int, count: int) -> Array:
+    """Which of so many samples calibrate."""
+    return np.random.default_rng(1 + draw).permutation(count)[:CALIBRATED]
+
+
+decided: dict[tuple[str, int, int], Json] = {}
+"""What `offsets` chose, by model, bits and draw, for those that are shuffled."""
 
 
 def quantised(
-    arm: str, passes: list[Json], bits: int, draw: int, model: Program, pictures: torch.Tensor
+    arm: str, bits: int, draw: int, model: Program, data: list[Batch], name: str
 ) -> Program:
-    program, dialect = model.clone(), DIALECTS[TARGET]
-    if arm == SHUFFLED and (bits, draw) not in decided:
-        quantised("offsets", arms()["offsets"], bits, draw, model, pictures)
-    chosen = np.random.default_rng(1 + draw).permutation(len(pictures))[:CALIBRATED]
-    data = [Batch(inputs={"pixel_values": x.numpy()}) for x in pictures[chosen].split(BATCH)]
-    for options in passes:
+    """`model`, which is called `name`, behind the passes of an arm."""
+    program, dialect, key = model.clone(), DIALECTS[TARGET], (name, bits, draw)
+    if arm == SHUFFLED and key not in decided:
+        quantised("offsets", bits, draw, model, data, name)
+    for options in arms()[arm]:
         if options["pass"] == TWIN:
-            twin.put(program, data, bits, noise=options["noise"], seed=draw)
+            kind = {word: bool(options.get(word)) for word in ("noise", "offsets")}
+            twin.put(program, data, bits, seed=draw, **kind)
             continue
         given = {k: v for k, v in options.items() if k != "pass"}
         pass_ = PASSES[options["pass"]](bits=bits, activation_bits=bits, **LINEAR, **given)
         if hasattr(pass_, "seed"):
             pass_ = dataclasses.replace(pass_, seed=draw)
         if arm == SHUFFLED:
-            known = shuffled(decided[bits, draw], draw)
+            known = shuffled(decided[key], draw)
             effc.apply(pass_, program, dialect=dialect, recorded=known)
             continue
         record = effc.apply(pass_, program, data, dialect=dialect)
         if arm == "offsets":
-            decided[bits, draw] = record.decisions
+            decided[key] = record.decisions
     return program
 
 
@@ -314,6 +333,40 @@ def shuffled(decisions: Json, seed: int) -> Json:
     return made
 
 
+def pairs(seen: dict[tuple[str, int, str], dict[int, Unit]]) -> list[Json]:
+    """Grids of each kind beside the same with noise and with offsets, and twin grids beside linear ones with noise."""
+    asked = [(base, f"{base}, {word}") for word in ("noise", "offsets") for base in (*BASES, TWINS)]
+    asked += [(TWINS, f"{base}, noise") for base in BASES]
+    made = []
+    for (model, bits), (base, arm) in itertools.product(
+        dict.fromkeys(key[:2] for key in seen), asked
+    ):
+        mine, theirs = (seen.get((model, bits, name), {}) for name in (arm, base))
+        draws = sorted(mine.keys() & theirs.keys())
+        if not draws:
+            continue
+        kl, was = (np.stack([side[d][0] for d in draws]) for side in (mine, theirs))
+        each = [float(a.mean() / b.mean()) for a, b in zip(kl, was, strict=True)]
+        places = drawn_again(kl.shape[1])
+        made.append({
+            "model": model, "bits": bits, "base": base, "arm": arm, "draws": len(draws),
+            "kl": [float(was.mean()), float(kl.mean())], "kl_ratio": float(kl.mean() / was.mean()),
+            "kl_ratio_interval": interval([kl.mean(0)[p].mean() / was.mean(0)[p].mean() for p in places]),
+            "kl_ratio_by_draw": each,
+        })  # fmt: skip
+    return made
+
+
+def drawn_again(count: int) -> list[Array]:
+    """Places of pictures, as many as there are, drawn with returning, the same each time."""
+    draw = np.random.default_rng(0)
+    return [draw.integers(count, size=count) for _ in range(1000)]
+
+
+def interval(values: Any) -> list[float]:
+    return [float(v) for v in np.percentile(values, [2.5, 97.5])]
+
+
 def told(
     arm: str, bits: int, mine: list[Unit], clip: list[Unit], plain: Array, right: Array
 ) -> Json:
@@ -321,12 +374,7 @@ def told(
     kl, kl_clip = (np.mean([u[0] for u in side], 0) for side in (mine, clip))
     error = np.mean([u[1] for u in mine], 0)
     hit, hit_clip = (np.mean([u[2] == right for u in side], 0) for side in (mine, clip))
-    draw = np.random.default_rng(0)
-    places = [draw.integers(len(kl), size=len(kl)) for _ in range(1000)]
-
-    def interval(values: Any) -> list[float]:
-        return [float(v) for v in np.percentile(values, [2.5, 97.5])]
-
+    places = drawn_again(len(kl))
     first, second = (side[0][2] == right for side in (mine, clip))
     return {
         "arm": arm,

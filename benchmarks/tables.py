@@ -394,7 +394,83 @@ def noised() -> list[str]:
         head = ["bits", "arm", "draws", "accuracy", "from float", "KL", "of clip search", "logits²",
                 "right alone"]  # fmt: skip
         lines += table(head, rows)
+        lines += [
+            "Each way to choose grids beside the same with uniform noise (as the paper has it) and with offsets, on "
+            "the pictures and draws of both: KL ÷ KL, below 1 the second is better. The interval is of pictures "
+            "drawn again; a verdict wants every draw of calibration pictures on the same side too.", "",
+        ]  # fmt: skip
+        rows = [
+            [
+                str(r["bits"]) + (", outliers" if r["model"] == "outliers" else ""),
+                r["base"],
+                r["arm"],
+                str(r["draws"]),
+                "{:.5f} → {:.5f}".format(*r["kl"]),
+                f"{r['kl_ratio']:.2f} [{r['kl_ratio_interval'][0]:.2f}, {r['kl_ratio_interval'][1]:.2f}]",
+                ", ".join(f"{one:.2f}" for one in r["kl_ratio_by_draw"]),
+                beside_one(*r["kl_ratio_interval"], r["kl_ratio_by_draw"]),
+            ]
+            for r in sorted(found["pairs"], key=lambda r: (r["model"] == "outliers", r["bits"]))
+        ]
+        head = ["bits", "grids", "beside", "draws", "KL", "ratio", "by draw", ""]
+        lines += table(head, rows)
     return lines
+
+
+def unseen() -> list[str]:
+    lines = ["## Six bits on models that nothing was tuned for (benchmarks/unseen.py)", ""]
+    for found in results("unseen"):
+        lines += [
+            f"Linear layers with weights and activations of {found['bits']} bits, on grids without a zero point, by "
+            "arms of the table above: a Swin and a DeiT, small ones that `examples/noisyquant/train.py` trained for "
+            "some minutes, and MiniLM-L6-v2 on pairs of STS-B. The error of every sample is that of the engine beside "
+            "the float model; its ratio to clip search is of the same samples, with an interval of 95 % from samples "
+            "drawn again. The score is accuracy, and Spearman's correlation for MiniLM. " + circumstances(found), "",
+        ]  # fmt: skip
+        rows = [
+            [
+                r["model"],
+                r["arm"],
+                f"{r['draws']} × {r['n']:,}",
+                f"{r['measure']} {r['error']:.5f}",
+                f"{r['ratio']:.2f} [{r['ratio_interval'][0]:.2f}, {r['ratio_interval'][1]:.2f}]",
+                ", ".join(f"{one:.2f}" for one in r["ratio_by_draw"]),
+                f"{r['float_score']:.4f} → {r['score']:.4f}",
+            ]
+            for r in found["rows"]
+        ]
+        head = ["model", "arm", "draws × samples", "error", "of clip search", "by draw", "score"]
+        lines += table(head, rows)
+        lines += [
+            "What the gate says of a compile of `level alike, offsets, gptq`, on what metric and time may lose where a "
+            "recipe says nothing:", "",
+        ]  # fmt: skip
+        rows = [
+            [r["model"], r["target"], _taken_back(r["rolled_back"]), "; ".join(r["checks"])]
+            for r in found["gates"]
+        ]
+        lines += table(["model", "target", "taken back", "checks of what is left"], rows)
+    return lines
+
+
+def searching() -> list[str]:
+    lines = ["## What the search for offsets costs (benchmarks/searching.py)", ""]
+    for found in results("searching"):
+        steps = ", ".join(f"{word} {seconds:.0f} s" for word, seconds in found["seconds"].items())
+        lines += [
+            f"A vision transformer of random weights of DeiT-S's size, {found['sites']} layers to {found['bits']} "
+            f"bits with {found['samples']} pictures: one core works {found['cpu_s']:.0f} s for it, with at most "
+            f"{found['peak_mb']:,} MB; {steps}. Beside other work on that core it took {found['wall_s']:.0f} s. "
+            + circumstances(found), "",
+        ]  # fmt: skip
+    return lines
+
+
+def beside_one(low: float, high: float, by_draw: list[float]) -> str:
+    """What an interval of a ratio of errors says, where every draw says the same."""
+    if high < 1 and max(by_draw) < 1:
+        return "better"
+    return "worse" if low > 1 and min(by_draw) > 1 else "not distinguishable"
 
 
 def rounding() -> list[str]:
@@ -1234,6 +1310,8 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     ranges: ("ranges",),
     slicing: ("slicing",),
     noised: ("noisy",),
+    unseen: ("unseen",),
+    searching: ("searching",),
     rounding: ("rounding",),
     peers: ("peers",),
     decoder: ("decoder",),

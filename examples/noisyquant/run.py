@@ -22,6 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 Json = dict[str, Any]
 BITS, CALIBRATED, THREADS = 6, 128, 2
+GRAPHED = 512
+"""Pictures that the graph itself is run on."""
 ROWS = 32
 """Of every layer, by which engine and graph are compared."""
 BEST = {"weight_range": "mse", "rounding": "gptq"}
@@ -136,8 +138,11 @@ class Study:
             (file,) = Path(place).rglob("model.onnx")
             return sum(n.op_type != "Constant" for n in onnx.load(file).graph.node)
 
-    def folds(self, decided: Json) -> float:
-        """The largest difference between offsets that norms and biases took up, and sums in their place."""
+    def folds(self, decided: Json, dtype: Any) -> float:
+        """The largest difference between offsets that norms and biases took up, and sums in their place, at the logits.
+
+        In float64 it is what the folds do; in float32 it is rounding too, a place or two of logits this large.
+        """
         import torch
 
         import effc
@@ -148,7 +153,7 @@ class Study:
 
         outputs = []
         for is_folded in (True, False):
-            program = self.float.clone()
+            program = _in(self.float, dtype)
             graph = program.only()
             names = site_names(graph)
             pass_ = NoisyQuant(select=effc.Select(op="linear")).resolve(self.dialect)
@@ -157,13 +162,16 @@ class Study:
                 offset = decided.get(f"{key}:offset")
                 if place.owner is None or not offset:
                     continue
-                at = place.owner if is_folded else None
-                made = shift(graph, key, place.value, torch.tensor(offset), at, place.layers[0])
+                at, values = (
+                    place.owner if is_folded else None,
+                    torch.tensor(offset, dtype=dtype),
+                )
+                made = shift(graph, key, place.value, values, at, place.layers[0])
                 for layer in place.layers if made is not place.value else ():
                     layer.update_arg(0, made)
             refresh(graph)
             with torch.no_grad():
-                feeds = {self.name: torch.from_numpy(self.feeds[:64])}
+                feeds = {self.name: torch.from_numpy(self.feeds[:64]).to(dtype)}
                 outputs.append(program.run(**feeds)["logits"])
         return float((outputs[0] - outputs[1]).abs().max())
 
@@ -214,6 +222,18 @@ class Study:
             step = float(grid[0]) * weight[1].numpy()
             most = max(most, float((np.abs(mine - theirs) / step).max()))
         return most
+
+    def error_ratio(self, program: Any) -> float:
+        """Distance of the engine's logits to the float model's ÷ that of the graph's, on some pictures."""
+        import numpy as np
+        import torch
+
+        count = min(GRAPHED, len(self.feeds))
+        with torch.no_grad():
+            parts = torch.from_numpy(self.feeds[:count]).split(64)
+            graphed = torch.cat([program.run(**{self.name: x})["logits"] for x in parts]).numpy()
+        engine, wanted = self.answers(program)[:count], self.wanted[:count]
+        return float(np.linalg.norm(engine - wanted) / np.linalg.norm(graphed - wanted))
 
     def latency(self, plain: Any, shifted: Any, seconds: float) -> Json:
         """Time of the engine with offsets ÷ that of the one without, 16 pictures at once."""
@@ -273,6 +293,20 @@ class Study:
         return found
 
 
+def _in(program: Any, dtype: Any) -> Any:
+    """A copy of the program that computes in `dtype`."""
+    from effc.ir.edit import rebind
+
+    made = program.clone()
+    graph = made.only()
+    for name, tensor in graph.tensors().items():
+        if tensor.is_floating_point():
+            rebind(graph, name, tensor.to(dtype), "widened")
+    for node in graph.input_nodes().values():
+        node.meta["val"] = node.meta["val"].to(dtype)
+    return made
+
+
 def _options(target: str, given: Json | None) -> list[Any]:
     from effc.backends.options import OPTIONS
 
@@ -316,6 +350,8 @@ def _sites() -> Any:
 
 def run(study: Study, kind: str) -> Json:
     """All that is measured, `smoke` with few pictures and two arms."""
+    import torch
+
     made = {
         arm: study.quantised(ARMS[arm], kind)
         for arm in ARMS
@@ -331,12 +367,16 @@ def run(study: Study, kind: str) -> Json:
     for each in theorem:
         told = f"{each['predicted']:.5f} predicted, {each['measured']:.5f} measured"
         print(f"{each['site']:44} {each['without']:.5f} → {told}", flush=True)
+    time_ratio = study.latency(made[PLAIN][0], program, 1.0 if kind == "smoke" else 15.0)
     return {
         "arms": arms, "float_accuracy": float((study.wanted.argmax(-1) == study.labels).mean()),
-        "fold_max_abs": study.folds(decided), "gelu_sums": sums,
+        "fold_max_abs": study.folds(decided, torch.float64), "gelu_sums": sums,
+        "fold_max_abs_float32": study.folds(decided, torch.float32),
+        "logits_max_abs": float(abs(study.wanted).max()),
         "extra_nodes": study.nodes(program) - study.nodes(made[PLAIN][0]) - sums,
         "engine_steps_off": study.steps_off(program),
-        "latency_ratio": study.latency(made[PLAIN][0], program, 1.0 if kind == "smoke" else 15.0),
+        "engine_error_ratio": study.error_ratio(made[BEST_ARM][0]),
+        "latency_ratio": time_ratio["ratio"], "latency_interval": [time_ratio["low"], time_ratio["high"]],
         "theorem": theorem,
     }  # fmt: skip
 

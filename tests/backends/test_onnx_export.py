@@ -187,6 +187,25 @@ def test_a_view_behind_a_copy_in_order_needs_no_copy(tmp_path):
     assert distance(program.run(x=x)["output"], found) < 1e-6
 
 
+def test_a_swin_is_written_as_it_was_traced(tmp_path):
+    """Its heads are put together by a view that attention's layout allows, until types are promoted."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=16, num_channels=1, num_labels=3, patch_size=2, embed_dim=8, depths=[2], num_heads=[2],
+        window_size=4, mlp_ratio=2.0,
+    )  # fmt: skip
+    module = Call(
+        lambda self, x: self.swin(pixel_values=x).logits, swin=SwinForImageClassification(config)
+    ).eval()
+    program = effc.trace(module, {"x": normal(2, 1, 16, 16)}, dims={"x": {0: "batch"}})
+    x = normal(3, 1, 16, 16, seed=1)
+    with engine(program, tmp_path) as opened:
+        found = opened({"x": x.numpy()})["output"]
+    assert distance(program.run(x=x)["output"], found) < 1e-5
+
+
 class Chosen(nn.Module):
     """Places along one dimension."""
 

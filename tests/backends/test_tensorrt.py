@@ -20,6 +20,7 @@ from effc.backends.options import TensorRtOptions
 from effc.errors import BackendUnavailable, LoweringError, RecipeError, UsageError, VerifyError
 from effc.package import sealed
 from effc.passes.mixed_precision import MixedPrecision
+from effc.passes.noisyquant import NoisyQuant
 from effc.recipe import build as recipe
 from kit import cli
 
@@ -91,6 +92,50 @@ def test_weights_of_4_bit_are_stored_so(tmp_path):
     tensors = ir.load(tmp_path / "model.onnx").graph.initializers.values()
     assert {t.dtype for t in tensors if "weight_int8" in t.name} == {ir.DataType.INT4}
     assert gap(program, lowered) < 5e-3
+
+
+class Lopsided(nn.Module):
+    """A norm and a GELU with channels far from zero, each in front of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)  # fmt: skip
+        nn.init.normal_(self.norm.bias, mean=2.0)
+
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_a_shift_stands_in_for_the_zero_point_that_the_target_lacks(bits, tmp_path):
+    """Steps of every layer are in the file, zero points are 0, and no more is lost than with zero points."""
+    few = {"bits": bits, "activation_bits": bits}
+    seen, x = batches("x", 16, 6, SIZE), normal(64, 6, SIZE, seed=9)
+    torch.manual_seed(1)
+    module = Lopsided()
+    wanted = traced(module).run(x=x)["output"]
+
+    def lost(program):
+        return distance(wanted, program.run(x=x)["output"])
+
+    plain, shifted, with_zero = (traced(module) for _ in range(3))
+    quantize(plain, seen, dialect=TENSORRT, **few)
+    record = effc.apply(NoisyQuant(**few), shifted, seen, dialect=TENSORRT)
+    quantize(with_zero, seen, dialect=ORT, **few)
+    assert lost(shifted) < 0.8 * lost(plain)
+    assert lost(shifted) < 1.05 * lost(with_zero)
+    lowered = built(shifted, tmp_path)
+    assert (tmp_path / ENGINE).read_bytes()[1:4] == b"trt"
+    model = ir.load(tmp_path / "model.onnx")
+    quantised = [n for n in model.graph if n.op_type == "QuantizeLinear"]
+    steps = sorted(record.decisions[k][0] for k in ("main/norm:layer_norm", "main/gelu"))
+    assert sorted(float(n.inputs[1].const_value.numpy()) for n in quantised) == pytest.approx(steps)
+    for node in quantised:
+        assert not node.inputs[2].const_value.numpy().any()
+    clips = [n for n in model.graph if n.op_type == "Clip"]
+    ends = [[int(v.const_value.numpy()) for v in n.inputs[1:]] for n in clips]
+    assert ends == ([] if bits == 8 else [[-32, 31]] * 2)
+    assert gap(shifted, lowered) < 1e-2
 
 
 def test_attention_is_whole_where_there_is_a_kernel_and_else_the_reason_is_kept(tmp_path):
