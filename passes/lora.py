@@ -416,7 +416,7 @@ def _names(graph: Graph) -> list[str]:
     ]
 
 
-def _adapted(graph: Graph, place: Place) -> str:
+def adapted(graph: Graph, place: Place) -> str:
     """What the layer of an adapter is called, by the adapter's own tensors."""
     return graph.origins[tensor_name(graph, place.a) or ""].source.rpartition(".")[0]
 
@@ -500,7 +500,7 @@ def _folded(graph: Graph, place: Place, word: str) -> Tensor:
     made = lora.merged(w, a, b, place.scale, size)
     if not made.is_meta and not bool(torch.isfinite(made).all()):
         raise PreconditionError(
-            f"{word}: the adapter of {_adapted(graph, place)} makes values that are no numbers",
+            f"{word}: the adapter of {adapted(graph, place)} makes values that are no numbers",
             hint="its tensors hold NaN, or are too large; train again with a lower `lr`",
         )
     return made
