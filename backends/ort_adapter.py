@@ -32,8 +32,7 @@ import torch
 from effc.adapter import Adapter, Low, read
 from effc.errors import LoweringError, PackageError, PreconditionError, SourceError, first_line
 from effc.ir.program import Graph
-from effc.nn.lora import scale_of
-from effc.passes.lora_swap import WORD, A, B
+from effc.nn.lora import SWAP, SWAP_A, SWAP_B, scale_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SUFFIX = ".onnx_adapter"
@@ -42,8 +41,8 @@ VERSION = 1
 
 def leave_open(graph: Graph, model: ir.Model) -> None:
     """Let a file take other values for the adapters that a graph says are to be exchanged."""
-    for layer in graph.pending.get(WORD, {}).get("layers", ()):
-        for name, axis in ((f"{layer}.{A}", 1), (f"{layer}.{B}", 0)):
+    for layer in graph.pending.get(SWAP, {}).get("layers", ()):
+        for name, axis in ((f"{layer}.{SWAP_A}", 1), (f"{layer}.{SWAP_B}", 0)):
             value = model.graph.initializers.get(name)
             if value is None or value.const_value is None:
                 raise LoweringError(
@@ -95,11 +94,11 @@ def _open_layers(file: Path) -> dict[str, tuple[int, int]]:
         ) from error
     inputs = {value.name for value in model.graph.input}
     sizes = {t.name: list(t.dims) for t in model.graph.initializer if t.name in inputs}
-    layers = [m[1] for name in sizes if (m := re.fullmatch(rf"(.+)\.{A}", name))]
+    layers = [m[1] for name in sizes if (m := re.fullmatch(rf"(.+)\.{SWAP_A}", name))]
     found = {
-        layer: (sizes[f"{layer}.{A}"][0], sizes[f"{layer}.{B}"][1])
+        layer: (sizes[f"{layer}.{SWAP_A}"][0], sizes[f"{layer}.{SWAP_B}"][1])
         for layer in layers
-        if f"{layer}.{B}" in sizes
+        if f"{layer}.{SWAP_B}" in sizes
     }
     if not found:
         raise SourceError(
@@ -151,4 +150,4 @@ def _pair(layer: str, low: Low | None, rooted: bool, inner: int, width: int) -> 
         scale = scale_of(low.alpha, low.rank, rooted=rooted)
         a = low.a.T.to(torch.float32).contiguous().numpy()
         b = (low.b.double().T * scale).to(torch.float32).contiguous().numpy()
-    return {f"{layer}.{A}": a, f"{layer}.{B}": b}
+    return {f"{layer}.{SWAP_A}": a, f"{layer}.{SWAP_B}": b}

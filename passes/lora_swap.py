@@ -19,12 +19,9 @@ from effc.errors import PreconditionError
 from effc.ir.edit import replace, tensor_of
 from effc.ir.program import Graph, Program
 from effc.ir.splice import matched, small_graph, splice
+from effc.nn import lora
 from effc.passes.base import Pass, Stats
 from effc.passes.lora import Place, adapted, places, read_of
-
-WORD = "swap"
-"""What their names stand under in `Graph.pending`."""
-A, B = "swap_A", "swap_B"
 
 
 class Swapped(nn.Module):
@@ -35,8 +32,8 @@ class Swapped(nn.Module):
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         super().__init__()
-        self.register_buffer(A, a)
-        self.register_buffer(B, b)
+        self.register_buffer(lora.SWAP_A, a)
+        self.register_buffer(lora.SWAP_B, b)
 
     def forward(self, x: Tensor, base: Tensor) -> Tensor:
         return base + torch.matmul(torch.matmul(x, self.swap_A), self.swap_B)
@@ -85,10 +82,10 @@ class SwapLora(Pass):
             )  # fmt: skip
             hit = matched(traced[key], made) or {}
             if shared is None:
-                known[place.a, place.b] = {word: hit[word] for word in (A, B)}
+                known[place.a, place.b] = {word: hit[word] for word in (lora.SWAP_A, lora.SWAP_B)}
                 stems.append(adapted(graph, place))
             replace(graph, place.output, made)
-        graph.pending[WORD] = {"layers": stems}
+        graph.pending[lora.SWAP] = {"layers": stems}
         return len(found)
 
 
