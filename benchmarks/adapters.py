@@ -177,8 +177,8 @@ def main() -> int:
                 rows += timed(width, target, Path(folder), given)
     if not given.try_out:
         content = {
-            "name": "adapters", "threads": given.threads, "rows": rows, "batch": ROWS, "length": LENGTH, "layers": LAYERS,
-            "rank": RANK, "sizes": list(SIZES), "adapters": ADAPTERS,
+            "name": "adapters", "threads": given.threads, "rows": rows, "batch": ROWS, "length": LENGTH,
+            "layers": LAYERS, "rank": RANK, "sizes": list(SIZES), "adapters": ADAPTERS,
         }  # fmt: skip
         print(common.write(f"adapters-{common.features()}", content))
     return 0

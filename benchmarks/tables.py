@@ -573,8 +573,8 @@ def adapted() -> list[str]:
     lines = ["## What adapters cost beside integers (benchmarks/adapters.py)", ""]
     for found in results("adapters"):
         lines += [
-            f"An encoder of random weights, {found['layers']} layers, {found['batch']} rows of {found['length']} tokens, "
-            f"{found['threads']} threads; products of bytes, adapters of rank {found['rank']} or "
+            f"An encoder of random weights, {found['layers']} layers, {found['batch']} rows of {found['length']} "
+            f"tokens, {found['threads']} threads; products of bytes, adapters of rank {found['rank']} or "
             f"{found['sizes'][0]} · {found['sizes'][1]} experts in float or 16 bit. In brackets the 99 % interval. "
             + circumstances(found), "",
         ]  # fmt: skip
