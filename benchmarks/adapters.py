@@ -1,4 +1,4 @@
-"""What adapters cost beside integers: the same engine without them, with LoRA, with gated experts, with several at once.
+"""What adapters cost beside integers: an engine without them, with LoRA, with gated experts, with several at once.
 
     python benchmarks/adapters.py     # twenty minutes on a quiet machine; writes results/adapters-FEATURES.json
 
