@@ -33,6 +33,7 @@ from effc.backends.base import (
 from effc.backends.dialect import ORT
 from effc.backends.eager import described
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.ort_adapter import leave_open
 from effc.backends.ort_engine import OrtEngine, opened, session, session_options
 from effc.backends.ort_rewrites import rewrite
 from effc.causal import DECODE
@@ -72,6 +73,7 @@ class Ort(BackendBase):
         """Write `model.onnx`, open it once, and read from the optimised graph which sites really run in int8."""
         model = to_onnx(graph, self.dialect.opset)
         rewrite(model, one_token=graph.role == DECODE)
+        leave_open(graph, model)
         files = save(model, directory)
         return described(
             graph, self.name, directory, files, self.dialect.opset,

@@ -664,6 +664,32 @@ def narrowed() -> list[str]:
     return lines
 
 
+def adapted() -> list[str]:
+    lines = ["## What adapters cost beside integers (benchmarks/adapters.py)", ""]
+    for found in results("adapters"):
+        lines += [
+            f"An encoder of random weights, {found['layers']} layers, {found['batch']} rows of {found['length']} "
+            f"tokens, {found['threads']} threads; products of bytes, adapters of rank {found['rank']} or "
+            f"{found['sizes'][0]} · {found['sizes'][1]} experts in float or 16 bit. In brackets the 99 % interval. "
+            + circumstances(found), "",
+        ]  # fmt: skip
+        words = ("÷ none", "÷ stack, one", "÷ lora")
+        rows = [
+            [
+                f"{r['width']}, {r['target']}, {r['kind']}", f"{r['ms']:.2f}",
+                *(ratio(r[word], r["n"]) if word in r else "" for word in words),
+            ]
+            for r in found["rows"]
+        ]  # fmt: skip
+        lines += table(["width, engine, adapters", "ms", *words], rows)
+        apart = max(r["row by row"] for r in found["rows"] if "row by row" in r)
+        lines += [
+            f"A row of a mixed batch differs from the same row alone by {apart:.1g} at most.",
+            "",
+        ]
+    return lines
+
+
 def tuned_narrow() -> list[str]:
     """Language models that lose width while they are tuned."""
     lines = ["## What pruning while tuning is worth to a language model (benchmarks/pat.py)", ""]
@@ -1319,6 +1345,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     pruned: ("pruning",),
     sized: ("sizes",),
     narrowed: ("narrow",),
+    adapted: ("adapters",),
     tuned_narrow: ("pat-stories260k", "pat-smollm2"),
     narrow_encoders: ("pat-encoders",),
     trained: ("training",),

@@ -18,6 +18,7 @@ _NAMES = {
     "apply": "effc.passes.pipeline:apply",
     "clock": "effc.timing:clock",
     "save_adapter": "effc.passes.lora:save_adapter",
+    "onnx_adapter": "effc.backends.ort_adapter:onnx_adapter",
     "show": "effc.ir.show:show",
     "trainer": "effc.tuning:trainer",
     "Pass": "effc.passes.base:Pass",
@@ -34,6 +35,7 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
+    from effc.backends.ort_adapter import onnx_adapter as onnx_adapter
     from effc.blame import explain as explain
     from effc.blame import first_fault as first_fault
     from effc.calib.data import Batch as Batch

@@ -641,11 +641,9 @@ def _links(source: Source, engines: Sequence[Json]) -> list[Json]:
 def _absolute(source: Mapping[str, Any]) -> Json:
     """A source whose files are named from the root, so that it is found from any folder."""
     found = dict(source)
-    for word in ("transformers", "diffusers"):
-        if os.path.isdir(place := found.get(word, "")):
+    for word in ("transformers", "diffusers", "gguf", "intuition", "embedder"):
+        if os.path.exists(place := found.get(word, "")):
             found[word] = os.path.abspath(place)
-    if os.path.isfile(place := found.get("gguf", "")):
-        found["gguf"] = os.path.abspath(place)
     file, _, function = found.get("python", "").rpartition(":")
     if os.path.isfile(file):
         found["python"] = f"{os.path.abspath(file)}:{function}"

@@ -224,7 +224,7 @@ def embed(run: Engine, processor: Any, texts: Sequence[str], size: int = 32) -> 
     for chosen in _by_length([len(t) for t in texts], size):
         rows = processor.token_ids([texts[i] for i in chosen], max_length=LONGEST)
         lengths = np.array([len(row) for row in rows])
-        outputs = run(processor.pad(rows))
+        outputs = run(processor.told(processor.pad(rows), [texts[i] for i in chosen]))
         hidden = outputs.get("last_hidden_state")
         if hidden is None:
             hidden = next((v for n, v in outputs.items() if v.ndim == 3 and n != "logits"), None)

@@ -9,11 +9,11 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from effc import bounded, causal
+from effc import bounded, causal, intuition
 from effc.calib.data import Batch, Record
 from effc.errors import CalibrationError, SourceError, first_line, is_failure
 
@@ -106,6 +106,15 @@ def _pooled(mode: str, hidden: Array, mask: Array) -> Array:
     return np.asarray((hidden * weights).sum(axis=1) / total)
 
 
+class Teller(Protocol):
+    """What says of texts what they are about: scores [texts, clusters]."""
+
+    @property
+    def digest(self) -> str: ...
+
+    def __call__(self, texts: Sequence[str]) -> Array: ...
+
+
 class Processor:
     """A model directory's tokenizer, picture settings and pooling, loaded when first needed."""
 
@@ -119,6 +128,8 @@ class Processor:
         """Heads and head size of every layer's keys and values, where the model takes them."""
         self.gives_bytes = False
         """Whether the model scales pixels itself."""
+        self.teller: Teller | None = None
+        """Who says what texts are about, where the model is told that."""
         self._pooling, self._unpooled = _pooling(directory)
         if self._unpooled is not None:
             log.warning("%s", self._unpooled)
@@ -178,7 +189,11 @@ class Processor:
 
     def encode(self, texts: Sequence[str], *, max_length: int | None = None) -> dict[str, Array]:
         """Token ids [batch, length] and their mask, padded at the right to the longest text."""
-        return self.pad(self.token_ids(texts, max_length=max_length))
+        return self.told(self.pad(self.token_ids(texts, max_length=max_length)), texts)
+
+    def told(self, feeds: dict[str, Array], texts: Sequence[str]) -> dict[str, Array]:
+        """Inputs of texts, and what the texts are about where the model takes that."""
+        return feeds if self.teller is None else {**feeds, intuition.INPUT: self.teller(texts)}
 
     def token_ids(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
         """The tokens of each text with the model's marks around them, cut to the model's length."""
@@ -212,7 +227,8 @@ class Processor:
             for place, word in enumerate(encoded.word_ids(i)):
                 if word is not None:
                     places[-1].setdefault(word, place)
-        return self.pad([list(ids) for ids in encoded["input_ids"]]), places
+        feeds = self.pad([list(ids) for ids in encoded["input_ids"]])
+        return self.told(feeds, [" ".join(words) for words in sentences]), places
 
     def _encoded(self, texts: list[Any], **options: Any) -> Any:
         """What the tokenizer makes of texts. Raises SourceError where it fails: its files may not belong together."""

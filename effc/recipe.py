@@ -83,6 +83,8 @@ def passes_of(word: str, targets: Sequence[str], *, checks: bool = False) -> lis
 Count = Annotated[int, Field(ge=1)]
 WORDS = ("transformers", "diffusers", "gguf", "python")
 """Where a model may come from."""
+BESIDE = ("intuition", "embedder")
+"""What a source names beside the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class SourceSpec:
 
     `cache` says whether a causal language model of a directory takes and gives its keys and values; `roles`, prefill
     and decode, makes two graphs of it. `pixels` uint8 has a model of pictures take bytes and scale them itself.
+    `intuition`, a file of centroids, has a model take what requests are about, which `embedder`, a directory of a
+    sentence encoder, works out for texts.
     """
 
     transformers: str | None = None
@@ -101,9 +105,11 @@ class SourceSpec:
     cache: bool = True
     roles: tuple[Literal["prefill"], Literal["decode"]] | None = None
     pixels: Literal["float", "uint8"] = "float"
+    intuition: str | None = None
+    embedder: str | None = None
 
     def as_mapping(self) -> dict[str, Any]:
-        named = {word: getattr(self, word) for word in WORDS}
+        named = {word: getattr(self, word) for word in (*WORDS, *BESIDE)}
         given: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
         if not self.cache:
             given["cache"] = False
@@ -202,7 +208,7 @@ class Recipe:
         """The recipe as it travels in a package: folders of this machine left out of its paths."""
         data = _without_folders(yaml.safe_load(self.text))
         for section, *keys in (
-            ("source", *WORDS),
+            ("source", *WORDS, *BESIDE),
             ("calib", "file", "callable"),
         ):
             part = data.get(section) or {}
@@ -424,6 +430,19 @@ class _Reader:
         made: SourceSpec = self._section(SourceSpec, value, ("source",))
         if [getattr(made, word) for word in WORDS].count(None) != len(WORDS) - 1:
             raise self._error(("source",), f"a source is one of {', '.join(WORDS)}")
+        for word in BESIDE:
+            if getattr(made, word) is not None and made.transformers is None:
+                raise self._error(
+                    ("source", word),
+                    "is for a model directory of transformers",
+                    hint="a factory's model can have an input `intuition` of its own",
+                )
+        if made.embedder is not None and made.intuition is None:
+            raise self._error(
+                ("source", "embedder"),
+                "embeddings are scored by centroids, and none are named",
+                hint="add `intuition: FILE`, which effc.intuition writes",
+            )
         if made.options and made.python is None:
             raise self._error(
                 ("source", "options"),
@@ -599,7 +618,7 @@ class _Reader:
         """Relative paths of a recipe file become relative to where the command runs."""
         data = dict(data)
         for section, key, find in (
-            *(("source", word, self._path) for word in WORDS if word != "python"),
+            *(("source", word, self._path) for word in (*WORDS, *BESIDE) if word != "python"),
             ("source", "python", self._code),
             ("calib", "file", self._path),
             ("calib", "callable", self._code),

@@ -209,6 +209,8 @@ class Samples:
         if source.processor is not None and source.directory is None:
             return None
         files = [sha256(source.directory / n) for n in source.files] if source.directory else []
+        if source.processor is not None and source.processor.teller is not None:
+            files.append(source.processor.teller.digest)
         if spec is None or spec.file is None:
             is_code = source.batches is not None or spec is not None
             return None if is_code else key_of("samples", files=files)

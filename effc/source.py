@@ -27,9 +27,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from effc import bounded, cached, causal, diffusion, gguf, paths, pipeline, schedule
+from effc import bounded, cached, causal, diffusion, gguf, intuition, paths, pipeline, schedule
 from effc.calib.data import Batch
 from effc.errors import EffcError, SourceError, first_line
+from effc.guided import Embedder, Guided, Teller, guided
 from effc.ir.trace import named_inputs
 from effc.processor import Processor, kind_of, pools, whole
 from effc.table import nearest, unknown
@@ -132,7 +133,7 @@ class Source:
 
     def stem(self, role: str) -> str:
         """What stands before the names of a model's own modules where effc has put it into a module of its own."""
-        own = (cached.Cached, Pixels, pipeline.Denoiser, pipeline.Coder, pipeline.Text)
+        own = (cached.Cached, Guided, Pixels, pipeline.Denoiser, pipeline.Coder, pipeline.Text)
         return "model." if isinstance(self.modules[role], own) else ""
 
     def only(self, role: str) -> Source:
@@ -190,8 +191,11 @@ def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
         "roles": tuple(spec.get("roles", ())),
         "bytes_in": spec.get("pixels") == "uint8",
     }
+    centroids, embedder = (Path(spec[w]) if w in spec else None for w in ("intuition", "embedder"))
     if "transformers" in spec:
-        return from_directory(Path(spec["transformers"]), **how, shapes=shapes)
+        return from_directory(
+            Path(spec["transformers"]), **how, centroids=centroids, embedder=embedder, shapes=shapes
+        )
     if "diffusers" in spec:
         return from_pipeline(Path(spec["diffusers"]))
     if "gguf" in spec:
@@ -210,13 +214,16 @@ def from_directory(
     roles: Sequence[str] = (),
     shapes: bool = False,
     bytes_in: bool = False,
+    centroids: Path | None = None,
+    embedder: Path | None = None,
 ) -> Source:
     """A transformers directory, or what the hub has under its name. Raises SourceError, saying what is wrong.
 
     A causal language model takes and gives its cache of keys and values, unless `cache` is false; `roles` prefill and
     decode make two graphs of it, for an engine that reads prompts and one that writes. With `shapes` a directory
     without weights gives a model on torch's device `meta`. With `bytes_in` a model of pictures takes uint8 pixels
-    of its own size, and scales them itself.
+    of its own size, and scales them itself. With a file of `centroids` the model has an input `intuition`,
+    which is worked out for texts where a directory of an `embedder` is named.
     """
     if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         path = _download(path)
@@ -235,6 +242,18 @@ def from_directory(
         processor.gives_bytes = True
         model = Pixels(model, *processor.affine(inputs["pixel_values"].shape[1]))
         inputs = {"pixel_values": ((inputs["pixel_values"] + 1) * 127.5).round().to(torch.uint8)}
+    if centroids is not None:
+        if processor.kind == "causal-lm" and cache:
+            raise SourceError(
+                f"{path} takes its cache, and is not told what requests are about beside it",
+                hint="set source.cache: false, or leave source.intuition out",
+            )
+        teller = processor.teller = _teller(centroids, embedder)
+        model = guided(model, tuple(inputs))
+        draw = torch.Generator().manual_seed(0)
+        size = len(teller.clusters.centroids)
+        inputs = {**inputs, intuition.INPUT: torch.rand(EXAMPLE_BATCH, size, generator=draw)}
+        dims = {**dims, intuition.INPUT: {0: "batch"}}
     if processor.kind == "causal-lm" and cache:
         processor.cache = tuple(causal.shapes(model.config))
         inputs, dims = cached.example(inputs, processor.cache)
@@ -260,6 +279,23 @@ def from_directory(
         directory=path,
         files=tuple(copied_files(path)),
     )
+
+
+def _teller(file: Path, directory: Path | None) -> Teller:
+    """Who says what texts are about. Raises SourceError or CalibrationError where the two do not go together."""
+    clusters = intuition.read(file)
+    if directory is None:
+        return Teller(clusters=clusters)
+    source = from_directory(directory)
+    if source.kind != "encoder" or source.processor is None:
+        raise SourceError(
+            f"{directory} is a {source.kind}, which embeds no texts",
+            hint="name a sentence encoder, such as all-MiniLM-L6-v2",
+        )
+    made = Embedder(module=source.module, processor=source.processor, digest=source.digest)
+    teller = Teller(clusters=clusters, embedder=made)
+    teller(["a"])  # one of another size is told of before anything is compiled
+    return teller
 
 
 def from_pipeline(path: Path) -> Source:

@@ -36,6 +36,7 @@ PASSES = Table(
         "split-concat": "effc.passes.split:SplitConcat",
         "timestep-table": "effc.passes.timestep:TimestepTable",
         "stack-lora": "effc.passes.lora_stack:StackLora",
+        "swap-lora": "effc.passes.lora_swap:SwapLora",
         "tune": "effc.passes.tune:Tune",
     },
     error=RecipeError,

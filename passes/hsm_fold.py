@@ -2,9 +2,10 @@
 
     W' = (diag(s) D W)[S, :]       b' = (diag(s) D b)[S]       E' = (E Dᵀ diag(s))[:, S]
 
-Computed in float64, S the channels that stay. What reads the stream loses the same columns, and norms get the gain and
-the epsilon of the shorter mean (`passes/prune_dims.py`). What is left has the operators of the graph as it was before
-`insert-hsm`, with smaller constants: no mask, no gather, no small products.
+Computed in float64, S the channels that stay. An adapter that is still beside a writer, W x + B A x, is part of what it
+writes: B becomes (diag(s) D B)[S, :]. What reads the stream loses the same columns, A and a router among it, and norms
+get the gain and the epsilon of the shorter mean (`passes/prune_dims.py`). What is left has the operators of the graph
+as it was before `insert-hsm`, with smaller constants: no mask, no gather, no small products.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from effc.passes.coupling_reading import Call
 from effc.passes.hsm import inserted
 from effc.passes.layernorm import put
 from effc.passes.prune_dims import remove
-from effc.passes.writers import Stream, is_later, sources, stream_of
+from effc.passes.writers import Stream, sources, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,6 @@ def _parts(
     if node in stream.writes:
         weight, bias = stream.writes[node].weight, Call(node)["bias"]
         name = reading.names[node]
-        if is_later(coupling, weight):
-            raise _refusal(f"{name} was put beside a layer to be trained", MERGE)
         if not is_constant(graph, weight):
             raise _refusal(
                 f"the weight of {name} is computed", "put merge-lora in front, and quantize behind"

@@ -3,6 +3,9 @@
     attach-lora     y = W x + b   →   y = W x + b + s B A x                        or DoRA's form, see `effc.nn.lora`
     merge-lora      W   →   W + s B A                                              and the operators are those of before
 
+The weight may be integers already (`quantize` in front): W is then what they stand for, the adapter reads x in float,
+and is trained on the model as it was rounded (QLoRA, Dettmers et al. 2023). Into integers nothing is merged.
+
 A fresh adapter changes nothing, to the last bit. Its tensors are called after the layer, `mlp.fc1.lora_A` and
 `mlp.fc1.lora_B`, and their origin says that they were spliced in: by that, and by the operators around them,
 `merge-lora` knows them again, whatever was trained, cloned or pruned meanwhile.
@@ -33,7 +36,7 @@ from effc.ir.splice import is_spliced, matched, small_graph, splice
 from effc.nn import lora
 from effc.nn.lora import FORMS, Dora, Lora
 from effc.passes.base import Model, Pass, Stats
-from effc.quant.ops import DEQUANTIZE
+from effc.quant.ops import DEQUANTIZE, QUANTIZE
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +143,7 @@ class AttachLora(Pass):
             raise self._nothing(graph)
         rank = self.rank or RANK
         for site in found:
-            weight = tensor_of(graph, site.layers[0].args[1])  # type: ignore[arg-type]
+            weight = weight_of(graph, site.layers[0])
             if rank > min(site.shape):
                 raise PreconditionError(
                     f"{self.name}: rank {rank} is more than {site.name} has, which is {list(site.shape)}",
@@ -164,11 +167,6 @@ class AttachLora(Pass):
         return {f"{FOLDER}/{name}": content for name, content in made.items()}
 
     def _nothing(self, graph: Graph) -> PreconditionError:
-        if any(node.target is DEQUANTIZE for node in graph.nodes):
-            return PreconditionError(
-                f"{self.name}: the weights of {graph.role!r} are integers already",
-                hint="put it in front of `quantize`",
-            )
         last = [] if self.output else sites(graph, self.select, output=True)
         names = ", ".join(site.name for site in last[:3])
         return PreconditionError(
@@ -206,14 +204,14 @@ class MergeLora(Pass):
 def sites(graph: Graph, select: Select, *, output: bool = False) -> list[Site]:
     """The linear layers of a choice that may have an adapter, those that share a weight together.
 
-    Their weight is a constant that came with the model. With `output` the layer that gives the logits is one of them,
-    and one that shares its weight with an embedding.
+    Their weight is a constant that came with the model, or what its integers stand for. With `output` the layer that
+    gives the logits is one of them, and one that shares its weight with an embedding.
     """
     tensors, tables, last = graph.tensors(), _tables(graph), _of_logits(graph)
     found: dict[Any, list[fx.Node]] = {}
     for node in select.sites(graph):
-        name = tensor_name(graph, node.args[1]) if op_name(node) == "linear" else None
-        if name is None or is_spliced(graph, name) or not tensors[name].is_floating_point():
+        name = tensor_name(graph, stored(node.args[1])) if op_name(node) == "linear" else None
+        if name is None or is_spliced(graph, name):
             continue
         place = place_of(tensors[name])
         if output or (node is not last and place not in tables):
@@ -224,9 +222,32 @@ def sites(graph: Graph, select: Select, *, output: bool = False) -> list[Site]:
     ]
 
 
+def stored(weight: Any) -> Any:
+    """The node of what a weight is stored as: its codes, where it is integers."""
+    is_coded = isinstance(weight, fx.Node) and weight.target is DEQUANTIZE
+    return weight.args[0] if is_coded else weight
+
+
+def weight_of(graph: Graph, layer: fx.Node) -> Tensor:
+    """The weight of a layer as a tensor; where it is integers, what they stand for."""
+    weight: Any = layer.args[1]
+    if weight.target is not DEQUANTIZE:
+        return tensor_of(graph, weight)
+    parts = [tensor_of(graph, x) if isinstance(x, fx.Node) else x for x in weight.args]
+    made: Tensor = DEQUANTIZE(*parts)
+    return made
+
+
+def read_of(layer: fx.Node) -> Any:
+    """The value that a layer reads, before it is rounded to a grid."""
+    value: Any = layer.args[0]
+    codes: Any = value.args[0] if value.target is DEQUANTIZE else None
+    return codes.args[0] if codes is not None and codes.target is QUANTIZE else value
+
+
 def layer_name(graph: Graph, layer: fx.Node, tables: Collection[Any]) -> str:
     """What a layer is called in the model: by its weight, or by its own place where that is one of the `tables`."""
-    name = tensor_name(graph, layer.args[1]) or ""
+    name = tensor_name(graph, stored(layer.args[1])) or ""
     if module_path(layer) and place_of(graph.tensors()[name]) in tables:
         return module_path(layer)
     source = graph.origins[name].source
@@ -315,9 +336,9 @@ def attach(graph: Graph, site: Site, low: Low, *, rooted: bool, traced: dict[Any
     scale = lora.scale_of(low.alpha, low.rank, rooted=rooted)
     shared: dict[str, fx.Node] = {}
     for layer in site.layers:
-        x, *own = layer.args
+        own = layer.args[1:]
         module: nn.Module = Lora(low.a, low.b, scale)
-        inputs: list[Any] = [x, layer]
+        inputs: list[Any] = [read_of(layer), layer]
         if low.magnitude is not None:
             module = Dora(low.a, low.b, scale, low.magnitude)
             inputs += [part for part in own if part is not None]
@@ -396,7 +417,7 @@ def _names(graph: Graph) -> list[str]:
     ]
 
 
-def _adapted(graph: Graph, place: Place) -> str:
+def adapted(graph: Graph, place: Place) -> str:
     """What the layer of an adapter is called, by the adapter's own tensors."""
     return graph.origins[tensor_name(graph, place.a) or ""].source.rpartition(".")[0]
 
@@ -405,11 +426,12 @@ def _is_ours(graph: Graph, hit: dict[str, Any], ours: set[str]) -> bool:
     """Whether a match is of an adapter's own tensors, beside the layer that reads what it reads."""
     layer = hit["b"]
     parts = [hit[word] for word in (lora.A, lora.B, lora.MAGNITUDE) if word in hit]
-    own = [hit[word] for word in ("a", "c", "d") if word in hit]
+    own = [hit[word] for word in ("c", "d") if word in hit]
     return (
         all(tensor_name(graph, part) in ours for part in parts)
         and op_name(layer) == "linear"
-        and all(mine is theirs for mine, theirs in zip(own, layer.args, strict=False))
+        and hit["a"] is read_of(layer)
+        and all(mine is theirs for mine, theirs in zip(own, layer.args[1:], strict=False))
     )
 
 
@@ -479,7 +501,7 @@ def _folded(graph: Graph, place: Place, word: str) -> Tensor:
     made = lora.merged(w, a, b, place.scale, size)
     if not made.is_meta and not bool(torch.isfinite(made).all()):
         raise PreconditionError(
-            f"{word}: the adapter of {_adapted(graph, place)} makes values that are no numbers",
+            f"{word}: the adapter of {adapted(graph, place)} makes values that are no numbers",
             hint="its tensors hold NaN, or are too large; train again with a lower `lr`",
         )
     return made

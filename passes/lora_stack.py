@@ -23,7 +23,7 @@ from effc.ir.program import Graph, Program
 from effc.ir.splice import small_graph, splice
 from effc.nn import lora
 from effc.passes.base import Pass, Stats
-from effc.passes.lora import Site, fitted, hold_recorded
+from effc.passes.lora import Site, fitted, hold_recorded, read_of
 from effc.passes.rank1 import first_rows, refuse_rows
 
 INPUT = "adapter"
@@ -120,7 +120,7 @@ class StackLora(Pass):
         for site, lows in stacks:
             module = Stacked(*_above_each_other(lows, len(given)))
             for layer in site.layers:
-                inputs: list[Any] = [layer.args[0], layer, which]
+                inputs: list[Any] = [read_of(layer), layer, which]
                 values = [node.meta["val"] for node in inputs]
                 key = (len(module.stack_A[0]), *((str(tuple(v.shape)), v.dtype) for v in values))
                 if key not in traced:

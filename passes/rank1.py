@@ -35,7 +35,6 @@ from effc.nn.rank1 import COEFFICIENT, Form, Gates, Rank1
 from effc.passes import lora as layers
 from effc.passes.base import Model, Pass, Stats
 from effc.passes.lora import Site
-from effc.quant.ops import DEQUANTIZE
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ class AttachRank1(Pass):
 
     def _fresh(self, graph: Graph, site: Site) -> dict[str, Tensor]:
         """A as LoRA's begins, everything else 0."""
-        weight = tensor_of(graph, site.layers[0].args[1])  # type: ignore[arg-type]
+        weight = layers.weight_of(graph, site.layers[0])
         kind = self.kind
         shapes = rank1.shapes(kind.form, kind.gates, kind.sizes, site.shape)
         a, _ = lora.fresh(site.name, weight, shapes[rank1.A][0], self.seed)
@@ -201,11 +200,6 @@ class AttachRank1(Pass):
 
 
 def _nothing(word: str, graph: Graph) -> PreconditionError:
-    if any(node.target is DEQUANTIZE for node in graph.nodes):
-        return PreconditionError(
-            f"{word}: the weights of {graph.role!r} are integers already",
-            hint="put it in front of `quantize`, which leaves what is attached in float",
-        )
     return PreconditionError(
         f"{word}: no linear layer of {graph.role!r} is selected",
         hint="effc inspect MODEL lists the layers; output: true takes the one that gives the logits",
@@ -306,7 +300,7 @@ def module_of(tensors: Mapping[str, Tensor], kind: Kind) -> Rank1:
 
 
 def inputs_of(layer: fx.Node, score: fx.Node | None) -> list[Any]:
-    return [layer.args[0], layer, *([] if score is None else [score])]
+    return [layers.read_of(layer), layer, *([] if score is None else [score])]
 
 
 def _small(module: Rank1, inputs: Sequence[fx.Node], traced: dict[Any, Graph]) -> Graph:
@@ -388,7 +382,7 @@ def _places(graph: Graph, kind: Kind, traced: dict[Any, Graph]) -> Iterator[Plac
         empty = {word: torch.zeros(shape, dtype=dtype) for word, shape in shapes.items()}
         small = _small(module_of(empty, kind), inputs_of(layer, score), traced)
         hit = matched(small, node)
-        if hit is not None and hit["b"] is layer and hit["a"] is layer.args[0]:
+        if hit is not None and hit["b"] is layer and hit["a"] is layers.read_of(layer):
             yield Place(layer=layer, output=node, tensors={word: hit[word] for word in shapes})
         else:
             log.debug("%s is no adapter as it was attached", stem)
@@ -423,7 +417,7 @@ def stem_of(graph: Graph, place: Place) -> str:
 
 def base_digest(graph: Graph, found: Sequence[Site]) -> str:
     """sha256 over the weights that experts stand beside, by their layers; of shapes alone it says little."""
-    return tensors_digest({s.name: tensor_of(graph, s.layers[0].args[1]) for s in found})  # type: ignore[arg-type]
+    return tensors_digest({s.name: layers.weight_of(graph, s.layers[0]) for s in found})
 
 
 def _digest(given: Experts) -> str:

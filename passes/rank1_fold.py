@@ -27,7 +27,7 @@ from effc.experts import Kind
 from effc.ir.edit import drop_input, replace, tensor_of
 from effc.ir.program import Graph, Program
 from effc.ir.select import op_name
-from effc.ir.splice import splice
+from effc.ir.splice import small_graph, splice
 from effc.nn import rank1
 from effc.passes import lora
 from effc.passes.base import Pass, Stats
@@ -97,6 +97,16 @@ class Batched(nn.Module):
         return (h.unsqueeze(-1) * gate.reshape(*gate.shape[:-1], n, m)).sum(-2)
 
 
+def _small(module: Batched, inputs: Sequence[fx.Node], traced: dict[Any, Graph]) -> Graph:
+    """The graph of a module behind values of such shapes; `traced` keeps it for the next group of the form."""
+    values = [node.meta["val"] for node in inputs]
+    held = [(name, tuple(buffer.shape), buffer.dtype) for name, buffer in module.named_buffers()]
+    key = *held, *((str(tuple(v.shape)), v.dtype) for v in values)
+    if key not in traced:
+        traced[key] = small_graph(module, values)
+    return traced[key]
+
+
 def _factors(kind: Kind, tensors: dict[str, Tensor]) -> tuple[float, float, float]:
     """What B is multiplied by, and what the token's and the request's part of a gate are; the larger of these is 1."""
     scale = kind.gain * (_sigmoid(tensors[rank1.SIZE]) if rank1.SIZE in tensors else 1.0)
@@ -132,13 +142,15 @@ class BatchRank1(Pass):
         score = score_of(graph, kind)
         groups: dict[Any, list[Place]] = {}
         for place in found:
-            groups.setdefault(place.layer.args[0], []).append(place)
+            groups.setdefault(lora.read_of(place.layer), []).append(place)
+        traced: dict[Any, Graph] = {}
         for value, group in groups.items():
             tensors = [{n: tensor_of(graph, t) for n, t in p.tensors.items()} for p in group]
             inputs = [value, *([] if score is None else [score])]
-            stem = f"{stem_of(graph, group[0])}.{WORD}"
+            module, stem = Batched(kind, tensors), f"{stem_of(graph, group[0])}.{WORD}"
             first = group[0].output
-            made = splice(graph, first, Batched(kind, tensors), inputs, stem, scope=group[0].layer)
+            small = _small(module, inputs, traced)
+            made = splice(graph, first, module, inputs, stem, like=small, scope=group[0].layer)
             for place, change in zip(group, made, strict=True):
                 place.output.update_arg(1, change)
         del graph.pending[WORD]
@@ -229,7 +241,9 @@ def _share(place: Place) -> fx.Node | None:
     """The softmax of a place; None where its gates have none."""
     if rank1.ROUTER not in place.tensors:
         return None
-    products = [u for u in place.tensors[rank1.ROUTER].users if u.args[0] is place.layer.args[0]]
+    products = [
+        u for u in place.tensors[rank1.ROUTER].users if u.args[0] is lora.read_of(place.layer)
+    ]
     found = [u for product in products for u in product.users if op_name(u) == "softmax"]
     return found[0]
 

@@ -21,7 +21,7 @@ from effc.ir.select import op_name
 from effc.ir.show import tensors_digest
 from effc.ir.splice import attached
 from effc.passes.base import Pass, Stats
-from effc.quant.ops import DEQUANTIZE
+from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.train.hsm import Hsm
 from effc.train.loop import Precision
 
@@ -87,12 +87,8 @@ class Tune(Pass):
                 "tune: there is nothing to train towards", hint="set distill or task"
             )
         for graph in program:
-            if self.takes(graph.role) and any(n.target is DEQUANTIZE for n in graph.nodes):
-                raise PreconditionError(
-                    "tune trains floats, and the graph is on integers already",
-                    where=f"graph {graph.role!r}",
-                    hint="put `tune` in front of `quantize`",
-                )
+            if self.takes(graph.role):
+                _refuse_integers(graph)
 
     def trained(self, graph: Graph) -> list[str]:
         """Names of the tensors that are trained: parameters of the model, and what passes made of them, that match."""
@@ -124,3 +120,21 @@ class Tune(Pass):
         for name, tensor in found.items():
             rebind(graph, name, tensor, "tuned")
         return len(found)
+
+
+def _refuse_integers(graph: Graph) -> None:
+    """Raise PreconditionError where what is trained is integers, or its gradient would have to pass a rounding."""
+    if not any(node.target is DEQUANTIZE for node in graph.nodes):
+        return
+    if not attached(graph):
+        raise PreconditionError(
+            "tune trains floats, and the graph is on integers already",
+            where=f"graph {graph.role!r}",
+            hint="put `tune` in front of `quantize`, or `attach-lora` between: adapters are trained on integers",
+        )
+    if any(node.target is QUANTIZE for node in graph.nodes):
+        raise PreconditionError(
+            "tune: activations are rounded, and no gradient passes a rounding",
+            where=f"graph {graph.role!r}",
+            hint="quantize the weights alone (activation_bits: 16), or put `tune` in front of `quantize`",
+        )

@@ -12,6 +12,15 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("examples/*/run.py"))
 KEYS = {
     "minilm": {"shapes", "outputs", "metric", "model_bytes", "int8_sites", "total_sites"},
+    "mor1e": {
+        "arms",
+        "export_max_abs",
+        "fused_max_abs",
+        "static_fold_err",
+        "adapter_overhead",
+        "mixed_batch_max_abs",
+        "about",
+    },
     "noisyquant": {
         "arms",
         "fold_max_abs",

@@ -28,8 +28,9 @@ LINES = [
     dialect
     ir nn
     calib
-    causal
-    processor noise generate gguf cached adapter pipeline intuition experts
+    causal intuition
+    processor noise generate gguf cached adapter pipeline experts
+    guided
     source
     passes backends
     metrics sampling

@@ -22,6 +22,8 @@ from torch.nn import functional
 FORMS = Literal["lora", "rslora", "dora"]
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 """Names of the tensors, behind that of the layer."""
+SWAP, SWAP_A, SWAP_B = "swap", "swap_A", "swap_B"
+"""What adapters that are left open stand under in `Graph.pending`, and the names of their tensors, as multiplied."""
 LEAST_NORM = 1e-12
 """A row of zeros has no direction: it is divided by this, and stays one of zeros."""
 

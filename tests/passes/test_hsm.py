@@ -34,6 +34,8 @@ from effc.passes.layernorm import LayerNormToRMSNorm
 from effc.passes.lora import AttachLora, MergeLora
 from effc.passes.prune_dims import PruneDims
 from effc.passes.quantize import Quantize
+from effc.passes.rank1 import AttachRank1
+from effc.passes.rank1_fold import BatchRank1
 from effc.passes.tune import Tune
 from effc.train.hsm import Hsm, schedule, sides
 from kit import assert_letter, cli
@@ -504,25 +506,59 @@ def test_a_weight_that_is_computed_is_not_folded_into():
         effc.apply(FoldHsm(), program)
 
 
-@pytest.mark.parametrize("form", ["lora", "dora"])
-def test_adapters_beside_the_modules_are_merged_in_front_of_the_fold(form):
+def with_adapters(pass_):
+    """A hard stream whose layers all have something beside them that is not 0."""
     program = inserted(stream(bias=True), rank=2)
-    effc.apply(AttachLora(rank=2, form=form), program)
+    effc.apply(pass_, program)
     graph = program.only()
-    assert len(attached(graph)) == 1 + 3 * 3 + 8 * (3 if form == "dora" else 2)
     assert not any(name.startswith("hsm.") and "lora" in name for name in graph.tensors())
     draw = torch.Generator().manual_seed(2)
     for name in attached(graph):
         tensor = graph.tensors()[name]
         rebind(graph, name, tensor + 0.2 * torch.randn(tensor.shape, generator=draw), "stirred")
     effc.apply(HardenHsm(), program)
-    with pytest.raises(PreconditionError, match="cannot be folded") as refused:
-        effc.apply(FoldHsm(), program)
-    assert "merge-lora" in refused.value.hint
+    return program
+
+
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_adapters_beside_the_modules_are_merged_in_front_of_the_fold(form):
+    program = with_adapters(AttachLora(rank=2, form=form))
+    if form == "dora":  # sizes of rows are none of D W
+        with pytest.raises(PreconditionError, match="cannot be folded") as refused:
+            effc.apply(FoldHsm(), program.clone())
+        assert "merge-lora" in refused.value.hint
     wanted = program.run(FEEDS)
     effc.apply(MergeLora(), program, probes={"main": [FEEDS]})
     assert folded(program) <= 1e-5
     assert drift(wanted, program.run(FEEDS)).rel_l2 <= 1e-5
+
+
+def test_an_adapter_that_stays_has_the_module_on_its_left():
+    program = with_adapters(AttachLora(rank=2))
+    tensors = program.only().tensors()
+    b = tensors["o.lora_B"].double()
+    down, up, scale = (tensors[f"hsm.o.{word}"] for word in ("down", "up", "scale"))
+    d = hsm_fold.matrix(down, up, None, scale, width=16)
+    d *= tensors["hsm.keep"].double()[:, None]
+    merged = program.clone()
+    effc.apply(MergeLora(), merged)
+    assert folded(merged) <= 1e-5
+    assert folded(program) <= 1e-5
+    assert drift(merged.run(FEEDS), program.run(FEEDS)).rel_l2 <= 1e-5
+    kept = d.abs().sum(1) > 0
+    torch.testing.assert_close(
+        program.only().tensors()["o.lora_B"].double(), (d @ b)[kept], atol=1e-6, rtol=1e-5
+    )
+    assert shapes(program)["o.lora_A"][1] == shapes(merged)["o.weight"][1]
+    assert shapes(program)["up.lora_A"][1] == shapes(merged)["up.weight"][1] == kept.sum()
+
+
+def test_gated_experts_beside_a_pruned_stream_compute_what_they_did():
+    program = with_adapters(AttachRank1(sizes=(2, 3), gates="router"))
+    assert folded(program) <= 1e-5
+    before = program.run(FEEDS)
+    assert effc.apply(BatchRank1(), program, probes={"main": [FEEDS]}).drift.rel_l2 <= 1e-5
+    assert drift(before, program.run(FEEDS)).rel_l2 <= 1e-5
 
 
 def test_modules_go_in_behind_adapters_that_are_there():

@@ -31,6 +31,7 @@ from effc.ir.splice import attached
 from effc.nn import lora
 from effc.passes.lora import AttachLora, MergeLora, adapter_of, sites
 from effc.passes.prune_dims import PruneDims
+from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
 from effc.recipe import build
 from effc.train.graph import InGraph
@@ -339,18 +340,16 @@ def test_what_cannot_have_an_adapter_is_said():
         )
 
 
-def test_integers_beneath_are_refused():
-    program = traced()
-    quantize(program, activation_bits=16)
-    with pytest.raises(PreconditionError, match="integers already") as error:
-        effc.apply(AttachLora(rank=2), program)
-    assert "in front of `quantize`" in error.value.hint
-    program = traced()
-    effc.apply(AttachLora(rank=2), program)
-    quantize(program, activation_bits=16)
-    with pytest.raises(PreconditionError, match="beneath the adapter of down is integers") as error:
-        effc.apply(MergeLora(), program)
-    assert "in front of `quantize`" in error.value.hint
+def test_nothing_is_merged_into_integers():
+    for first in (AttachLora(rank=2), Quantize(activation_bits=16)):
+        program = traced()
+        effc.apply(first, program)
+        quantize(program, activation_bits=16) if first.name == "attach-lora" else effc.apply(
+            AttachLora(rank=2), program
+        )
+        with pytest.raises(PreconditionError, match="the adapter of down is integers") as error:
+            effc.apply(MergeLora(), program)
+        assert "in front of `quantize`" in error.value.hint
 
 
 def test_an_adapter_that_another_pass_took_apart_is_not_merged_in_part():
