@@ -1141,9 +1141,9 @@ def deltas() -> list[str]:
         lines += [circumstances(found), ""]
         lines += [
             f"MiniLM-L6 in int8 for ONNX Runtime, {full / 1e6:.1f} MB of engine, its head tuned in {steps['head']} "
-            f"steps; from there norms and head in {steps['norms']}, or everything in {steps['everything']}, on SST-2 in "
-            f"batches of {steps['batch']}. Accuracy on its {found['sentences']:,} test sentences; a share of the gain has "
-            "a 95 % interval, a paired bootstrap over them. Bytes are those of the signed file.",
+            f"steps; from there norms and head in {steps['norms']}, or everything in {steps['everything']}, on SST-2 "
+            f"in batches of {steps['batch']}. Accuracy on its {found['sentences']:,} test sentences; a share of the "
+            "gain has a 95 % interval, a paired bootstrap over them. Bytes are those of the signed file.",
             "",
             "Whole packages: "
             + ", ".join(f"{n} {a:.4f}" for n, a in sorted(found["accuracy"].items()))
@@ -1167,12 +1167,12 @@ def deltas() -> list[str]:
         rounds, large = found["chain"], found["large"]
         equal = sum(r["files_equal"] and r["answers_equal"] for r in rounds)
         lines += [
-            f"In {equal} of {len(rounds)} chained rounds of at most {max(r['bytes'] for r in rounds):,} bytes the device's "
-            "files and answers were those of its maker's mirror, to the bit; there and back was "
+            f"In {equal} of {len(rounds)} chained rounds of at most {max(r['bytes'] for r in rounds):,} bytes the "
+            "device's files and answers were those of its maker's mirror, to the bit; there and back was "
             f"{'' if found['there_and_back'] else 'NOT '}the same to the byte.",
             "",
-            f"A package of {large['weights'] / 1e6:.0f} million weights in int8: a delta of {large['bytes']:,} bytes was "
-            f"taken in {large['apply_s']:.1f} s ({large['apply_cpu_s']:.1f} s of a processor, at a load of "
+            f"A package of {large['weights'] / 1e6:.0f} million weights in int8: a delta of {large['bytes']:,} bytes "
+            f"was taken in {large['apply_s']:.1f} s ({large['apply_cpu_s']:.1f} s of a processor, at a load of "
             f"{large['load']:.0f}), with {large['times_package']:.2f} times the package on the disk at most.",
             "",
         ]
