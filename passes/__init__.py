@@ -37,6 +37,7 @@ PASSES = Table(
         "timestep-table": "effc.passes.timestep:TimestepTable",
         "stack-lora": "effc.passes.lora_stack:StackLora",
         "tune": "effc.passes.tune:Tune",
+        "uncertain-tokens": "effc.passes.uncertain:UncertainTokens",
     },
     error=RecipeError,
 )
