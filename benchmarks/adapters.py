@@ -6,8 +6,8 @@ An encoder of random weights and two layers, 1,024 channels wide and 384, reads 
 multiply bytes, and what stands beside them is in float (ONNX Runtime) or 16 bit (OpenVINO, where the processor has it).
 `lora` has adapters of rank 8 that are not merged, `mor1e` 4 · 8 experts of rank 1 with one product for those of query,
 key and value (`one by one` without that), `stack` four adapters of which every row chooses: one for all, or four in
-turn; and `swap` the adapter of `lora`, left open to be exchanged. All take turns in shuffled blocks. Ratios are adapters
-÷ none, and mixed ÷ one for all. A mixed batch is held against each of its rows alone.
+turn; and `swap` the adapter of `lora`, left open to be exchanged. All take turns in shuffled blocks. Ratios are
+adapters ÷ none, and mixed ÷ one for all. A mixed batch is held against each of its rows alone.
 """
 
 from __future__ import annotations

@@ -1300,6 +1300,51 @@ def filled(text: str, source: str, content: str) -> str:
     return f"{before}{mark}\n{content}\n{END}{rest.partition(END)[2]}"
 
 
+def deltas() -> list[str]:
+    lines = ["## Weight deltas (benchmarks/delta.py)", ""]
+    for found in results("delta"):
+        full, steps = found["full_bytes"], found["steps"]
+        lines += [circumstances(found), ""]
+        lines += [
+            f"MiniLM-L6 in int8 for ONNX Runtime, {full / 1e6:.1f} MB of engine, its head tuned in {steps['head']} "
+            f"steps; from there norms and head in {steps['norms']}, or everything in {steps['everything']}, on SST-2 "
+            f"in batches of {steps['batch']}. Accuracy on its {found['sentences']:,} test sentences; a share of the "
+            "gain has a 95 % interval, a paired bootstrap over them. Bytes are those of the signed file.",
+            "",
+            "Whole packages: "
+            + ", ".join(f"{n} {a:.4f}" for n, a in sorted(found["accuracy"].items()))
+            + ".",
+            "",
+        ]
+        rows = [
+            [
+                r["arm"],
+                f"{r['budget']:.1%}" if r["budget"] else "none, lossless",
+                f"{r['bytes']:,}",
+                f"{r['bytes'] / full:.2%}",
+                f"{r['error']:.3f}",
+                f"{r['accuracy']:.4f}" if "accuracy" in r else "",
+                f"{r['gain']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" if "accuracy" in r else "",
+            ]
+            for r in found["arms"]
+        ]
+        heads = ["budget", "bytes", "of the engine", "change left out", "accuracy", "of the gain"]
+        lines += table(["arm", *heads], rows)
+        rounds, large = found["chain"], found["large"]
+        equal = sum(r["files_equal"] and r["answers_equal"] for r in rounds)
+        lines += [
+            f"In {equal} of {len(rounds)} chained rounds of at most {max(r['bytes'] for r in rounds):,} bytes the "
+            "device's files and answers were those of its maker's mirror, to the bit; there and back was "
+            f"{'' if found['there_and_back'] else 'NOT '}the same to the byte.",
+            "",
+            f"A package of {large['weights'] / 1e6:.0f} million weights in int8: a delta of {large['bytes']:,} bytes "
+            f"was taken in {large['apply_s']:.1f} s ({large['apply_cpu_s']:.1f} s of a processor, at a load of "
+            f"{large['load']:.0f}), with {large['times_package']:.2f} times the package on the disk at most.",
+            "",
+        ]
+    return lines
+
+
 def delta_faults() -> list[str]:
     lines = ["## Faults on a device that takes weight deltas (benchmarks/delta_faults.py)", ""]
     for found in results("delta_faults"):
@@ -1358,6 +1403,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     memory: ("memory",),
     plans: ("plan",),
     torture: ("malformed", "kills", "full"),
+    deltas: ("delta",),
     delta_faults: ("delta_faults",),
 }
 """The sections of the page, in order, and the results that they are made of; without any a section is left out."""

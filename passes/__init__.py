@@ -38,6 +38,7 @@ PASSES = Table(
         "stack-lora": "effc.passes.lora_stack:StackLora",
         "swap-lora": "effc.passes.lora_swap:SwapLora",
         "tune": "effc.passes.tune:Tune",
+        "uncertain-tokens": "effc.passes.uncertain:UncertainTokens",
     },
     error=RecipeError,
 )

@@ -49,22 +49,26 @@ def model(tensors):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def write(place: Path, tensors, *, external=False, target="ort", source="0", options=None):
-    """A package that `effc verify` finds whole."""
+def write(place: Path, tensors, *, external=False, source="0", **how):
+    """A package of these weights that `effc verify` finds whole."""
+    ports = list(zip(("x", "y"), ends(tensors), strict=True))
+    return write_model(place, model(tensors), ports, external=external, source=source, **how)
+
+
+def write_model(
+    place: Path, made, ports, *, external=False, target="ort", source="0", options=None
+):
+    """A package of a model with one input and one output, each a name and the width of its rows."""
     place.mkdir(parents=True)
-    made = model(tensors)
     beside = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 0}
     onnx.save(made, place / "model.onnx", **(beside if external else {}))
     for name in ("decisions.json", "origins.json"):
         (place / name).write_text("{}\n", encoding="utf-8")
     (place / "bench.json").write_text(json.dumps({"ms": len(source)}), encoding="utf-8")
-    i, o = ends(tensors)
-    ports = [
-        {"name": n, "dtype": "float32", "shape": ["batch", s]} for n, s in (("x", i), ("y", o))
-    ]
+    told = [{"name": n, "dtype": "float32", "shape": ["batch", s]} for n, s in ports]
     engine = {
         "role": "main", "target": target, "path": "model.onnx", "opset": 21,
-        "sha256": package.digest(place / "model.onnx"), "inputs": ports[:1], "outputs": ports[1:],
+        "sha256": package.digest(place / "model.onnx"), "inputs": told[:1], "outputs": told[1:],
         "options": options or {},
     }  # fmt: skip
     package.write_manifest(

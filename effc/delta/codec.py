@@ -218,7 +218,9 @@ def exact(tensor: Tensor, old: bytes, new: bytes) -> tuple[str, bytes]:
     kind = np.dtype(f"<u{tensor.width}")
     difference = _zigzag(np.frombuffer(new, kind) - np.frombuffer(old, kind))
     planes = difference.view(np.uint8).reshape(-1, tensor.width).T.tobytes()
-    found = {"ints": packed(planes), "bytes": packed(new)}
+    found = {"ints": packed(planes)}
+    if 2 * len(found["ints"]) > len(new):  # where less changed, the new bytes are not worth packing
+        found["bytes"] = packed(new)
     encoding = min(found, key=lambda word: len(found[word]))
     return encoding, found[encoding]
 

@@ -76,10 +76,10 @@ def make(
     bare = _Bare(before, after, counter, inputs)
     if before.text == after.text:
         return _made(bare, (), 0.0, signer, mirror)
-    units = _units(before, after, importance or {})
-    change = sum(unit.candidates[0].error for unit in units)
     if budget is None and not max_error:
         return _made(bare, _exact(before, after), 0.0, signer, mirror)
+    units = _units(before, after, importance or {})
+    change = sum(unit.candidates[0].error for unit in units)
     room = float("inf") if budget is None else float(budget)
     while True:
         chosen = rate.allocate(units, most_bytes=room, most_error=(max_error or 0) ** 2 * change)

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.export.graph_signature import (
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.utils import _pytree as pytree
 
@@ -243,6 +249,21 @@ def give(graph: Graph, name: str, node: fx.Node) -> None:
     assert isinstance(values, tuple | list)
     output.args = ((*values[:place], node, *values[place + 1 :]),)
     graph.exported.graph_signature.output_specs[place].arg = TensorArgument(node.name)
+
+
+def add_output(graph: Graph, name: str, node: fx.Node) -> None:
+    """A new last output of that name. Raises KeyError where there is one already."""
+    if name in graph.outputs:
+        raise KeyError(f"{graph.role} has an output {name!r} already")
+    (output,) = [n for n in graph.fx.nodes if n.op == "output"]
+    values = output.args[0]
+    assert isinstance(values, tuple | list)
+    output.args = ((*values, node),)
+    argument = TensorArgument(node.name)
+    specs = graph.exported.graph_signature.output_specs
+    specs.append(OutputSpec(OutputKind.USER_OUTPUT, argument, None))
+    graph.outputs = (*graph.outputs, name)
+    _forget_call_tree(graph)
 
 
 def keep_outputs(graph: Graph, names: Sequence[str]) -> None:

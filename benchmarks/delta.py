@@ -1,0 +1,412 @@
+"""Weight deltas of MiniLM-L6 in int8, tuned on film reviews: bytes against what the tuning gained; and a large package.
+
+    python benchmarks/delta.py [--state DIR] [--smoke]    # minutes on a free core; writes benchmarks/results/delta.json
+
+The model that devices hold has a head that saw few sentences. From there the norms and the head are tuned, or all of
+it, or one small step is made; each is compiled with the first one's decisions, so that calibration is frozen. Accuracy
+is that of the int8 engines, on SST-2's test sentences, that nothing was trained on; what a delta recovers is a share of
+what the whole new package gains, with a paired bootstrap over sentences. `--state` keeps what was trained and compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from effc.delta import device, make, packet
+
+sys.path.insert(0, str(common.ROOT / "tests"))
+
+Json = dict[str, Any]
+SEED = 0
+LENGTH, SHORT = 64, 32
+"""Tokens of a sentence that are read, and in tuning."""
+BATCH = 16
+HEAD_STEPS, HEAD_ROWS = 20, 320
+STEPS, STOPS = 100, (50, 100)
+"""Of the tuning of everything, and when it is looked at."""
+NORM_STEPS = 60
+SMALL = 1e-6
+"""Learning rate of one small step, as in reinforcement learning."""
+SHARES = (0.01, 0.02, 0.04, 0.13)
+"""Budgets, of the bytes of the engine's files."""
+ROUNDS, ROUND_SHARE = 10, 0.02
+MOST = {"norms and head": 0.02, "everything": 0.13, "a small step, lossless": 0.03}
+LARGE = 32, 1792
+"""Layers and width of the large package: 103 million weights in int8."""
+
+
+def sentences(data: Path, name: str) -> tuple[list[str], np.ndarray[Any, Any]]:
+    lines = (data / "sst2" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+    texts, labels = zip(*(line.rsplit("\t", 1) for line in lines), strict=True)
+    return list(texts), np.array(labels, np.int64)
+
+
+def batches(texts: Sequence[str], labels: Any, tokens: Any, steps: int) -> Iterator[Any]:
+    draw = np.random.default_rng(SEED)
+    for _ in range(steps):
+        rows = draw.choice(len(texts), BATCH, replace=False)
+        chosen = [texts[r] for r in rows]
+        fed = tokens(chosen, truncation=True, max_length=SHORT, padding=True, return_tensors="pt")
+        yield dict(fed), torch.from_numpy(labels[rows])
+
+
+def tuned(
+    model: nn.Module, given: Iterator[Any], *, lr: float, words: Sequence[str] = (), steps: int
+) -> Iterator[int]:
+    """Train the parameters whose names have one of these words, all where there are none; gives each step's number."""
+    chosen = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not words or any(word in name for word in words))
+        chosen += [parameter] if parameter.requires_grad else []
+    optimizer = torch.optim.AdamW(chosen, lr=lr, weight_decay=0.0)
+    model.train()
+    for step, (fed, labels) in enumerate(given, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, step / 10, (steps + 1 - step) / (steps / 2))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(**fed).logits, labels).backward()
+        optimizer.step()
+        yield step
+
+
+NORMS = ("LayerNorm", "pooler", "classifier")
+
+
+def checkpoints(state: Path, data: Path, scale: float) -> dict[str, Path]:
+    """Directories of the models by name, trained where they are not there."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    texts, labels = sentences(data, "train")
+    tokens = AutoTokenizer.from_pretrained(common.minilm())
+    names = ["base", "norms", "small", *(f"all{stop}" for stop in STOPS)]
+    found = {name: state / "models" / name for name in names}
+
+    def loaded(place: Path) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
+
+    def kept(model: Any, name: str) -> None:
+        part = found[name].with_name(f"{name}.part")
+        model.save_pretrained(part)
+        tokens.save_pretrained(part)
+        os.replace(part, found[name])
+
+    def trained(start: Path, name: str, stops: Sequence[int], rows: int, **how: Any) -> None:
+        steps = max(1, int(max(stops) * scale))
+        model = loaded(start)
+        given = batches(texts[:rows], labels[:rows], tokens, steps)
+        at = {max(1, int(stop * scale)): stop for stop in stops}
+        for step in tuned(model, given, steps=steps, **how):
+            if step in at:
+                kept(model, name.format(at[step]))
+
+    if not found["base"].exists():
+        trained(common.minilm(), "base", [HEAD_STEPS], HEAD_ROWS, lr=1e-3, words=NORMS[1:])
+    if not found["norms"].exists():
+        trained(found["base"], "norms", [NORM_STEPS], len(texts), lr=2e-3, words=NORMS)
+    if not found[f"all{STOPS[-1]}"].exists():
+        trained(found["base"], "all{}", STOPS, len(texts), lr=1e-4)
+    if not found["small"].exists():
+        model = loaded(found[f"all{STOPS[-1]}"])
+        for _ in tuned(model, batches(texts, labels, tokens, 1), lr=SMALL * 10, steps=1):
+            kept(model, "small")  # the first of ten steps of warm-up, so a tenth of that rate
+    return found
+
+
+def packages(state: Path, data: Path, models: dict[str, Path]) -> dict[str, Path]:
+    """Their packages, compiled where they are not there; the base a second time too."""
+    calib = state / "calib.txt"
+    calib.write_text("\n".join(sentences(data, "train")[0][:256]) + "\n", encoding="utf-8")
+    found = {name: state / "packages" / name for name in ("base", "again", *models)}
+    (state / "packages").mkdir(exist_ok=True)
+    for name, out in found.items():
+        if out.exists():
+            continue
+        words = [
+            "compile",
+            models.get(name, models["base"]),
+            "-o",
+            out,
+            "--quantize",
+            "int8",
+            "--calib",
+            calib,
+        ]
+        words += ["--no-bench", "--threads", "1"]
+        words += [] if name == "base" else ["--decisions", found["base"] / "decisions.json"]
+        common.run_cli(*words)
+    return found
+
+
+class Judge:
+    """Which sentences an engine gets right."""
+
+    def __init__(self, data: Path, model: Path, most: int | None) -> None:
+        from transformers import AutoTokenizer
+
+        tokens = AutoTokenizer.from_pretrained(model)
+        texts, labels = sentences(data, "test")
+        texts, self.labels = texts[:most], labels[:most]
+        order = np.argsort([len(t) for t in texts], kind="stable")
+        self.rows = [order[i : i + 16] for i in range(0, len(order), 16)]
+        how = {"truncation": True, "max_length": LENGTH, "padding": True, "return_tensors": "np"}
+        self.fed = [dict(tokens([texts[r] for r in rows], **how)) for rows in self.rows]
+
+    def __call__(self, root: Path) -> np.ndarray[Any, Any]:
+        engine = device.manifest_of(root)["engines"][0]
+        run = device.session(root, engine)
+        names = [port["name"] for port in engine["inputs"]]
+        right = np.zeros(len(self.labels), bool)
+        for rows, fed in zip(self.rows, self.fed, strict=True):
+            logits = run({n: fed[n].astype(np.int64) for n in names})["logits"]
+            right[rows] = logits.argmax(-1) == self.labels[rows]
+        return right
+
+
+def recovered(old: Any, new: Any, got: Any) -> Json:
+    """The share of the gain from old to new that `got` has, with a 95 % interval: a paired bootstrap over sentences."""
+    draw = np.random.default_rng(SEED)
+    rows = draw.integers(0, len(old), (2000, len(old)))
+    sums = [right[rows].sum(axis=1).astype(float) for right in (old, new, got)]
+    shares = (sums[2] - sums[0]) / np.maximum(sums[1] - sums[0], 1.0)
+    gain = float(new.mean() - old.mean())
+    low, high = np.quantile(shares, [0.025, 0.975])
+    share = float(got.mean() - old.mean()) / gain if gain > 0 else float("nan")
+    return {"accuracy": float(got.mean()), "gain": share, "low": float(low), "high": float(high)}
+
+
+def row(made: make.Made, seconds: float) -> Json:
+    return {k: made.numbers[k] for k in ("bytes", "share", "error", "tensors", "encodings")} | {
+        "make_s": round(seconds, 1)
+    }
+
+
+def timed(old: Path, new: Path, key: Path, counter: int = 1, **how: Any) -> tuple[make.Made, float]:
+    started = time.perf_counter()
+    made = make.make(old, new, key=key, counter=counter, **how)
+    return made, time.perf_counter() - started
+
+
+def weight_bytes(root: Path) -> int:
+    return sum(p.stat().st_size for p in root.rglob("model.onnx*"))
+
+
+def arms(place: Path, out: dict[str, Path], judge: Judge, key: Path) -> tuple[list[Json], Json]:
+    """Every arm and budget: bytes of the signed file, and what of the gain it brings."""
+    right = {name: judge(out[name]) for name in ("base", "norms", f"all{STOPS[-1]}")}
+    full = weight_bytes(out["base"])
+    found: list[Json] = []
+    targets = (("norms and head", "norms", (0.02,)), ("everything", f"all{STOPS[-1]}", SHARES))
+    for arm, name, shares in targets:
+        for share in (*shares, None):
+            mirror = place / "mirror"
+            shutil.rmtree(mirror, ignore_errors=True)
+            budget = int(share * full) if share else None
+            made, seconds = timed(out["base"], out[name], key, budget=budget, mirror=mirror)
+            told = recovered(right["base"], right[name], judge(mirror))
+            found.append({"arm": arm, "budget": share, **row(made, seconds), **told})
+            print(found[-1], flush=True)
+    made, seconds = timed(out[f"all{STOPS[-1]}"], out["small"], key)
+    found.append({"arm": "a small step, lossless", "budget": None, **row(made, seconds)})
+    made, seconds = timed(out["base"], out["again"], key)
+    found.append({"arm": "the same weights again", "budget": None, **row(made, seconds)})
+    return found, {name: float(each.mean()) for name, each in right.items()}
+
+
+def files(root: Path) -> dict[str, str]:
+    named = [p for p in root.rglob("*") if p.is_file()]
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in named}  # fmt: skip
+
+
+def chain(place: Path, out: dict[str, Path], judge: Judge, key: Path, word: str) -> list[Json]:
+    """Ten rounds to the stops of the tuning, in a closed loop, on a device; is it what its maker thinks?"""
+    store, held = place / "store", out["base"]
+    device.init(store, held, [word])
+    found = []
+    budget = int(ROUND_SHARE * weight_bytes(held))
+    for number in range(1, ROUNDS + 1):
+        target = out[f"all{STOPS[(number - 1) * len(STOPS) // ROUNDS]}"]
+        mirror = place / f"mirror{number}"
+        made, seconds = timed(held, target, key, number, budget=budget, mirror=mirror)
+        (place / "up.effd").write_bytes(made.content)
+        started = time.perf_counter()
+        device.apply(store, place / "up.effd")
+        apply_s = time.perf_counter() - started
+        device.confirm(store)
+        serving, _ = device.start(store)
+        run, twin = (
+            device.session(r, device.manifest_of(r)["engines"][0]) for r in (serving, mirror)
+        )
+        fed = {n: v.astype(np.int64) for n, v in judge.fed[0].items()}
+        names = [p["name"] for p in device.manifest_of(serving)["engines"][0]["inputs"]]
+        given = {n: fed[n] for n in names}
+        same = all(
+            np.array_equal(a, b)
+            for a, b in zip(run(given).values(), twin(given).values(), strict=True)
+        )
+        found.append(
+            {"round": number, **row(made, seconds), "apply_s": round(apply_s, 2),
+             "files_equal": files(serving) == files(mirror), "answers_equal": same}
+        )  # fmt: skip
+        print(found[-1], flush=True)
+        held = mirror
+    return found
+
+
+def there_and_back(place: Path, out: dict[str, Path], key: Path, word: str) -> bool:
+    store, new = place / "back", out[f"all{STOPS[-1]}"]
+    device.init(store, out["base"], [word])
+    first = files(store / "slots" / "a")
+    for number, (a, b) in enumerate(((out["base"], new), (new, out["base"])), 1):
+        made, _ = timed(a, b, key, number)
+        (place / "up.effd").write_bytes(made.content)
+        device.apply(store, place / "up.effd")
+        device.confirm(store)
+    return files(store / "slots" / "a") == first
+
+
+def large_model(layers: int, width: int, seed: int) -> onnx.ModelProto:
+    """Linear layers in int8 codes with a scale for each row; with another seed one code in fifty is another one."""
+    draw, move = np.random.default_rng(0), np.random.default_rng(seed)
+    tensors, nodes, name = [], [], "x"
+    for at in range(layers):
+        codes = draw.integers(-127, 128, (width, width)).astype(np.int8)
+        if seed:
+            moved = move.random(codes.shape) < 0.02
+            codes = np.clip(codes + moved * move.choice([-1, 1], codes.shape), -127, 127)
+        scale = np.full(width, 1 / (74 * np.sqrt(width)), "f4")
+        made = {f"codes{at}": codes.astype(np.int8), f"scale{at}": scale}
+        tensors += [numpy_helper.from_array(v, n) for n, v in made.items()]
+        nodes += [
+            helper.make_node("DequantizeLinear", [f"codes{at}", f"scale{at}"], [f"w{at}"], axis=0),
+            helper.make_node("Gemm", [name, f"w{at}"], [f"a{at}"], transB=1),
+        ]
+        name = f"a{at}"
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", width]) for n in ("x", name)]  # fmt: skip
+    graph = helper.make_graph(nodes, "large", ends[:1], ends[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def large(place: Path, key: Path, word: str, layers: int, width: int) -> Json:
+    """Seconds and room that a device needs for a package of a hundred million weights."""
+    from packages import write_model
+
+    roots = []
+    for seed in (0, 1):
+        model = large_model(layers, width, seed)
+        ports = [("x", width), (f"a{layers - 1}", width)]
+        roots.append(write_model(place / f"large{seed}", model, ports))
+        del model
+    made, seconds = timed(*roots, key)
+    (place / "large.effd").write_bytes(made.content)
+    size = sum(p.stat().st_size for p in roots[0].rglob("*"))
+    store = place / "large-store"
+    device.init(store, roots[0], [word])
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            most[0] = max(most[0], used(store))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started, busy = time.perf_counter(), time.process_time()
+    device.apply(store, place / "large.effd")
+    apply_s, busy = time.perf_counter() - started, time.process_time() - busy
+    over.set()
+    thread.join()
+    most[0] = max(most[0], used(store))
+    return {
+        "weights": layers * width * width, "package_bytes": size, **row(made, seconds),
+        "apply_s": round(apply_s, 2), "apply_cpu_s": round(busy, 2), "load": os.getloadavg()[0],
+        "most_bytes": most[0], "times_package": most[0] / size,
+    }  # fmt: skip
+
+
+def used(store: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(store):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size
+            except FileNotFoundError:  # it is being exchanged
+                continue
+    return total
+
+
+def bounds(found: Json) -> dict[str, bool]:
+    """What must hold, in words."""
+    rows = {(r["arm"], r["budget"]): r for r in found["arms"]}
+    held = {
+        f"{arm}: at most {most:.0%} of the engine's bytes": min(r["bytes"] for r in found["arms"] if r["arm"] == arm)
+        <= most * found["full_bytes"]
+        for arm, most in MOST.items()
+    }  # fmt: skip
+    held["norms and head: 95 % of the gain in 2 %"] = rows["norms and head", 0.02]["gain"] >= 0.95
+    held["everything: 95 % of the gain in 13 %"] = rows["everything", 0.13]["gain"] >= 0.95
+    again = rows["the same weights again", None]
+    held["the same weights make an empty delta"] = again["tensors"] == 0
+    equal = all(r["files_equal"] and r["answers_equal"] for r in found["chain"])
+    held["a device is what its maker thinks, ten rounds on"] = (
+        equal and len(found["chain"]) == ROUNDS
+    )
+    held["there and back is the same to the byte"] = found["there_and_back"]
+    large = found["large"]
+    held["a large delta is taken in at most 10 s"] = large["apply_s"] <= 10
+    held["it takes at most twice the package"] = large["times_package"] <= 2.001
+    return held
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", help="where trained models and packages are kept")
+    parser.add_argument("--smoke", action="store_true", help="few steps and sentences, no result")
+    args = parser.parse_args()
+    data = common.data_root()
+    if data is None:
+        print("skipped: EFFC_DATA has no sst2")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="effc-delta-") as scratch:
+        place, state = Path(scratch), Path(args.state or scratch)
+        state.mkdir(parents=True, exist_ok=True)
+        models = checkpoints(state, data, 0.05 if args.smoke else 1.0)
+        out = packages(state, data, models)
+        word = packet.keygen(place / "key", place / "key.pub")
+        judge = Judge(data, models["base"], 64 if args.smoke else None)
+        rows, accuracy = arms(place, out, judge, place / "key")
+        shape = (4, 256) if args.smoke else LARGE
+        found = {
+            "name": "delta", "full_bytes": weight_bytes(out["base"]), "sentences": len(judge.labels),
+            "steps": {"head": HEAD_STEPS, "norms": NORM_STEPS, "everything": STEPS, "batch": BATCH},
+            "accuracy": accuracy, "arms": rows, "chain": chain(place, out, judge, place / "key", word),
+            "there_and_back": there_and_back(place, out, place / "key", word),
+            "large": large(place, place / "key", word, *shape),
+        }  # fmt: skip
+    missed = [text for text, held in bounds(found).items() if not held]
+    if not args.smoke:
+        print(common.write("delta", found))
+    for text in missed:
+        print(f"MISSED: {text}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
