@@ -54,6 +54,7 @@ TARGET, CALIBRATED, BATCH, DRAWS = "tensorrt", 128, 32, 5
 OUTLIERS, LARGER = 3, 8.0
 CLIP, SHUFFLED = "clip search", "offsets, shuffled"
 ALL, ALIKE = "level, offsets, gptq", "level alike, offsets, gptq"
+TAILS = "level alike, percentile, offsets, gptq"
 LINEAR = {"select": effc.Select(op="linear")}
 TWIN, TWINS = "twin", "twin-uniform"
 """What is done behind the passes of an arm, where it is done."""
@@ -94,6 +95,7 @@ def arms() -> dict[str, list[Json]]:
         "level, offsets": [level, offsets()],
         ALL: [level, offsets(**best)],
         ALIKE: [alike, offsets(**best)],
+        TAILS: [alike, offsets(**BASES["percentile"], **best)],
         "level, offsets, gptq, refit": [level, offsets(refit=True, **best)],
         "level, offsets, gptq, slopes": [level, offsets(slopes=True, **best)],
     }
@@ -118,7 +120,7 @@ PAIRS = tuple(
     for name in (base, f"{base}, noise")
 )  # fmt: skip
 SHIFTED = tuple(f"{base}, offsets" for base in (*BASES, TWINS))
-REST = tuple(name for name in arms() if name not in (*FIRST, *MAIN, *PAIRS, *SHIFTED))
+REST = tuple(name for name in arms() if name not in (*FIRST, *MAIN, *PAIRS, *SHIFTED, TAILS))
 PLAN = (
     ("trained", 6, FIRST, DRAWS),
     ("trained", 4, (CLIP, ALIKE), DRAWS),
@@ -126,6 +128,8 @@ PLAN = (
     ("trained", 6, MAIN, DRAWS),
     ("trained", 6, PAIRS, DRAWS),
     ("trained", 6, SHIFTED, DRAWS),
+    ("trained", 6, (TAILS,), DRAWS),
+    ("trained", 4, (TAILS,), DRAWS),
     ("outliers", 6, (CLIP, "clip search, noise", *PAIRS), 2),
     ("trained", 8, (CLIP, ALIKE, "offsets", SHUFFLED, "clip search, noise"), 3),
     ("trained", 4, ("offsets", SHUFFLED, "clip search, noise", ALL), DRAWS),
