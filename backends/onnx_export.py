@@ -232,7 +232,9 @@ def prepared(exported: ExportedProgram, opset: int, *, ours: bool = True) -> Exp
 
     exported = decomposed(exported, registry(opset, ours=ours))
     if any(map(_mixes_types, exported.graph.nodes)):
-        for node in exported.graph.nodes:  # attention that is run once more may lay its output out in another way
+        for node in (
+            exported.graph.nodes
+        ):  # attention that is run once more may lay its output out in another way
             node.target = aten.reshape.default if node.target is aten.view.default else node.target
         with quiet(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             passes.InsertTypePromotion(exported.graph_module).run()
