@@ -26,7 +26,7 @@ GRAPHED = 512
 """Pictures that the graph itself is run on."""
 ROWS = 32
 """Of every layer, by which engine and graph are compared."""
-BEST = {"weight_range": "mse", "rounding": "gptq"}
+BEST = {"range": "percentile", "clip": "range", "weight_range": "mse", "rounding": "gptq"}
 ARMS: dict[str, list[Json]] = {
     "w6a6/clip search": [{"pass": "quantize"}],
     "w6a6/noise": [{"pass": "noisyquant", "mode": "paper"}],
