@@ -456,11 +456,10 @@ def unseen() -> list[str]:
 def searching() -> list[str]:
     lines = ["## What the search for offsets costs (benchmarks/searching.py)", ""]
     for found in results("searching"):
-        steps = ", ".join(f"{word} {seconds:.0f} s" for word, seconds in found["seconds"].items())
         lines += [
             f"A vision transformer of random weights of DeiT-S's size, {found['sites']} layers to {found['bits']} "
             f"bits with {found['samples']} pictures: one core works {found['cpu_s']:.0f} s for it, with at most "
-            f"{found['peak_mb']:,} MB; {steps}. Beside other work on that core it took {found['wall_s']:.0f} s. "
+            f"{found['peak_mb']:,} MB. Beside other work on that core it took {found['wall_s']:.0f} s. "
             + circumstances(found), "",
         ]  # fmt: skip
     return lines
