@@ -59,7 +59,7 @@ class Plan:
 
 PLANS = {
     "smoke": Plan(
-        train=40, test=20, epochs=1, seeds=1, held=16, bench_s=1.0, arms=("lora", SHOWN)
+        train=24, test=12, epochs=1, seeds=1, held=16, bench_s=1.0, arms=("lora", SHOWN)
     ),
     "fast": Plan(train=200, test=120, epochs=1, seeds=2, held=32, bench_s=10.0, arms=MAIN),
     "full": Plan(train=1600, test=800),
