@@ -230,7 +230,10 @@ def arms(place: Path, out: dict[str, Path], judge: Judge, key: Path) -> Json:
             shutil.rmtree(mirror, ignore_errors=True)
             budget = int(share * full) if share else None
             made, seconds = timed(out["base"], out[name], key, budget=budget, mirror=mirror)
-            told = recovered(right["base"], right[name], judge(mirror))
+            model = "model.onnx"  # where it is the new one to the byte, so are its answers
+            is_new = (mirror / model).read_bytes() == (out[name] / model).read_bytes()
+            got = right[name] if is_new else judge(mirror)
+            told = recovered(right["base"], right[name], got)
             found.append({"arm": arm, "budget": share, **row(made, seconds), **told})
             print(found[-1], flush=True)
     made, seconds = timed(out[f"all{STOPS[-1]}"], out["small"], key)
