@@ -1307,7 +1307,7 @@ def deltas() -> list[str]:
         lines += [
             f"MiniLM-L6 in int8 for ONNX Runtime, {full / 1e6:.1f} MB of engine, its head tuned in {steps['head']} "
             f"steps; from there norms and head in {steps['norms']}, or everything in {steps['everything']}, on SST-2 "
-            f"in batches of {steps['batch']}. Accuracy on its {found['sentences']:,} test sentences; a share of the "
+            f"in batches of {steps['batch']}. Accuracy on {found['sentences']:,} dev sentences; a share of the "
             "gain has a 95 % interval, a paired bootstrap over them. Bytes are those of the signed file.",
             "",
             "Whole packages: "

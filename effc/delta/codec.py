@@ -35,8 +35,10 @@ FLOATS: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dt
 MOST_WINDOW = 1 << 27
 MOST_RANK = 64
 HARMED = "get an unharmed copy of the delta, or have it made again"
+QUICK, TIGHT = 9, 19
+"""Levels of zstd, to compare ways of sending a tensor, and for what is sent: a fifth smaller, twenty times slower."""
 _SLOW_BELOW = 1 << 20
-"""Content of less than that is packed at the highest level of zstd; more of it would take minutes."""
+"""Only content of less than that is packed tight; more of it would take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,17 @@ class Tensor:
 # both sides
 
 
-def packed(content: bytes) -> bytes:
+def packed(content: bytes, level: int = QUICK) -> bytes:
     """One zstd frame with the length of its content in it."""
-    level = 19 if len(content) < _SLOW_BELOW else 9
     return zstandard.ZstdCompressor(level=level).compress(content)
+
+
+def tightened(frame: bytes) -> bytes:
+    """The same content in fewer bytes, where more time finds such, for what is sent in the end."""
+    content = zstandard.ZstdDecompressor().decompress(frame)
+    if len(content) >= _SLOW_BELOW:
+        return frame
+    return min(frame, packed(content, TIGHT), key=len)
 
 
 def unpacked(frame: bytes, most: int, *, name: str, known: bytes = b"") -> bytes:

@@ -8,6 +8,7 @@ change are sent.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from effc.plain import sealed
 LOOKED_AT = 64
 """Elements of an output that a test vector has."""
 TOLERANCE = 0.02
+LOOSE = 1.3
+"""How much larger what is compared may be than what is sent, as that is packed tight."""
 FROZEN = "compile the new weights with the same recipe and --decisions OLD/decisions.json"
 
 
@@ -80,22 +83,27 @@ def make(
         return _made(bare, _exact(before, after), 0.0, signer, mirror)
     units = _units(before, after, importance or {})
     change = sum(unit.candidates[0].error for unit in units)
-    room = float("inf") if budget is None else float(budget)
+    room = float("inf") if budget is None else LOOSE * budget
+    beside = 0  # bytes that are no payloads, as far as is known
+    tight = functools.cache(_tight)
     while True:
         chosen = rate.allocate(units, most_bytes=room, most_error=(max_error or 0) ** 2 * change)
         left = sum(way.error for way in chosen)
-        parts = [part for way in chosen for part in way.parts]
-        found = _made(bare, parts, float(np.sqrt(left / change)) if change else 0.0, signer, None)
-        over = 0 if budget is None else len(found.content) - budget
-        if over <= 0:
-            return _made(bare, parts, found.packet.error, signer, mirror) if mirror else found
+        parts = [tight(part) for way in chosen for part in way.parts]
+        size = sum(len(part.payload) for part in parts)
+        if budget is None or not parts or size + beside <= budget:
+            error = float(np.sqrt(left / change)) if change else 0.0
+            found = _made(bare, parts, error, signer, None)
+            beside = len(found.content) - size
+            if budget is None or len(found.content) <= budget:
+                return _made(bare, parts, error, signer, mirror) if mirror else found
+            if not parts or room <= 0:
+                raise DeltaError(
+                    f"{len(found.content)} bytes are needed to send nothing but manifest, tests and what has no error",
+                    hint="give a larger --budget",
+                )
         spent = sum(way.bytes for way in chosen)
-        if not spent or room <= 0:
-            raise DeltaError(
-                f"{len(found.content)} bytes are needed to send nothing but manifest, tests and signature",
-                hint="give a larger --budget",
-            )
-        room = min(room, spent) - over
+        room = min(room, spent) - max(1, size + beside - budget)
 
 
 def arrays_of(file: Path) -> dict[str, Array]:
@@ -155,6 +163,10 @@ def _skeleton(side: _Side, engine: str) -> str:
     return device.graph_of({**side.contents}, blank)
 
 
+def _tight(part: Part) -> Part:
+    return replace(part, payload=codec.tightened(part.payload))
+
+
 def _bytes(side: _Side, tensor: codec.Tensor) -> bytes:
     return side.contents[tensor.file][tensor.offset : tensor.offset + tensor.length].tobytes()
 
@@ -169,7 +181,7 @@ def _exact(before: _Side, after: _Side) -> list[Part]:
         for tensor in known.tensors.values():
             old, new = _bytes(before, tensor), _bytes(after, tensor)
             if old != new:  # engines may share a tensor in one file
-                found[tensor.file, tensor.offset] = rate.exact(tensor, old, new)
+                found[tensor.file, tensor.offset] = _tight(rate.exact(tensor, old, new))
     return [found[place] for place in sorted(found)]
 
 
@@ -178,9 +190,18 @@ def _units(before: _Side, after: _Side, importance: Mapping[str, Array | float])
     found = []
     for known in before.weights.values():
         for coded in known.coded:
+            held = [
+                known.tensors[n]
+                for n in (coded.codes, coded.scale, coded.zero)
+                if n in known.tensors
+            ]
+            places = {(t.file, t.offset) for t in held}
+            sent = {(t.file, t.offset) for t in held if _bytes(before, t) != _bytes(after, t)}
+            if sent & seen:  # by another engine, or with a zero point that two weights share
+                continue
             unit = _coded_unit(known, coded, before, after, importance.get(coded.codes, 1.0))
             if unit is not None:
-                seen |= {_at(known, n) for n in (coded.codes, coded.scale, coded.zero) if n}
+                seen |= places
                 found.append(unit)
         for name, tensor in known.tensors.items():
             old, new = _bytes(before, tensor), _bytes(after, tensor)
@@ -373,7 +394,7 @@ def _vector(root: Path, engine: Mapping[str, Any], given: Mapping[str, Array] | 
         [*(v.tobytes() for v in feeds.values()), *(v.tobytes() for v in looked.values())]
     )
     return Vector(
-        engine=engine["path"], tolerance=TOLERANCE, payload=codec.packed(content),
+        engine=engine["path"], tolerance=TOLERANCE, payload=codec.packed(content, codec.TIGHT),
         inputs=tuple((n, v.dtype.name, v.shape) for n, v in feeds.items()),
         outputs=tuple((n, numbers[n].size, v.size) for n, v in looked.items()),
     )  # fmt: skip

@@ -154,7 +154,7 @@ def written(packet: Packet, key: ed25519.Ed25519PrivateKey) -> bytes:
         ],
     }  # fmt: skip
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    head = codec.packed(text)
+    head = codec.packed(text, codec.TIGHT)
     held: list[Entry | Text | Vector] = [*packet.entries, *packet.texts, *packet.vectors]
     payloads = [each.payload for each in held]
     body = b"".join([MAGIC, struct.pack("<I", len(head)), head, *payloads])

@@ -7,7 +7,7 @@ names, and for those inside by the few fields of the protobuf encoding that lead
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -126,23 +126,56 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
+_PRODUCTS = {"MatMulIntegerToFloat": (1, 3, 5), "DynamicQuantizeMatMul": (1, 2, 3)}
+"""Of ONNX Runtime's products with weights in codes: which inputs are the codes, their scales and zero points."""
+
+
 def _coded(model: onnx.ModelProto, tensors: dict[str, Tensor]) -> Iterator[Coded]:
-    """Weights behind a dequantise node whose scale is constant, each once, and no scale that two weights share."""
-    nodes = [
-        n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in tensors
-    ]
-    scales = [scale for _, scale in {(n.input[0], n.input[1]) for n in nodes}]
-    seen = set()
-    for node in nodes:
-        codes, scale = node.input[0], node.input[1]
-        if codes in seen or scale not in tensors or scales.count(scale) > 1:
-            continue
-        seen.add(codes)
-        told = {a.name: a.i for a in node.attribute}
-        zero = node.input[2] if len(node.input) > 2 and node.input[2] else None
-        yield Coded(
-            codes=codes, scale=scale, zero=zero, axis=told.get("axis", 1), block=told.get("block_size", 0),
-        )  # fmt: skip
+    """Weights in codes whose scale is constant, each once, and no scale that two weights share."""
+    found = {
+        each.codes: each
+        for each in reversed([*_read_as_codes(model)])
+        if each.codes in tensors and each.scale in tensors
+    }
+    scales = [each.scale for each in found.values()]
+    yield from (found[codes] for codes in sorted(found) if scales.count(found[codes].scale) == 1)
+
+
+def _read_as_codes(model: onnx.ModelProto) -> Iterator[Coded]:
+    made = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        inputs, told = node.input, {a.name: a.i for a in node.attribute}
+        if node.op_type == "DequantizeLinear":
+            yield Coded(
+                codes=inputs[0], scale=inputs[1], zero=_named(inputs, 2), axis=told.get("axis", 1),
+                block=told.get("block_size", 0),
+            )  # fmt: skip
+        elif node.op_type in _PRODUCTS:
+            codes, scale, zero = (_named(inputs, place) for place in _PRODUCTS[node.op_type])
+            yield Coded(codes=codes or "", scale=scale or "", zero=zero, axis=-1, block=0)
+        elif node.op_type == "Mul":
+            rows = [_rows(made, name) for name in inputs]
+            for row, size in (rows, rows[::-1]):  # rows of a table, and a scale for each of them
+                if row and size and row[1] and _made_by(made, size[0], "Unsqueeze"):
+                    wide = made[size[0]]
+                    yield Coded(codes=row[0], scale=wide.input[0], zero=None, axis=0, block=0)
+
+
+def _named(inputs: Sequence[str], place: int) -> str | None:
+    return inputs[place] if len(inputs) > place and inputs[place] else None
+
+
+def _made_by(made: Mapping[str, onnx.NodeProto], name: str, kind: str) -> bool:
+    return name in made and made[name].op_type == kind
+
+
+def _rows(made: Mapping[str, onnx.NodeProto], name: str) -> tuple[str, bool] | None:
+    """What a value is rows of, and whether they were codes; None where it is no rows."""
+    cast = _made_by(made, name, "Cast")
+    name = made[name].input[0] if cast else name
+    if not _made_by(made, name, "Gather") or any(a.i for a in made[name].attribute):
+        return None
+    return made[name].input[0], cast
 
 
 # numbers of bytes, and back

@@ -261,3 +261,52 @@ def test_a_chain_of_tight_budgets_of_codes_alone_goes_on_to_the_end(world):
 
 def _codes(root):
     return _tensor(root, "first.codes").astype(int)
+
+
+def _as_the_compiler_writes_it():
+    """A table in codes, and a product of ONNX Runtime's with weights in codes and a zero point that two share."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.default_rng(0)
+    i8 = draw.integers(-99, 99, (3, 8, 8)).astype("i1")
+    table = draw.integers(-99, 99, (30, 8)).astype("i1")
+    tensors = {
+        "table": table, "table_scale": np.full(30, 0.01, "f4"), "one": np.array([1]),
+        "a": i8[0], "b": i8[1], "a_scale": np.full(8, 0.01, "f4"), "b_scale": np.full(8, 0.01, "f4"),
+        "zero": np.zeros(8, "i1"), "x_scale": np.array(0.02, "f4"), "x_zero": np.array(128, "u1"),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Unsqueeze", ["table_scale", "one"], ["wide"]),
+        helper.make_node("Gather", ["table", "ids"], ["g"], axis=0),
+        helper.make_node("Gather", ["wide", "ids"], ["h"], axis=0),
+        helper.make_node("Cast", ["g"], ["c"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["c", "h"], ["x"]),
+        helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["q"]),
+    ]
+    for name in "ab":
+        inputs = ["q", name, "x_scale", f"{name}_scale", "x_zero", "zero"]
+        how = {"domain": "com.microsoft"}
+        nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, [f"y{name}"], **how))
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 4])],
+        [helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, ["batch", 4, 8]) for n in "ab"],
+        [numpy_helper.from_array(v, n) for n, v in tensors.items()],
+    )  # fmt: skip
+    sets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=sets, ir_version=10)
+
+
+def test_codes_are_known_where_the_compiler_writes_them(tmp_path):
+    import onnx
+    import onnxruntime
+
+    from effc.delta import weights as places
+
+    onnx.save(_as_the_compiler_writes_it(), tmp_path / "model.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = places.read(tmp_path, "model.onnx").coded
+    assert [(c.codes, c.scale, c.zero, c.axis) for c in found] == [
+        ("a", "a_scale", "zero", -1),
+        ("b", "b_scale", "zero", -1),
+        ("table", "table_scale", None, 0),
+    ]
