@@ -24,28 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from effc.zoo.dialogue_task import Settings
+
 MASKED, HARD_MASKED = -1e4, -1e9
 """What stands for no attention; the second makes a row without any see all alike, as the authors' program does."""
 TOKEN_BASE, UTTERANCE_BASE = 10_000.0, 15.0
 CLASSES = {"entity": 4, "relation": 3, "polarity": 4}
-WEIGHTS = {"entity": 1.0, "relation": 5.0, "polarity": 3.0}
-"""Of every class but the first in the loss of each table."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a dialogue model is made of beside its encoder.
-
-    `split` gives heads and tails of relations tables of their own; `views` and `rotary` can be left out;
-    `released_masks` are those of the authors' program, faults included (see `dialogue_layout`).
-    """
-
-    inner: int = 256
-    split: bool = True
-    views: bool = True
-    rotary: bool = True
-    released_masks: bool = False
-    dropout: float = 0.1
 
 
 class View(nn.Module):
@@ -213,21 +197,21 @@ def signed(thread: Tensor) -> tuple[Tensor, Tensor]:
     return apart & (rows < columns), apart & (rows > columns)
 
 
-def loss(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
-    """The sum over tables of cross-entropy over cells that count, classes weighted; −100 is what does not count.
+def loss(
+    outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> Tensor:
+    """The sum over tables of cross-entropy over cells that count; −100 is what does not count.
 
     `wanted` are entity, relation and polarity [batch, N, N], the second [batch, N, N, 2] where heads and tails are
-    split.
+    split. Every class but the first has the weight of its table, and the mean is over weights.
     """
     terms = []
-    for name, weight in WEIGHTS.items():
+    for name, weight in weights.items():
         logits, tags = outputs[name], wanted[name]
         if tags.dim() == 4:
             logits = logits.unflatten(-1, (2, 2))
         classes = logits.shape[-1]
-        weights = logits.new_full((classes,), weight)
-        weights[0] = 1.0
-        terms.append(
-            functional.cross_entropy(logits.reshape(-1, classes), tags.reshape(-1), weights)
-        )
+        scale = logits.new_full((classes,), weight)
+        scale[0] = 1.0
+        terms.append(functional.cross_entropy(logits.reshape(-1, classes), tags.reshape(-1), scale))
     return torch.stack(terms).sum()
