@@ -123,15 +123,16 @@ class DialogueModel(nn.Module):
     """An encoder of transformers, three views and three tables of tags.
 
     Inputs are those of `dialogue_layout.inputs`; outputs `entity`, `relation` and `polarity` [batch, N, N, classes].
+    `dropout` is that of the module in training mode; `effc tune`, which trains the graph, has its own.
     """
 
-    def __init__(self, encoder: nn.Module, settings: Settings) -> None:
+    def __init__(self, encoder: nn.Module, settings: Settings, dropout: float = 0.1) -> None:
         super().__init__()
         config: Any = encoder.config
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        self.encoder, self.settings = encoder, settings
+        self.encoder, self.settings, self.dropout = encoder, settings, dropout
         self.views = nn.ModuleList(
-            View(hidden, heads, settings.dropout) for _ in range(3 if settings.views else 0)
+            View(hidden, heads, dropout) for _ in range(3 if settings.views else 0)
         )
         classes = dict(CLASSES, relation=4 if settings.split else 3)
         self.grids = nn.ModuleDict({
@@ -157,7 +158,7 @@ class DialogueModel(nn.Module):
         read = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         x = read.flatten(0, 1)[gather]
         if self.training:
-            x = functional.dropout(x, self.settings.dropout)
+            x = functional.dropout(x, self.dropout)
         if self.views:
             seen = views(utterance, parent, speaker, group, released=self.settings.released_masks)
             fill = HARD_MASKED if self.settings.released_masks else MASKED

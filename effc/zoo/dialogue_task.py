@@ -52,7 +52,6 @@ class Settings:
     views: bool = True
     rotary: bool = True
     released_masks: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     entity_weight: Positive = 1.0
     relation_weight: Positive = 5.0
     polarity_weight: Positive = 3.0

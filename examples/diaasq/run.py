@@ -31,8 +31,8 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 TINY = ["source.options={inner: 16}", "passes.0.precision=f32", "passes.0.dropout=0.05",
         'passes.0.rates={"encoder.*": 0.5}', "passes.0.lr=0.01", "passes.0.batch=8", "calib.samples=16"]  # fmt: skip
 KINDS: dict[str, Json] = {
-    "smoke": {"train": 96, "valid": 24, "hidden": 32, "budget_s": 0.5, "set": [
-        *TINY, "passes.0.samples=80", "passes.0.held=16", "passes.0.steps=80", "passes.0.every=40"]},
+    "smoke": {"train": 96, "valid": 24, "hidden": 32, "budget_s": 0.2, "set": [
+        *TINY, "gate=false", "passes.0.samples=80", "passes.0.held=16", "passes.0.steps=60", "passes.0.every=30"]},
     "fast": {"train": 400, "valid": 100, "hidden": 128, "budget_s": 4.0, "set": [
         *TINY, "passes.0.samples=360", "passes.0.held=40", "passes.0.steps=400", "passes.0.every=100"]},
     "full": {"budget_s": 20.0, "set": []},
@@ -70,12 +70,11 @@ def prepared(kind: str, work: Path) -> tuple[Path, Path]:
     return root / "diaasq" / "zh", place
 
 
-def run(kind: str, seed: int, work: Path, threads: int) -> Json:
+def run(kind: str, data: Path, encoder: Path, seed: int, work: Path, threads: int) -> Json:
     """All that is measured of one training."""
     from effc import compiler, recipe
     from effc.progress import Progress
 
-    data, encoder = prepared(kind, work)
     seeds = [f"source.options.seed={seed}", f"passes.0.seed={seed}"]
     asked = [f"source.encoder={encoder}", *KINDS[kind]["set"], *seeds, "bench=false"]
     file, progress = HERE / "recipe.yaml", Progress()
@@ -86,11 +85,6 @@ def run(kind: str, seed: int, work: Path, threads: int) -> Json:
         recipe.read(file, asked, data_place=data), work / f"int8-{seed}", tuned=checkpoint,
         threads=threads, allow_worse=True, progress=progress,
     )  # fmt: skip
-    plain = {"source": {"task": "diaasq", "checkpoint": str(checkpoint)}, "bench": False}
-    compiler.run(
-        recipe.build({**plain, "targets": ["ort", "openvino"]}), work / f"float-{seed}",
-        threads=threads, progress=progress,
-    )  # fmt: skip
     first, other = made.report["metric"], made.report["others"]["openvino"]["metric"]
     curve = json.loads((checkpoint / "tune.json").read_text(encoding="utf-8"))["curves"]["0.main"]
     return {
@@ -100,26 +94,50 @@ def run(kind: str, seed: int, work: Path, threads: int) -> Json:
             "ort": made.report["gate"]["verdict"],
             "openvino": made.report["others"]["openvino"]["gate"]["verdict"],
         },
-        "decoded_equal": decoded_equal(checkpoint, work / f"float-{seed}", data / "valid.json", threads),
-        "speedup": speedup(work, seed, "ort", data / "valid.json", threads, KINDS[kind]["budget_s"]),
-        "speedup_openvino": speedup(
-            work, seed, "openvino", data / "valid.json", threads, KINDS[kind]["budget_s"]
-        ),
+        **engines(checkpoint, work / f"int8-{seed}", data / "valid.json", threads, KINDS[kind]["budget_s"]),
         "curve": curve,
         "seconds": {name: round(stage.seconds, 1) for name, stage in progress.stages.items()},
     }  # fmt: skip
 
 
-def decoded_equal(checkpoint: Path, package: Path, file: Path, threads: int) -> bool:
-    """Whether torch and the float engines of a package find the same in every dialogue."""
-    import torch
-
+def engines(checkpoint: Path, package: Path, file: Path, threads: int, budget_s: float) -> Json:
+    """Whether float engines find what torch finds, and how much faster those of a package are than the plain export."""
     import effc
+    from effc import compiler, measure
+    from effc.backends import BACKENDS
+    from effc.backends.dialect import DIALECTS
+    from effc.passes import CANONICAL, PASSES
     from effc.source import from_checkpoint
 
     source = from_checkpoint(checkpoint, "diaasq")
-    task: Any = source.processor
-    items = task.read(file)
+    program = compiler.trace_source(source)
+    items = source.processor.read(file)  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory(prefix="effc-") as place:
+        floats = []
+        for target in ("ort", "openvino"):
+            (Path(place) / target).mkdir()
+            cleaned = program.clone()
+            for word in CANONICAL:
+                effc.apply(PASSES[word](), cleaned, dialect=DIALECTS[target])
+            floats.append(BACKENDS[target]().lower(cleaned.only(), Path(place) / target))
+        (Path(place) / "plain").mkdir()
+        plain = measure.plain_export(program.only(), Path(place) / "plain", "ort")
+        return {
+            "decoded_equal": decoded_equal(source, floats, items, threads),
+            "speedup": speedup(source, plain, package, "ort", items, threads, budget_s),
+            "speedup_openvino": speedup(
+                source, plain, package, "openvino", items, threads, budget_s
+            ),
+        }
+
+
+def decoded_equal(source: Any, floats: list[Any], items: list[Any], threads: int) -> bool:
+    """Whether torch and the float engines find the same in every dialogue."""
+    import torch
+
+    from effc import measure
+
+    task = source.processor
 
     def in_torch(feeds: Any) -> Any:
         with torch.no_grad():
@@ -127,33 +145,28 @@ def decoded_equal(checkpoint: Path, package: Path, file: Path, threads: int) -> 
         return {name: value.numpy() for name, value in made.items()}
 
     wanted = [task.said(in_torch, item) for item in items]
-    for target in ("ort", "openvino"):
-        with effc.Engine.open(package, target, threads=threads) as engine:
+    for lowered in floats:
+        with measure.opened(lowered, threads) as engine:
             if [task.said(engine, item) for item in items] != wanted:
                 return False
     return True
 
 
-def speedup(work: Path, seed: int, target: str, file: Path, threads: int, budget_s: float) -> Json:
+def speedup(
+    source: Any, plain: Any, out: Path, target: str, items: list[Any], threads: int, budget_s: float
+) -> Json:
     """Time of the plain float export on ONNX Runtime ÷ that of an int8 engine, over dialogues at several lengths."""
-    from effc import bench, compiler, measure, package
+    from effc import bench, measure, package
     from effc.engine import entry_of, lowered
-    from effc.source import from_checkpoint
 
-    source = from_checkpoint(work / f"checkpoint-{seed}", "diaasq")
-    task: Any = source.processor
-    items = sorted(task.read(file), key=lambda item: int(item.length))
-    chosen = [items[round(share * (len(items) - 1))] for share in SHARES]
-    cases = [bench.Case(batch=1, length=i.length, feeds=task.feeds([i])) for i in chosen]
-    out = work / f"int8-{seed}"
+    ordered = sorted(items, key=lambda item: int(item.length))
+    chosen = [ordered[round(share * (len(items) - 1))] for share in SHARES]
+    cases = [
+        bench.Case(batch=1, length=i.length, feeds=source.processor.feeds([i])) for i in chosen
+    ]
     engine = lowered(out, entry_of(out, package.read(out), target))
-    with tempfile.TemporaryDirectory(prefix="effc-") as place:
-        graph = compiler.trace_source(source).only()
-        openers = {
-            "engine": measure.opener(engine, threads),
-            "float": measure.opener(measure.plain_export(graph, Path(place), "ort"), threads),
-        }
-        timed = bench.compare(openers, cases, threads=threads, budget_s=budget_s)
+    openers = {"engine": measure.opener(engine, threads), "float": measure.opener(plain, threads)}
+    timed = bench.compare(openers, cases, threads=threads, budget_s=budget_s)
     found = [s.ratios["float"] for s in timed.shapes]
     took = [float(s.timings["float"].median_ms) for s in timed.shapes]
 
@@ -180,11 +193,12 @@ def main() -> int:
     given = parser.parse_args()
     kind = "smoke" if given.smoke else "full" if given.full else "fast"
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="effc-") as place:
-        work = given.work or Path(place)
+    with tempfile.TemporaryDirectory(prefix="effc-") as scratch:
+        work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        found = run(kind, given.seed, work, given.threads)
-        data = prepared(kind, work)[0] / "valid.json"
+        place, encoder = prepared(kind, work)
+        found = run(kind, place, encoder, given.seed, work, given.threads)
+        data = place / "valid.json"
         count = len(json.loads(data.read_text(encoding="utf-8")))
         found |= {
             "example": "diaasq", "kind": kind, "seed": given.seed,

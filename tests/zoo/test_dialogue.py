@@ -322,7 +322,7 @@ def test_positions_count_on_from_the_first_utterance_in_every_thread(dialogue):
     assert made["utterance_position"][0].tolist() == [0] * 6 + [1] * 5 + [2] * 4 + [1] * 4
 
 
-def tiny(**settings):
+def tiny(dropout=0.1, **settings):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -331,7 +331,7 @@ def tiny(**settings):
         intermediate_size=32, max_position_embeddings=32,
     )  # fmt: skip
     encoder = BertModel(config, add_pooling_layer=False)
-    return DialogueModel(encoder, Settings(inner=8, **settings)).eval()
+    return DialogueModel(encoder, Settings(inner=8, **settings), dropout).eval()
 
 
 def tensors(arrays):

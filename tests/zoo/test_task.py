@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from effc import checkpoint, compiler, metrics, package, recipe, solving
-from effc.cache import Cache
 from effc.errors import CalibrationError, RecipeError, SourceError, TuneError, UsageError
 from effc.samples import Samples
 from effc.source import from_checkpoint, from_encoder, guess, load
@@ -31,6 +30,7 @@ SMALL = [
     "passes.0.samples=24", "passes.0.held=8", "passes.0.steps=6", "passes.0.every=3",
     "passes.0.lr=0.01", "passes.0.precision=f32",
 ]  # fmt: skip
+SETS = [word for change in SMALL for word in ("--set", change)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,10 @@ def place(made, tmp_path_factory):
     made.write(root / "train.json", 32, 0)
     made.write(root / "valid.json", 8, 1)
     made.encoder(root / "encoder", 16)
-    compiler.tune(asked(root), root / "checkpoint", kept=Cache(None))
+    ran = cli(
+        "tune", RECIPE, "--data", root, "--encoder", root / "encoder", "-o", root / "checkpoint", *SETS
+    )  # fmt: skip
+    assert ran.code == 0 and "held-out score" in ran.out, ran.err
     return root
 
 
@@ -330,9 +333,11 @@ def test_the_metric_is_for_its_task_alone(place, tmp_path):
 @pytest.fixture(scope="module")
 def out(place):
     """A package of int8, whose gate asked the task's score."""
-    compiler.run(
-        asked(place), place / "out", tuned=place / "checkpoint", threads=1, kept=Cache(None)
-    )
+    ran = cli(
+        "compile", RECIPE, "--data", place, "--tuned", place / "checkpoint", "-o", place / "out",
+        "--threads", 1, *SETS,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
     return place / "out"
 
 
