@@ -51,13 +51,15 @@ DAMAGED = "the file is damaged or cut short; get a whole copy"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One sample: text, a picture (uint8 [h, w] or [h, w, c]) or ready arrays; perhaps with its label."""
+    """One sample: text, a picture (uint8 [h, w] or [h, w, c]) or ready arrays, perhaps with its label; or of a task."""
 
     text: str | None = None
     text_pair: str | None = None
     pixels: Array | None = None
     arrays: dict[str, Array] | None = None
     label: int | None = None
+    item: Any = None
+    """A sample of a task, as its own reader made it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,11 @@ def read(
         raise CalibrationError(
             f"{path} holds no samples", hint="give a file with one sample or more"
         )
+
+
+def drawn(items: Sequence[T], samples: int | None, seed: int = 0, *, left: bool = False) -> list[T]:
+    """So many of the items, in their order, or those that the same draw leaves; see `read`."""
+    return list(_Draw(samples, seed, left)(items, lambda: len(items)))
 
 
 def _refuse_missing(path: Path) -> None:

@@ -4,6 +4,7 @@
     CKPT/STEP.ROLE.safetensors      tensors by the names that the graph has for them
     CKPT/recipe.yaml
     CKPT/adapter/…                  what passes have for others, such as an adapter in the form of PEFT
+    CKPT/config.json, …             of the model of a task all that it is: the checkpoint is a source itself
 
 `effc compile RECIPE --tuned CKPT` takes them, and refuses a checkpoint of another model or of other steps.
 """
@@ -57,6 +58,19 @@ class Checkpoint:
 
 def read(place: Path, source: Source, passes: Sequence[Pass]) -> Checkpoint:
     """Raises TuneError where it is no checkpoint, not whole, or of another model or other passes."""
+    content = check_steps(place, passes)
+    if content.get("source") != source.digest:
+        raise TuneError(f"{place} was trained from another model", hint=AGAIN)
+    for name, digest in content["files"].items():
+        paths.parts(name)
+        with paths.plain(place / name, TuneError) as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:  # type: ignore[arg-type]
+                raise TuneError(f"{place / name} is not what it was written as", hint=AGAIN)
+    return Checkpoint(place=place, content=content)
+
+
+def check_steps(place: Path, passes: Sequence[Pass]) -> Json:
+    """The record of a checkpoint. Raises TuneError where it is none, or of other passes."""
     if not (place / RECORD).is_file():
         raise TuneError(
             f"{place} is no checkpoint: it has no {RECORD}",
@@ -69,16 +83,9 @@ def read(place: Path, source: Source, passes: Sequence[Pass]) -> Checkpoint:
         or not all(isinstance(content.get(name), kind) for name, kind in parts.items())
     ):  # fmt: skip
         raise TuneError(f"{place / RECORD} is not one that this effc reads", hint=AGAIN)
-    if content.get("source") != source.digest:
-        raise TuneError(f"{place} was trained from another model", hint=AGAIN)
     if content["steps"] != steps_of(passes):
         raise TuneError(f"{place} was trained by other passes than the recipe has", hint=AGAIN)
-    for name, digest in content["files"].items():
-        paths.parts(name)
-        with paths.plain(place / name, TuneError) as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:  # type: ignore[arg-type]
-                raise TuneError(f"{place / name} is not what it was written as", hint=AGAIN)
-    return Checkpoint(place=place, content=content)
+    return content
 
 
 def write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -160,6 +161,10 @@ def _report_place(value: str | None) -> str | None:
     return _place("-o", value)
 
 
+def _html_place(value: str | None) -> str | None:
+    return _place("--html", value)
+
+
 def _drawing_place(value: str | None) -> str | None:
     return _place("--svg", value)
 
@@ -255,7 +260,16 @@ TrustCode = Annotated[
         help="Without --model, run the factory that the package remembers, with its options.",
     ),
 ]
-METRIC_NAMES = ("sts", "spearman_cosine", "accuracy", "f1", "entity_f1", "recall@1", "perplexity")
+METRIC_NAMES = (
+    "sts",
+    "spearman_cosine",
+    "accuracy",
+    "f1",
+    "entity_f1",
+    "recall@1",
+    "perplexity",
+    "diaasq",
+)
 Metric = Annotated[
     str | None,
     typer.Option(
@@ -294,6 +308,16 @@ MaxRam = Annotated[
         metavar="SIZE",
         callback=_size,
         help="What calibration and verification stay within: 4GB. They take fewer rows at a time.",
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Where files of a recipe are looked for first.",
     ),
 ]
 Tuned = Annotated[
@@ -384,6 +408,7 @@ def compile(
     json_: Json = None,
     debug: Debug = False,
     tuned: Tuned = None,
+    data_place: Data = None,
     verbose: Verbose = False,
 ) -> None:
     """Compile a model into a verified, timed, packaged engine.
@@ -411,8 +436,12 @@ def compile(
                 "a recipe says itself what to do; flags like --quantize do not go with it",
                 hint="change the recipe with --set, e.g. --set targets.0=onnx",
             )
-        made = recipe.read(Path(model), set_ or (), replayed=decisions is not None)
+        made = recipe.read(
+            Path(model), set_ or (), replayed=decisions is not None, data_place=data_place
+        )
     else:
+        if data_place is not None:
+            raise UsageError("--data is for the files of a recipe", hint="name them one by one")
         data = compiler.from_flags(
             model, target=target or "ort", quantize=quantize, kv_cache=kv_cache, ratio=ratio,
             latency_budget=latency_budget, align=align, calib=calib, metric=metric, samples=samples or 128,
@@ -448,6 +477,15 @@ def compile(
 def tune(
     recipe_: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that trains.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint to write.")],
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder",
+            metavar="DIR",
+            help="What the model of a task is made over: source.encoder.",
+        ),
+    ] = None,
+    data_place: Data = None,
     set_: Set = None,
     max_ram: MaxRam = None,
     json_: Json = None,
@@ -459,12 +497,14 @@ def tune(
     Examples:
       effc tune recipe.yaml -o CKPT
       effc compile recipe.yaml --tuned CKPT -o OUT
+      effc tune task.yaml --data DIR --encoder DIR -o CKPT
     """
     _outside(json_, out)
     from effc import compiler, recipe
     from effc.report_numbers import curve_words
 
-    made = recipe.read(recipe_, set_ or ())
+    chosen = [f"source.encoder={json.dumps(encoder)}"] if encoder is not None else []
+    made = recipe.read(recipe_, [*chosen, *(set_ or ())], data_place=data_place)
     with terminal() as progress:
         found = compiler.tune(made, out, progress=progress, max_ram_bytes=_size_of(max_ram))
     for step, curve in found["curves"].items():
@@ -561,7 +601,7 @@ def bench(
 def run(
     out: Annotated[
         Path,
-        typer.Argument(help="A package of a causal language model or of a diffusion pipeline."),
+        typer.Argument(help="A package of a language model, a diffusion pipeline or a task."),
     ],
     prompt: Annotated[
         list[str] | None,
@@ -612,6 +652,22 @@ def run(
         str | None,
         typer.Option("--sampler", help="Another sampler than the package's own."),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="What the package of a task does: diaasq.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="Samples of a task, in its own format."),
+    ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            callback=_html_place,
+            help="Write what was found as one page that loads nothing.",
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option("--target", help="Whose engine [default: the first of the package]."),
@@ -621,7 +677,7 @@ def run(
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write text with a causal language model as it comes, or pictures with a diffusion pipeline.
+    """Write text with a language model, pictures with a diffusion pipeline, or what a task finds in a file.
 
     \b
     Examples:
@@ -629,11 +685,35 @@ def run(
       effc run OUT --prompts lines.txt --temperature 0.8 --top-p 0.9 --json replies.json
       effc run OUT --steps 20 --seed 7 -o image.png
       effc run OUT --prompt "a red shoe" --count 4 -o shoe.png
+      effc run OUT --task diaasq --file dialogues.json --html found.html
     """
     _outside(json_, out)
-    from effc import lean, writing
+    _outside(html, out, option="--html")
+    from effc import lean
 
     lean.without_torch()
+    if (task, file) != (None, None) or html is not None:
+        if task is None or file is None:
+            raise UsageError(
+                "a task is done on a file: --task and --file go together",
+                hint="effc run OUT --task diaasq --file dialogues.json",
+            )
+        from effc import solving
+
+        with terminal() as progress:
+            solved = solving.solve(
+                out, file, task, target=target, threads=threads, progress=progress
+            )
+        stream = sys.stderr if json_ == "-" or html == "-" else sys.stdout
+        for text in solved.lines(in_colour=stream.isatty()):
+            print(text, file=stream)
+        print(solved.line(), file=sys.stderr)
+        if html is not None:
+            _write("--html", html, solved.page())
+        _write_json(json_, solved.to_json())
+        return
+    from effc import writing
+
     asked = list(prompt or ()) + (writing.read_prompts(prompts) if prompts else [])
     if picture is not None:
         from effc import painting

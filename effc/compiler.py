@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from effc import (
     alike,
     cache,
@@ -37,7 +39,7 @@ from effc.ir.show import graph_digest, tensors_digest
 from effc.ir.trace import trace
 from effc.passes.base import Model, Pass
 from effc.progress import Progress
-from effc.recipe import QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
+from effc.recipe import PLACES, QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
 from effc.room import within
 from effc.samples import Samples
 from effc.schedule import sampler
@@ -238,6 +240,7 @@ def run(
     """
     progress = progress or Progress()
     out = Path(os.path.abspath(out))
+    recipe, tuned = settled(recipe, tuned)
     threads = recipe.threads(threads)
     package.check_output(out)
     metric = metrics.parse(recipe.metric) if recipe.metric else None
@@ -291,6 +294,27 @@ def run(
         lab.finish()
     content["manifest"] = json.loads((out / package.MANIFEST).read_text(encoding="utf-8"))
     return Result(out=out, report={**content, "out": str(out)})
+
+
+def settled(recipe: Recipe, tuned: Path | None) -> tuple[Recipe, Path | None]:
+    """A recipe that trains the model of a task, as the rest of it on the checkpoint; any other as it is.
+
+    An engine is held against a trained model: one that nobody trained would make any gate pass. Raises RecipeError
+    where there is no checkpoint, TuneError where it is of other passes.
+    """
+    last = max((i for i, pass_ in enumerate(recipe.passes) if pass_.trains), default=None)
+    if recipe.source.encoder is None or last is None:
+        return recipe, tuned
+    if tuned is None:
+        raise RecipeError(
+            "the recipe trains the model of a task, and an engine is held against a trained one",
+            hint="effc tune RECIPE -o CKPT, then effc compile RECIPE --tuned CKPT -o OUT",
+        )
+    checkpoint.check_steps(tuned, recipe.passes)
+    data = yaml.safe_load(recipe.text)
+    data["source"] = {"task": recipe.source.task, "checkpoint": str(tuned)}
+    data["passes"] = data["passes"][last + 1 :]
+    return build(data), None
 
 
 def builders_of(
@@ -357,6 +381,10 @@ def tune(
                     )
                 made[step] = tensors, curve
             more |= _files(built, source, role, recipe.passes[: last + 1])
+    if source.kept is not None:
+        more |= source.kept(
+            {n: t for _, (tensors, _) in sorted(made.items()) for n, t in tensors.items()}
+        )
     checkpoint.write(
         out, source, recipe.passes, decisions=decisions, made=made, more=more, recipe=recipe.portable(),
     )  # fmt: skip
@@ -560,6 +588,8 @@ def _write(
     """Everything of the package but the manifest file; gives what the report and the manifest say."""
     if source.directory is not None:
         package.copy_files(source.directory, source.files, stage)
+        for name, text in source.texts.items():
+            (stage / name).write_text(text, encoding="utf-8")
     elif source.scheduler is not None:
         place = stage / diffusion.SCHEDULER
         place.parent.mkdir()
@@ -641,7 +671,7 @@ def _links(source: Source, engines: Sequence[Json]) -> list[Json]:
 def _absolute(source: Mapping[str, Any]) -> Json:
     """A source whose files are named from the root, so that it is found from any folder."""
     found = dict(source)
-    for word in ("transformers", "diffusers", "gguf", "intuition", "embedder"):
+    for word in PLACES:
         if os.path.exists(place := found.get(word, "")):
             found[word] = os.path.abspath(place)
     file, _, function = found.get("python", "").rpartition(":")

@@ -142,6 +142,9 @@ def _remembered(out: Path, trust_code: bool) -> Json | None:
         place = source.get(word)
         if isinstance(place, str) and os.path.isdir(place):
             return {word: place}
+    place = source.get("checkpoint")
+    if isinstance(place, str) and os.path.isdir(place):
+        return {"task": source.get("task"), "checkpoint": place}
     file = source.get("gguf")
     if isinstance(file, str) and os.path.isfile(file):
         return {"gguf": file}

@@ -23,6 +23,7 @@ from effc.calib import data
 from effc.errors import CalibrationError, EffcError, RecipeError
 from effc.source import Source, import_code
 from effc.table import Table, unknown
+from effc.task import TASKS, Task
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LONGEST = 128
@@ -622,6 +623,42 @@ class Perplexity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfTask(_Absolute):
+    """The score of a task over a labelled file of its own format, as the task defines it."""
+
+    task: type[Task]
+    file: Path
+
+    @property
+    def name(self) -> str:
+        return self.task.word
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is told beside the first score, each with an interval of its own."""
+        return self.task.parts
+
+    def check(self, source: Source) -> None:
+        self._of(source.processor).read(self.file)
+
+    def _of(self, processor: Any) -> Task:
+        if not isinstance(processor, self.task):
+            raise CalibrationError(
+                f"metric {self.name} is for models of the task {self.name}, and this is none",
+                hint=f"source: {{task: {self.name}, checkpoint: CKPT}}",
+            )
+        return processor
+
+    def measure(self, run: Engine, processor: Any) -> Samples:
+        task = self._of(processor)
+        return Samples(task.counts(run, task.read(self.file)))
+
+    def value(self, samples: Samples, index: Array | None = None, part: str | None = None) -> float:
+        chosen = slice(None) if index is None else index
+        return self.task.value({n: c[chosen] for n, c in samples.columns.items()}, part)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Own(_Mean):
     """The user's own metric: `function(run, processor, file)` gives a mapping of arrays with one number a sample.
 
@@ -679,6 +716,7 @@ METRICS = Table(
         "entity_f1": "effc.metrics:EntityF1",
         "recall@1": "effc.metrics:Recall",
         "perplexity": "effc.metrics:Perplexity",
+        **dict.fromkeys(TASKS, "effc.metrics:OfTask"),
     },
     error=RecipeError,
 )
@@ -720,7 +758,7 @@ def _maker(name: str) -> Callable[..., Metric]:
     place, _, attribute = name.rpartition(":")
     if not place:
         kind: Callable[..., Metric] = METRICS[name]
-        return kind
+        return partial(OfTask, task=TASKS[name]) if name in TASKS else kind
     module = import_code(place)
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -763,6 +801,8 @@ class MetricResult:
     """Whether there are too few samples for any interval to be believed."""
     wilson: dict[str, list[float]] | None = None
     mcnemar: dict[str, float] | None = None
+    parts: dict[str, dict[str, float]] | None = None
+    """Further scores of the same samples: `reference`, `engine`, and `low` and `high` of engine − reference."""
 
 
 ROUNDING = 1e-6
@@ -836,7 +876,30 @@ def compare(
         are_few=are_few,
         wilson=wilson,
         mcnemar=mcnemar,
+        parts=_parts(metric, reference, engine, seed, level)
+        if isinstance(metric, OfTask)
+        else None,
     )
+
+
+def _parts(
+    metric: OfTask, reference: Samples, engine: Samples, seed: int, level: float
+) -> dict[str, dict[str, float]]:
+    n, found = len(reference), {}
+
+    def changes(index: Array) -> tuple[float, ...]:
+        return tuple(
+            metric.value(engine, index, part) - metric.value(reference, index, part)
+            for part in metric.parts
+        )
+
+    for part, column in zip(metric.parts, stats.resample(changes, n, seed=seed).T, strict=True):
+        gap = stats.percentiles(column, n, level)
+        found[part] = {
+            "reference": metric.value(reference, part=part), "engine": metric.value(engine, part=part),
+            "low": gap.low, "high": gap.high,
+        }  # fmt: skip
+    return found
 
 
 def _widened(interval: stats.Interval, reference: Samples, engine: Samples) -> stats.Interval:

@@ -29,6 +29,7 @@ from effc.passes import PASSES
 from effc.passes.base import Pass, of_files
 from effc.source import import_code
 from effc.table import nearest, unknown
+from effc.task import TASKS
 
 VERSION = 1
 MOST_BYTES, MOST_VALUES = 1 << 18, 10_000
@@ -81,15 +82,19 @@ def passes_of(word: str, targets: Sequence[str], *, checks: bool = False) -> lis
 
 
 Count = Annotated[int, Field(ge=1)]
-WORDS = ("transformers", "diffusers", "gguf", "python")
+WORDS = ("transformers", "diffusers", "gguf", "python", "task")
 """Where a model may come from."""
 BESIDE = ("intuition", "embedder")
 """What a source names beside the model."""
+OF_TASK = ("encoder", "checkpoint")
+"""What the model of a task is: untrained over an encoder, or trained."""
+PLACES = (*(word for word in WORDS if word not in ("python", "task")), *OF_TASK, *BESIDE)
+"""Words of a source that name a file or a directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:
-    """Where the model comes from: one of the words, with options for a factory.
+    """Where the model comes from: one of the words, with options for a factory or a task.
 
     `cache` says whether a causal language model of a directory takes and gives its keys and values; `roles`, prefill
     and decode, makes two graphs of it. `pixels` uint8 has a model of pictures take bytes and scale them itself.
@@ -101,6 +106,9 @@ class SourceSpec:
     diffusers: str | None = None
     gguf: str | None = None
     python: str | None = None
+    task: str | None = None
+    encoder: str | None = None
+    checkpoint: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     cache: bool = True
     roles: tuple[Literal["prefill"], Literal["decode"]] | None = None
@@ -109,7 +117,7 @@ class SourceSpec:
     embedder: str | None = None
 
     def as_mapping(self) -> dict[str, Any]:
-        named = {word: getattr(self, word) for word in (*WORDS, *BESIDE)}
+        named = {word: getattr(self, word) for word in (*WORDS, *OF_TASK, *BESIDE)}
         given: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
         if not self.cache:
             given["cache"] = False
@@ -208,7 +216,7 @@ class Recipe:
         """The recipe as it travels in a package: folders of this machine left out of its paths."""
         data = _without_folders(yaml.safe_load(self.text))
         for section, *keys in (
-            ("source", *WORDS, *BESIDE),
+            ("source", *WORDS, *OF_TASK, *BESIDE),
             ("calib", "file", "callable"),
         ):
             part = data.get(section) or {}
@@ -237,10 +245,22 @@ _SECTIONS = (
 )
 
 
-def read(path: Path, overrides: Sequence[str] = (), *, replayed: bool = False) -> Recipe:
-    """A recipe file. Relative paths in it are relative to it. Raises RecipeError with path and line."""
+def read(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    replayed: bool = False,
+    data_place: Path | None = None,
+) -> Recipe:
+    """A recipe file. Relative paths in it are relative to it. Raises RecipeError with path and line.
+
+    Files are looked for in `data_place` first.
+    """
     text = bounded.text_of(path, RecipeError, MOST_BYTES)
-    return parse(text, name=str(path), base=path.parent, overrides=overrides, replayed=replayed)
+    return parse(
+        text, name=str(path), base=path.parent, overrides=overrides, replayed=replayed,
+        data_place=data_place,
+    )  # fmt: skip
 
 
 def parse(
@@ -250,6 +270,7 @@ def parse(
     base: Path | None = None,
     overrides: Sequence[str] = (),
     replayed: bool = False,
+    data_place: Path | None = None,
 ) -> Recipe:
     """A recipe from YAML text; `overrides` are `passes.0.bits=6`.
 
@@ -260,7 +281,7 @@ def parse(
         raise RecipeError(f"{name} is not a mapping of sections", hint="see docs/recipes.md")
     for override in overrides:
         _override(data, override)
-    return _Reader(name, node, base).recipe(data, replayed)
+    return _Reader(name, node, base, data_place).recipe(data, replayed)
 
 
 def build(data: dict[str, Any], *, overrides: Sequence[str] = (), replayed: bool = False) -> Recipe:
@@ -371,8 +392,10 @@ def _index(text: str) -> int:
 class _Reader:
     """Turns plain values into a recipe, remembering where each stood."""
 
-    def __init__(self, name: str, node: yaml.Node | None, base: Path | None) -> None:
-        self.name, self.node, self.base = name, node, base
+    def __init__(
+        self, name: str, node: yaml.Node | None, base: Path | None, data_place: Path | None = None
+    ) -> None:
+        self.name, self.node, self.base, self.data_place = name, node, base, data_place
 
     def recipe(self, data: dict[str, Any], replayed: bool) -> Recipe:
         self._known(data, _SECTIONS, ())
@@ -443,7 +466,8 @@ class _Reader:
                 "embeddings are scored by centroids, and none are named",
                 hint="add `intuition: FILE`, which effc.intuition writes",
             )
-        if made.options and made.python is None:
+        self._of_task(made)
+        if made.options and made.python is None and made.encoder is None:
             raise self._error(
                 ("source", "options"),
                 "options are what a factory is called with; a model directory takes none",
@@ -455,7 +479,7 @@ class _Reader:
                 "a factory says itself what its model takes and gives",
                 hint="leave it out",
             )
-        for word in WORDS:
+        for word in (*WORDS, *OF_TASK):
             if word in made.options:
                 raise self._error(
                     ("source", "options", word),
@@ -469,6 +493,25 @@ class _Reader:
                 ("source", "options"), f"options are text, numbers, lists and mappings: {error}"
             ) from error
         return made
+
+    def _of_task(self, made: SourceSpec) -> None:
+        given = [word for word in OF_TASK if getattr(made, word) is not None]
+        if made.task is None:
+            if given:
+                raise self._error(
+                    ("source", given[0]),
+                    "is of a task",
+                    hint="source: {task: diaasq, encoder: DIR}",
+                )
+            return
+        if made.task not in TASKS:
+            raise self._error(("source", "task"), unknown("task", made.task, TASKS))
+        if len(given) != 1:
+            raise self._error(
+                ("source",),
+                "the model of a task is over an encoder or in a checkpoint: one of the two",
+                hint="source: {task: diaasq, encoder: DIR}, and of a trained one {task: diaasq, checkpoint: CKPT}",
+            )
 
     def _calib(self, value: Any) -> CalibSpec | None:
         if value is None:
@@ -618,7 +661,7 @@ class _Reader:
         """Relative paths of a recipe file become relative to where the command runs."""
         data = dict(data)
         for section, key, find in (
-            *(("source", word, self._path) for word in (*WORDS, *BESIDE) if word != "python"),
+            *(("source", word, self._path) for word in PLACES),
             ("source", "python", self._code),
             ("calib", "file", self._path),
             ("calib", "callable", self._code),
@@ -644,12 +687,14 @@ class _Reader:
 
     def _path(self, text: str) -> str:
         path = Path(text)
-        if self.base is None or not path.parts or path.is_absolute():
+        if not path.parts or path.is_absolute():
             return text
         first = path.parts[0]
         names = (first, first.rpartition("#")[0], first.rpartition(":")[0])
-        beside = any(name and os.path.exists(self.base / name) for name in names)
-        return str(self.base / path) if beside else text
+        for place in filter(None, (self.data_place, self.base)):
+            if any(name and os.path.exists(place / name) for name in names):
+                return str(place / path)
+        return text
 
     def _error(
         self,

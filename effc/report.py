@@ -236,9 +236,19 @@ def _lowering(content: Mapping[str, Any]) -> list[str]:
 
 def _worth(of: Mapping[str, Any]) -> list[str]:
     """Metric, bench and gate of one engine."""
-    lines = [metric_line(of["metric"])] if of.get("metric") else []
+    lines = metric_lines(of["metric"]) if of.get("metric") else []
     lines += bench_lines(of["bench"]) if of.get("bench") else []
     return [*lines, *_gate(of.get("gate"))]
+
+
+def metric_lines(m: Mapping[str, Any]) -> list[str]:
+    """A metric, and below it the further scores that it has."""
+    further = [
+        f"          {name} {of['reference']:.4f} → {of['engine']:.4f} "
+        f"[{of['low']:+.4f}, {of['high']:+.4f}]"
+        for name, of in (m.get("parts") or {}).items()
+    ]
+    return [metric_line(m), *further]
 
 
 def metric_line(m: Mapping[str, Any]) -> str:

@@ -59,9 +59,14 @@ def curve_words(curve: Any) -> str:
         ends = [p["loss"] for p in curve if p["loss"] is not None]
         words = f"loss {ends[0]:.3g} → {ends[-1]:.3g}" if ends else "no loss"
         return f"{words} in {curve[-1]['step']} steps, {curve[-1]['seconds']:.0f} s"
+    end = f"in {curve[-1]['step']} steps"
+    if points[0].get("score") is not None:
+        best = max(points, key=lambda p: p["score"])
+        words = f"held-out score {points[0]['score']:.4f} → {best['score']:.4f} {end}"
+        return f"{words}, the best at {best['step']}, {curve[-1]['seconds']:.0f} s"
     best = min(points, key=lambda p: p["held"])
     words = f"held-out loss {points[0]['held']:.3g} → {best['held']:.3g}"
-    return f"{words} in {curve[-1]['step']} steps, the least at {best['step']}, {curve[-1]['seconds']:.0f} s"
+    return f"{words} {end}, the least at {best['step']}, {curve[-1]['seconds']:.0f} s"
 
 
 def gate_words(gates: Any) -> str:

@@ -118,6 +118,7 @@ class Metric:
     verdict: str | None = None
     wilson: dict[str, Interval] | None = None
     mcnemar: McNemar | None = None
+    parts: dict[str, dict[str, float]] | None = None
     drawn: Count | None = None
     unit: str | None = None
     data: Data | None = None

@@ -26,6 +26,7 @@ from effc.processor import stack
 from effc.recipe import CalibSpec
 from effc.room import Room
 from effc.source import Source, import_code
+from effc.task import Task
 from effc.trajectories import Trajectories
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -149,6 +150,8 @@ class Samples:
             ids = np.resize(self.tokens(), (batch, length)).astype(np.int64)
             found = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
             return causal.complete(found, processor.cache, past)
+        if isinstance(processor, Task):
+            return processor.shaped(batch, length, self.tokens())
         feeds: dict[str, Array] = {}
         (role,) = self.source.inputs
         dims = self.source.dims.get(role, {})
@@ -211,6 +214,8 @@ class Samples:
         files = [sha256(source.directory / n) for n in source.files] if source.directory else []
         if source.processor is not None and source.processor.teller is not None:
             files.append(source.processor.teller.digest)
+        if isinstance(source.processor, Task):
+            files.append(source.digest)  # of its settings too
         if spec is None or spec.file is None:
             is_code = source.batches is not None or spec is not None
             return None if is_code else key_of("samples", files=files)
@@ -232,6 +237,10 @@ class Samples:
         assert self.spec is not None and self.spec.file is not None
         path, column = data.parse(self.spec.file)
         column = self.spec.column if self.spec.column is not None else column
+        if isinstance(self.source.processor, Task):
+            items = self.source.processor.read(path, labelled=labelled)
+            chosen = data.drawn(items, self.spec.samples, self.spec.seed, left=left)
+            return (Record(item=item) for item in chosen)
         return data.read(
             path, column=column, samples=self.spec.samples, seed=self.spec.seed, left=left,
             labelled=labelled,

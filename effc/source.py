@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import re
@@ -24,12 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from effc import bounded, cached, causal, diffusion, gguf, intuition, paths, pipeline, schedule
+from effc import task as tasks
 from effc.calib.data import Batch
-from effc.errors import EffcError, SourceError, first_line
+from effc.errors import EffcError, SourceError, TuneError, first_line
 from effc.guided import Embedder, Guided, Teller, guided
 from effc.ir.trace import named_inputs
 from effc.processor import Processor, kind_of, pools, whole
@@ -123,6 +126,10 @@ class Source:
     links: tuple[Link, ...] = ()
     scheduler: Mapping[str, Any] | None = None
     """How a diffusion model is sampled, as in diffusers' scheduler_config.json."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Files of a package that are not as they lie in the directory."""
+    kept: Callable[[Mapping[str, Tensor]], dict[str, bytes]] | None = None
+    """The files of a source that is this one trained, from its tensors; None where it need not be trained."""
     whole: Source | None = None
     """All of a source that this is one graph of."""
 
@@ -167,6 +174,8 @@ class Pixels(nn.Module):
 
 def guess(model: str) -> dict[str, str]:
     """A source from one word of the command line: a directory, a factory, or a hub id."""
+    if (word := task_of(Path(model))) is not None:
+        return {"task": word, "checkpoint": model}
     if os.path.isdir(model):
         return {"diffusers" if pipeline.is_pipeline(Path(model)) else "transformers": model}
     if re.fullmatch(r"[\w./-]+:[A-Za-z_]\w*", model) and not os.path.exists(model):
@@ -182,7 +191,7 @@ def guess(model: str) -> dict[str, str]:
 
 
 def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
-    """The source that `{transformers: DIR}`, or a mapping with `diffusers`, `gguf` or `python` and options stands for.
+    """The source that `{transformers: DIR}`, or a mapping with `diffusers`, `gguf`, `task` or `python` stands for.
 
     With `shapes` a directory may lack its weights; the model then has shapes alone.
     """
@@ -192,6 +201,11 @@ def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
         "bytes_in": spec.get("pixels") == "uint8",
     }
     centroids, embedder = (Path(spec[w]) if w in spec else None for w in ("intuition", "embedder"))
+    if "task" in spec:
+        options = {k: v for k, v in spec.items() if k not in ("task", "encoder", "checkpoint")}
+        if "checkpoint" in spec:
+            return from_checkpoint(Path(spec["checkpoint"]), spec["task"])
+        return from_encoder(Path(spec["encoder"]), spec["task"], options)
     if "transformers" in spec:
         return from_directory(
             Path(spec["transformers"]), **how, centroids=centroids, embedder=embedder, shapes=shapes
@@ -329,6 +343,107 @@ def from_pipeline(path: Path) -> Source:
         directory=path,
         files=tuple(copied_files(path, PIPELINE_COPIED)),
         scheduler=scheduler,
+    )
+
+
+def task_of(path: Path) -> str | None:
+    """The task that a directory is a checkpoint of; None for any other directory, and for none."""
+    file = path / "config.json"
+    if not file.is_file():
+        return None
+    config = bounded.read_json(file, SourceError)
+    own = tasks.own_of(config, path) if isinstance(config, dict) else None
+    return None if own is None else str(own["task"])
+
+
+def from_encoder(path: Path, word: str, settings: Mapping[str, Any]) -> Source:
+    """A model of a task that is to be trained, over the encoder of a transformers directory. Raises SourceError."""
+    kind = tasks.TASKS[word]
+    config = read_config(path)
+    if tasks.own_of(config, path) is not None:
+        raise SourceError(
+            f"{path} is a model of a task already, not an encoder",
+            hint=f"source: {{task: {word}, checkpoint: {path}}}",
+        )
+    model, _ = _load_model(path, config, False)
+    task = kind(path, config, {"settings": dict(settings)})
+    digest = hashlib.sha256(f"{directory_digest(path)} {task.own()}".encode()).hexdigest()
+    return _of_task(task, getattr(model, "base_model", model), digest, is_trained=False)
+
+
+def from_checkpoint(path: Path, word: str) -> Source:
+    """A trained model of a task, as `effc tune` writes it. Raises SourceError, saying what is wrong."""
+    config = read_config(path)
+    task = tasks.opened(path, config)
+    if task.word != word:
+        raise SourceError(
+            f"{path} is of the task {task.word}, not of {word}",
+            hint=f"source: {{task: {task.word}, checkpoint: {path}}}",
+        )
+    file = path / WEIGHTS
+    if not file.is_file():
+        raise _no_weights(path)
+    _check_weights(path, config)
+    import transformers
+
+    plain = {key: value for key, value in config.items() if key != tasks.KEY}
+    try:
+        made = transformers.AutoConfig.for_model(**plain)
+        encoder = transformers.AutoModel.from_config(made, trust_remote_code=False)
+        source = _of_task(
+            task, encoder, directory_digest(path, (WEIGHTS, "config.json")), is_trained=True
+        )
+        source.module.load_state_dict(load_file(file))
+    except EffcError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"the model in {path} does not load: {first_line(error)}",
+            hint="config.json and model.safetensors must be as `effc tune` wrote them",
+        ) from error
+    check_finite(source.module)
+    return source
+
+
+WEIGHTS = "model.safetensors"
+
+
+def _of_task(task: tasks.Task, encoder: nn.Module, digest: str, *, is_trained: bool) -> Source:
+    """A source of a task over an encoder, whose pooler nobody reads."""
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # type: ignore[assignment]
+    model = task.model(_plain(encoder)).eval()
+    rows, length = tasks.EXAMPLE
+    feeds = task.shaped(
+        rows, length, np.arange(3, 3 + length) % whole(task.config, "vocab_size", 1)
+    )
+    own = {**task.config, tasks.KEY: task.own()}
+    texts = {"config.json": json.dumps(own, indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
+    files = tuple(sorted({*copied_files(task.directory), "config.json"}))
+
+    def kept(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+        state = {**model.state_dict(), **tensors}
+        if strange := sorted(state.keys() - model.state_dict().keys()):
+            raise TuneError(
+                f"what was trained is more than the model of the task: {strange[0]}",
+                hint="train the model by itself first, and let the other passes follow on its checkpoint",
+            )
+        plain = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+        found = {name: (task.directory / name).read_bytes() for name in files if name not in texts}
+        return {**found, **{n: t.encode() for n, t in texts.items()}, WEIGHTS: save(plain)}
+
+    return Source(
+        modules={"main": model},
+        inputs={"main": {name: torch.from_numpy(value) for name, value in feeds.items()}},
+        dims={"main": task.dims},
+        kind=f"task:{task.word}",
+        name=_name(task.directory),
+        digest=digest,
+        processor=task,
+        directory=task.directory,
+        files=files,
+        texts=texts,
+        kept=None if is_trained else kept,
     )
 
 

@@ -33,14 +33,17 @@ from effc.passes.tune import Tune
 from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import Source
+from effc.task import Task
 from effc.train import losses, terms
 from effc.train.graph import InGraph, mask_of
-from effc.train.loop import Run, Schedule, fit
+from effc.train.loop import Run, Schedule, Score, fit
 from effc.train.terms import Course
 
 MOST_BYTES = 4 << 30
 """Samples are held in memory while they are trained on; more than this is refused."""
 Step = Callable[[int, int | None], None]
+LABELLED = ("labels", "source")
+"""Tasks whose samples must say what is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class Example:
 
     feeds: Mapping[str, Tensor]
     labels: Tensor | None = None
+    wanted: Mapping[str, Tensor] | None = None
+    """What a task's own loss takes."""
 
 
 Drawn = tuple[Callable[[int], Example], list[Example]]
@@ -136,13 +141,14 @@ class Tuner:
             return None
 
     def _trained(self, key: str, pass_: Tune, graph: Graph, progress: Step) -> Made:
-        module = InGraph(graph, pass_.trained(graph))
-        drawn, held = self._examples(pass_, graph)
+        module = InGraph(graph, pass_.trained(graph), pass_.dropout)
+        drawn, held, score = self._examples(pass_, graph)
         is_kept = self.cache.root is not None and self._is_known(pass_)
         folder = self.cache.root / "train" / key[:32] if self.cache.root and is_kept else None
         run = fit(
-            module, _loss(pass_, self.teacher), drawn, _schedule(pass_), held=held, folder=folder,
-            progress=progress, courses=_courses(pass_, graph), precision=pass_.precision,
+            module, _loss(pass_, self.teacher, self._task(pass_)), drawn, _schedule(pass_), held=held,
+            folder=folder, progress=progress, courses=_courses(pass_, graph),
+            precision=pass_.precision, score=score, shares=_shares(pass_, module),
         )  # fmt: skip
         tensors = module.tensors()
         curve = _curve(run)
@@ -165,16 +171,27 @@ class Tuner:
             max_length=pass_.max_length or calib.max_length,
         )  # fmt: skip
 
-    def _examples(self, pass_: Tune, graph: Graph) -> Drawn:
-        spec = self._spec(pass_)
+    def _task(self, pass_: Tune) -> Task | None:
+        """The source's task where its own loss is asked for. Raises TuneError where it has none."""
+        if pass_.task != "source":
+            return None
+        task = self.source.processor
+        if not isinstance(task, Task):
+            raise TuneError(
+                "`task: source` is that of a source with a task, and this one has none",
+                hint="source: {task: diaasq, encoder: DIR}, or `task: labels`",
+            )
+        return task
+
+    def _examples(self, pass_: Tune, graph: Graph) -> tuple[*Drawn, Score | None]:
+        spec, task = self._spec(pass_), self._task(pass_)
         if spec is None:
-            if pass_.task == "labels":
+            if pass_.task in LABELLED:
                 raise TuneError("labels are read from a file", hint="name one: `file: DATA`")
             batches = Samples(self.source, self.calib)(graph.role)
-            return _of_batches(
-                pass_, [Example(feeds=tensors_for(graph, b.inputs)) for b in batches]
-            )
-        samples, labelled = Samples(self.source, spec), pass_.task == "labels"
+            given = [Example(feeds=tensors_for(graph, b.inputs)) for b in batches]
+            return *_of_batches(pass_, given), None
+        samples, labelled = Samples(self.source, spec), pass_.task in LABELLED
         records = _bounded(samples.records(labelled=labelled))
         held = list(itertools.islice(samples.records(left=True, labelled=labelled), pass_.held))
         if not held and pass_.held and len(records) > 1:  # the file has no more than was drawn
@@ -183,13 +200,19 @@ class Tuner:
 
         def example(chosen: Sequence[Record]) -> Example:
             inputs = tensors_for(graph, samples.of_records(graph.role, chosen))
+            if task is not None:
+                wanted = task.wanted([r.item for r in chosen])
+                return Example(
+                    feeds=inputs, wanted={n: torch.from_numpy(v) for n, v in wanted.items()}
+                )
             marks = torch.tensor([r.label for r in chosen]) if labelled else None
             return Example(feeds=inputs, labels=marks)
 
         def drawn(step: int) -> Example:
             return example([records[i] for i in _chosen(len(records), pass_, step)])
 
-        return drawn, [example(held[i : i + pass_.batch]) for i in range(0, len(held), pass_.batch)]
+        judges = [example(held[i : i + pass_.batch]) for i in range(0, len(held), pass_.batch)]
+        return drawn, judges, _score(task, graph, held) if task is not None and held else None
 
 
 def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
@@ -201,13 +224,13 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
 
     def train(pass_: Pass, graph: Graph, stats: Stats) -> dict[str, Tensor]:
         assert isinstance(pass_, Tune)
-        if pass_.task == "labels":
+        if pass_.task in LABELLED:
             raise TuneError("batches of inputs have no labels", hint="leave `task` out")
-        module = InGraph(graph, pass_.trained(graph))
+        module = InGraph(graph, pass_.trained(graph), pass_.dropout)
         drawn, held = _of_batches(pass_, [Example(feeds=tensors_for(graph, b)) for b in given])
         run = fit(
             module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held,
-            courses=_courses(pass_, graph), precision=pass_.precision,
+            courses=_courses(pass_, graph), precision=pass_.precision, shares=_shares(pass_, module),
         )  # fmt: skip
         stats.notes["curve"] = _curve(run)
         return module.tensors()
@@ -226,11 +249,34 @@ def _curve(run: Run) -> list[dict[str, Any]]:
 def _schedule(pass_: Tune) -> Schedule:
     return Schedule(
         steps=pass_.steps, lr=pass_.lr, warmup=pass_.warmup, weight_decay=pass_.weight_decay,
-        clip=pass_.clip, seed=pass_.seed, check_every=max(1, min(50, pass_.steps // 8)),
+        clip=pass_.clip, seed=pass_.seed, check_every=pass_.every or max(1, min(50, pass_.steps // 8)),
+        patience=pass_.patience,
     )  # fmt: skip
 
 
-def _loss(pass_: Tune, teacher: Graph) -> Callable[[Any, Example], Tensor]:
+def _shares(pass_: Tune, module: InGraph) -> list[float]:
+    """What share of the learning rate every parameter has; one that has several names goes by the first."""
+    names: dict[int, str] = {}
+    for name, place in module.places.items():
+        names.setdefault(place, name)
+    return [pass_.rate_of(names[place]) for place in range(len(module.weights))]
+
+
+def _score(task: Task, graph: Graph, held: Sequence[Record]) -> Score:
+    """How good a module is at a task, by the task's own score of held-out samples."""
+
+    def score(module: Any) -> float:
+        def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+            return {n: v.numpy() for n, v in module(tensors_for(graph, feeds)).items()}
+
+        return task.value(task.counts(run, [record.item for record in held]))
+
+    return score
+
+
+def _loss(
+    pass_: Tune, teacher: Graph, task: Task | None = None
+) -> Callable[[Any, Example], Tensor]:
     def loss(module: Any, example: Example) -> Tensor:
         feeds = example.feeds
         outputs, mask, found = module(feeds), mask_of(feeds), []
@@ -242,6 +288,9 @@ def _loss(pass_: Tune, teacher: Graph) -> Callable[[Any, Example], Tensor]:
             found.append(losses.labels(outputs, example.labels))
         if pass_.task == "tokens":
             found.append(losses.tokens(outputs, feeds["input_ids"], mask))
+        if task is not None:
+            assert example.wanted is not None
+            found.append(task.loss(outputs, example.wanted))
         return torch.stack(found).sum()
 
     return loss

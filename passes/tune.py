@@ -25,6 +25,13 @@ from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.train.hsm import Hsm
 from effc.train.loop import Precision
 
+Rates = Annotated[
+    tuple[tuple[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], ...],
+    BeforeValidator(
+        lambda x: tuple(x.items()) if isinstance(x, dict) else x,
+        json_schema_input_type=dict[str, float],
+    ),
+]
 LAYERS = ("linear", "conv1d", "conv2d", "embedding")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -50,10 +57,13 @@ class Tune(Pass):
     of a step's gradient.
 
     The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
-    `labels` of the samples, the next of their `tokens`, or none. `file` has the samples, those of `calib` where None;
-    `samples` of them are drawn by `seed`, and `held` others judge. With `precision` bf16 products are of bfloat16, and
-    what is trained stays in float32: faster on processors that have such products. `terms` are what passes in front
-    put in to be trained in ways of its own.
+    `labels` of the samples, the next of their `tokens`, that of a `source` which has a task, or none. `file` has the
+    samples, those of `calib` where None; `samples` of them are drawn by `seed`, and `held` others judge. With
+    `precision` bf16 products are of bfloat16, and what is trained stays in float32: faster on processors that have such
+    products. `terms` are what passes in front put in to be trained in ways of its own. Held-out samples judge `every`
+    so many steps, by their loss, or by the score of the source's task; after `patience` judgements without a better one
+    training ends. `rates` are shares of `lr` for tensors by name, the first pattern that fits; `dropout` is the share
+    of what linear layers read that is left out.
     """
 
     name = "tune"
@@ -70,7 +80,7 @@ class Tune(Pass):
     batch: Count = 16
     distill: Share = 1.0
     temperature: Positive = 1.0
-    task: Literal["none", "labels", "tokens"] = "none"
+    task: Literal["none", "labels", "tokens", "source"] = "none"
     file: str | None = None
     column: str | int | None = None
     max_length: Count | None = None
@@ -79,6 +89,10 @@ class Tune(Pass):
     seed: int = 0
     precision: Precision = "f32"
     tensors: str | tuple[str, ...] | None = None
+    every: Count | None = None
+    patience: Count | None = None
+    rates: Rates = ()
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     terms: Terms = ()
 
     def requires(self, program: Program) -> None:
@@ -108,6 +122,10 @@ class Tune(Pass):
             if tensor.is_floating_point() and any(fnmatchcase(name, word) for word in words)
             and (isinstance(held.get(name), torch.nn.Parameter) or name in layers)
         ]  # fmt: skip
+
+    def rate_of(self, name: str) -> float:
+        """The share of `lr` that a tensor has."""
+        return next((rate for word, rate in self.rates if fnmatchcase(name, word)), 1.0)
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         found = stats.train(self, graph)

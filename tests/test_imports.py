@@ -30,7 +30,7 @@ LINES = [
     calib
     causal intuition
     processor noise generate gguf cached adapter pipeline experts
-    guided
+    guided task
     source
     passes backends
     metrics sampling
@@ -49,7 +49,7 @@ LINES = [
     trial remedy layout_pipeline
     search
     compiler
-    inspection plan writing painting layout
+    inspection plan writing painting solving layout
     walk
     cli
     __init__ __main__
@@ -73,7 +73,18 @@ STANDARD_LIBRARY_ONLY = {
 # Training and the built-in models stand aside: all they may import, and who may import them.
 ASIDE = {
     "train": {"errors", "progress", "table", "quant", "dialect", "ir", "nn", "calib"},
-    "zoo": {"errors", "paths", "bounded", "table", "nn", "calib", "processor", "source", "train"},
+    "zoo": {
+        "errors",
+        "paths",
+        "bounded",
+        "table",
+        "nn",
+        "calib",
+        "processor",
+        "task",
+        "source",
+        "train",
+    },
 }
 IMPORTERS_OF_ASIDE = {"train": {"zoo", "tuning", "compiler", "cli", "passes"}, "zoo": set()}
 

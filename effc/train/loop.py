@@ -2,9 +2,10 @@
 
     lr(step) = peak · min(step / warm-up, (1 + cos(π · (step − warm-up) / (steps − warm-up))) / 2)
 
-Every so many steps the loss on held-out batches is taken, and the tensors that had the least are what comes out: they
-are never worse there than those that went in. Which batch a step sees, and its random numbers, hang on seed and step
-alone, so that a run that goes on after a break is the run that had none.
+Every so many steps the loss on held-out batches is taken, and a score where there is one; the tensors that had least
+loss, or the highest score, are what comes out: they are never worse there than those that went in. Which batch a step
+sees, and its random numbers, hang on seed and step alone, so that a run that goes on after a break is the run that had
+none.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 Precision = Literal["f32", "bf16"]
 Batch = Any
 Loss = Callable[[Any, Batch], Tensor]
+Score = Callable[[Any], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class Schedule:
     clip: float = 1.0
     seed: int = 0
     check_every: int = 50
+    patience: int | None = None
+    """After so many points without a better one training ends."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -76,6 +80,13 @@ class Point:
     soft: float | None = None
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: bool = True
+    score: float | None = None
+    """Of held-out samples by the task's own measure, which then judges in the place of the loss."""
+
+    @property
+    def cost(self) -> tuple[float, float] | None:
+        """The less the better, the loss between equal scores; None where nothing judges."""
+        return None if self.held is None else (-(self.score or 0.0), self.held)
 
 
 class Graphlike(Protocol):
@@ -93,10 +104,16 @@ class Run:
     step: int = 0
     points: list[Point] = field(default_factory=list)
     best: int = 0
-    """The step whose tensors had the least loss on held-out batches."""
+    """The step whose tensors were the best on held-out batches."""
     losses: list[float] = field(default_factory=list)
     """Since the last point."""
     seconds: float = 0.0
+
+    def is_over(self, schedule: Schedule) -> bool:
+        """Whether all steps are done, or none was better for as long as there is patience."""
+        since = sum(point.step > self.best for point in self.points if point.counts)
+        gave_up = schedule.patience is not None and since >= schedule.patience
+        return self.step >= schedule.steps or gave_up
 
 
 def fit(
@@ -110,12 +127,16 @@ def fit(
     progress: Callable[[int, int], None] = lambda done, of: None,
     courses: Sequence[Course] = (),
     precision: Precision = "f32",
+    score: Score | None = None,
+    shares: Sequence[float] = (),
 ) -> Run:
     """Train the parameters of a module in place; `batch` gives that of a step.
 
     With `courses` the module is a `Graphlike`, and has at the end what they leave to stand in it. `folder` keeps the
     state, and a run that finds one there goes on from it. Products are taken in `precision`; parameters, their moments
-    and the loss are in float32. Raises TuneError where a loss is no number, with the step.
+    and the loss are in float32. `score` of the module judges in the place of the held-out loss, the higher the better.
+    `shares` of the schedule's rate are those that parameters have, 1 where there are none. Raises TuneError where a
+    loss is no number, with the step.
     """
     try:
         from accelerate import Accelerator
@@ -127,7 +148,7 @@ def fit(
         raise TuneError("there is nothing to train", hint="`tensors` matches none of the graph's")
     terms = _Terms(module, courses)
     marks = {schedule.steps, *(step for course in courses for step in course.marks())}
-    groups = _groups(parameters, terms, schedule)
+    groups = _groups(parameters, terms, schedule, shares or [1.0] * len(parameters))
     optimizer = torch.optim.AdamW([group.options() for group in groups], lr=schedule.lr)
     module, optimizer = accelerator.prepare(module, optimizer)
     asked = _in_bfloat16(module) if precision == "bf16" else module
@@ -135,8 +156,8 @@ def fit(
     saved = started = time.monotonic()
     before = run.seconds
     if not run.points:
-        _check(run, asked, loss, held, parameters, best, terms)
-    while run.step < schedule.steps:
+        _check(run, asked, loss, held, parameters, best, terms, score)
+    while not run.is_over(schedule):
         torch.manual_seed(schedule.seed * 1_000_003 + run.step)
         for place, group in zip(optimizer.param_groups, groups, strict=True):
             place["lr"] = group.rate(run.step)
@@ -156,7 +177,7 @@ def fit(
         run.step += 1
         run.seconds = before + time.monotonic() - started
         if run.step % schedule.check_every == 0 or run.step in marks:
-            _check(run, asked, loss, held, parameters, best, terms)
+            _check(run, asked, loss, held, parameters, best, terms, score)
         progress(run.step, schedule.steps)
         if folder is not None and time.monotonic() - saved > SAVE_S and run.step < schedule.steps:
             try:
@@ -197,14 +218,26 @@ class _Group:
         return {"params": self.parameters, "weight_decay": self.weight_decay}
 
 
-def _groups(parameters: Sequence[Tensor], terms: _Terms, schedule: Schedule) -> list[_Group]:
+def _groups(
+    parameters: Sequence[Tensor], terms: _Terms, schedule: Schedule, shares: Sequence[float]
+) -> list[_Group]:
     owned = terms.owned()
-    rest = [p for p in parameters if all(p is not mine for mine, _ in owned)]
+    rest: dict[float, list[Tensor]] = {}
+    for parameter, share in zip(parameters, shares, strict=True):
+        if all(parameter is not mine for mine, _ in owned):
+            rest.setdefault(share, []).append(parameter)
     found = [
         _Group(parameters=[p], rate=own.rate, weight_decay=own.weight_decay) for p, own in owned
     ]
-    first = _Group(parameters=rest, rate=schedule.rate, weight_decay=schedule.weight_decay)
-    return [first, *found] if rest else found
+    first = [
+        _Group(parameters=mine, rate=_part(schedule, share), weight_decay=schedule.weight_decay)
+        for share, mine in rest.items()
+    ]
+    return [*first, *found]
+
+
+def _part(schedule: Schedule, share: float) -> Callable[[int], float]:
+    return lambda step: share * schedule.rate(step)
 
 
 class _Terms:
@@ -256,8 +289,9 @@ def _check(
     parameters: Sequence[Tensor],
     best: list[Tensor],
     terms: _Terms,
+    score: Score | None,
 ) -> None:
-    """A point of the curve; the tensors are kept where none before had less loss."""
+    """A point of the curve; the tensors are kept where none before was better."""
 
     def mean_loss() -> float | None:
         values = [float(loss(module, batch)) for batch in held]
@@ -266,6 +300,7 @@ def _check(
     with torch.no_grad():
         differs = terms.stand(run.step, judged=True)
         now, soft = mean_loss(), None
+        scored = score(module) if score is not None else None
         if differs:
             terms.stand(run.step)
             soft = mean_loss()
@@ -275,17 +310,19 @@ def _check(
             f"the loss of held-out samples is {now} at step {run.step}",
             hint="a lower learning rate may help, or `held: 0`, where they are at fault",
         )
-    least = min((p.held for p in run.points if p.held is not None and p.counts), default=math.inf)
+    before = [p.cost for p in run.points if p.cost is not None and p.counts]
     counts = terms.is_ready(run.step)
     mean = sum(run.losses) / len(run.losses) if run.losses else None
     seconds = round(run.seconds, 3)
     run.points.append(
         Point(
-            step=run.step, loss=mean, held=now, seconds=seconds, soft=soft, told=told, counts=counts
+            step=run.step, loss=mean, held=now, seconds=seconds, soft=soft, told=told,
+            counts=counts, score=scored,
         )
-    )
+    )  # fmt: skip
     run.losses = []
-    if now is None or now < least or math.isinf(least):
+    cost = run.points[-1].cost
+    if cost is None or not before or cost < min(before):
         run.best = run.step
         best[:] = [p.detach().clone() for p in parameters]
 

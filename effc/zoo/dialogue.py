@@ -24,28 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from effc.zoo.dialogue_task import Settings
+
 MASKED, HARD_MASKED = -1e4, -1e9
 """What stands for no attention; the second makes a row without any see all alike, as the authors' program does."""
 TOKEN_BASE, UTTERANCE_BASE = 10_000.0, 15.0
 CLASSES = {"entity": 4, "relation": 3, "polarity": 4}
-WEIGHTS = {"entity": 1.0, "relation": 5.0, "polarity": 3.0}
-"""Of every class but the first in the loss of each table."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a dialogue model is made of beside its encoder.
-
-    `split` gives heads and tails of relations tables of their own; `views` and `rotary` can be left out;
-    `released_masks` are those of the authors' program, faults included (see `dialogue_layout`).
-    """
-
-    inner: int = 256
-    split: bool = True
-    views: bool = True
-    rotary: bool = True
-    released_masks: bool = False
-    dropout: float = 0.1
 
 
 class View(nn.Module):
@@ -139,15 +123,16 @@ class DialogueModel(nn.Module):
     """An encoder of transformers, three views and three tables of tags.
 
     Inputs are those of `dialogue_layout.inputs`; outputs `entity`, `relation` and `polarity` [batch, N, N, classes].
+    `dropout` is that of the module in training mode; `effc tune`, which trains the graph, has its own.
     """
 
-    def __init__(self, encoder: nn.Module, settings: Settings) -> None:
+    def __init__(self, encoder: nn.Module, settings: Settings, dropout: float = 0.1) -> None:
         super().__init__()
         config: Any = encoder.config
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-        self.encoder, self.settings = encoder, settings
+        self.encoder, self.settings, self.dropout = encoder, settings, dropout
         self.views = nn.ModuleList(
-            View(hidden, heads, settings.dropout) for _ in range(3 if settings.views else 0)
+            View(hidden, heads, dropout) for _ in range(3 if settings.views else 0)
         )
         classes = dict(CLASSES, relation=4 if settings.split else 3)
         self.grids = nn.ModuleDict({
@@ -173,7 +158,7 @@ class DialogueModel(nn.Module):
         read = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         x = read.flatten(0, 1)[gather]
         if self.training:
-            x = functional.dropout(x, self.settings.dropout)
+            x = functional.dropout(x, self.dropout)
         if self.views:
             seen = views(utterance, parent, speaker, group, released=self.settings.released_masks)
             fill = HARD_MASKED if self.settings.released_masks else MASKED
@@ -213,21 +198,21 @@ def signed(thread: Tensor) -> tuple[Tensor, Tensor]:
     return apart & (rows < columns), apart & (rows > columns)
 
 
-def loss(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
-    """The sum over tables of cross-entropy over cells that count, classes weighted; −100 is what does not count.
+def loss(
+    outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> Tensor:
+    """The sum over tables of cross-entropy over cells that count; −100 is what does not count.
 
     `wanted` are entity, relation and polarity [batch, N, N], the second [batch, N, N, 2] where heads and tails are
-    split.
+    split. Every class but the first has the weight of its table, and the mean is over weights.
     """
     terms = []
-    for name, weight in WEIGHTS.items():
+    for name, weight in weights.items():
         logits, tags = outputs[name], wanted[name]
         if tags.dim() == 4:
             logits = logits.unflatten(-1, (2, 2))
         classes = logits.shape[-1]
-        weights = logits.new_full((classes,), weight)
-        weights[0] = 1.0
-        terms.append(
-            functional.cross_entropy(logits.reshape(-1, classes), tags.reshape(-1), weights)
-        )
+        scale = logits.new_full((classes,), weight)
+        scale[0] = 1.0
+        terms.append(functional.cross_entropy(logits.reshape(-1, classes), tags.reshape(-1), scale))
     return torch.stack(terms).sum()

@@ -84,14 +84,14 @@ def of_logits(outputs: Mapping[str, Array], row: int, laid: Laid) -> Tags:
     )  # fmt: skip
 
 
-def decode(tags: Tags, laid: Laid) -> Truth:
+def decode(tags: Tags, laid: Laid, most_mentions: int = MOST_MENTIONS) -> Truth:
     """What tables say is in a dialogue.
 
     A pair is two mentions whose heads and whose tails are related. Three of them that are pairs all round are a
     quadruple, in the order of their arrows, whatever kinds they were found to be. Pairs count as the kinds of their
     mentions say. Mentions that begin or end on a mark are dropped.
     """
-    mentions = _mentions(tags, laid)
+    mentions = _mentions(tags, laid, most_mentions)
     related = _related(tags, list(mentions))
     found: dict[str, set[Any]] = defaultdict(set)
     for ends, (kind, span) in mentions.items():
@@ -115,12 +115,12 @@ PAIRS = {
 Ends = tuple[int, int]
 
 
-def _mentions(tags: Tags, laid: Laid) -> dict[Ends, tuple[int, Span]]:
+def _mentions(tags: Tags, laid: Laid, most: int) -> dict[Ends, tuple[int, Span]]:
     """Kind and tokens of every mention, by its first and last place."""
     found: dict[Ends, tuple[int, Span]] = {}
     for first, last in np.argwhere(tags.entity > 0).tolist():
         span = laid.span(first, last)
-        if span is not None and len(found) < MOST_MENTIONS:
+        if span is not None and len(found) < most:
             found[first, last] = (int(tags.entity[first, last]), span)
     return found
 

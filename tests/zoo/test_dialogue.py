@@ -15,8 +15,9 @@ from effc.zoo import dialogue_files as files
 from effc.zoo import dialogue_layout as layout
 from effc.zoo import dialogue_scores as scores
 from effc.zoo import dialogue_tags as tags
-from effc.zoo.dialogue import DialogueModel, Settings, Turn, loss, signed, views
+from effc.zoo.dialogue import DialogueModel, Turn, loss, signed, views
 from effc.zoo.dialogue_files import Quad, Span
+from effc.zoo.dialogue_task import Settings
 
 # Places of tokens:   0 1 2 3        4 5 6           7 8             9 10
 TEXTS = ["phone a b camera", "it is good", "camera bad", "battery fine"]
@@ -321,7 +322,7 @@ def test_positions_count_on_from_the_first_utterance_in_every_thread(dialogue):
     assert made["utterance_position"][0].tolist() == [0] * 6 + [1] * 5 + [2] * 4 + [1] * 4
 
 
-def tiny(**settings):
+def tiny(dropout=0.1, **settings):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -330,7 +331,7 @@ def tiny(**settings):
         intermediate_size=32, max_position_embeddings=32,
     )  # fmt: skip
     encoder = BertModel(config, add_pooling_layer=False)
-    return DialogueModel(encoder, Settings(inner=8, **settings)).eval()
+    return DialogueModel(encoder, Settings(inner=8, **settings), dropout).eval()
 
 
 def tensors(arrays):
@@ -358,7 +359,7 @@ def test_the_loss_is_the_weighted_mean_over_cells_that_count(dialogue):
     wanted = tags.targets([laid], split=True)
     assert (wanted["entity"] == tags.NOT_COUNTED).sum() > 0
     outputs = {name: torch.zeros(*wanted[name].shape[:3], 4) for name in wanted}
-    found = loss(outputs, tensors(wanted))
+    found = loss(outputs, tensors(wanted), WEIGHTS)
     assert float(found) == pytest.approx(
         2 * np.log(4) + np.log(2)
     )  # of 4, 2 and 4 classes, all alike
@@ -371,13 +372,14 @@ def test_a_model_learns_a_dialogue_by_heart(dialogue):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(80):
         optimizer.zero_grad()
-        loss(model(**feeds), wanted).backward()
+        loss(model(**feeds), wanted, WEIGHTS).backward()
         optimizer.step()
     with torch.no_grad():
         outputs = {name: value.numpy() for name, value in model(**feeds).items()}
     assert tags.decode(tags.of_logits(outputs, 0, laid), laid) == dialogue.truth
 
 
+WEIGHTS = Settings().weights
 DIMS = {
     "input_ids": {0: "utterances", 1: "pieces"},
     "attention_mask": {0: "utterances", 1: "pieces"},
