@@ -95,7 +95,7 @@ class Tuner:
     def inputs(self, pass_: Tune, graph: Graph) -> dict[str, Any]:
         """Inputs of a step of a training, as arrays by name. Raises what reading its samples raises."""
         few = dataclasses.replace(pass_, samples=min(pass_.samples, pass_.batch), held=0)
-        drawn, _ = self._examples(few, graph)
+        drawn, *_ = self._examples(few, graph)
         return {name: tensor.numpy() for name, tensor in drawn(0).feeds.items()}
 
     def _key(self, pass_: Tune, graph: Graph) -> str:
