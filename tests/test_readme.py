@@ -82,7 +82,7 @@ def test_a_ranking_is_held_against_all_that_were_looked_at(tables, tmp_path):
     for name in ("net", "net, align 16"):
         units[f"{name} whole"] = {"accuracy": 0.9}
         units[f"{name} latency 0.3"] = {
-            "int8": {"against": {"whole": {"ratio": 1.2, "low": 1.1, "high": 1.3}}}
+            "int8": {"against": {"whole": {"ratio": 1.2, "low": 1.1, "high": 1.3, "n": 9}}}
         }
         for ranking, by in (("random", 0), ("magnitude", -gains), ("wanda", gains)):
             for seed, value in enumerate(0.8 + by * np.ones(4)):
