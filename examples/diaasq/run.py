@@ -31,8 +31,9 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 TINY = ["source.options={inner: 16}", "passes.0.precision=f32", "passes.0.dropout=0.05",
         'passes.0.rates={"encoder.*": 0.5}', "passes.0.lr=0.01", "passes.0.batch=8", "calib.samples=16"]  # fmt: skip
 KINDS: dict[str, Json] = {
-    "smoke": {"train": 96, "valid": 24, "hidden": 32, "budget_s": 0.2, "set": [
-        *TINY, "gate=false", "passes.0.samples=80", "passes.0.held=16", "passes.0.steps=60", "passes.0.every=30"]},
+    "smoke": {"train": 64, "valid": 12, "hidden": 32, "budget_s": 0.2, "set": [
+        *TINY, "gate=false", "passes.0.batch=4", "passes.0.samples=56", "passes.0.held=8",
+        "passes.0.steps=40", "passes.0.every=20"]},
     "fast": {"train": 400, "valid": 100, "hidden": 128, "budget_s": 4.0, "set": [
         *TINY, "passes.0.samples=360", "passes.0.held=40", "passes.0.steps=400", "passes.0.every=100"]},
     "full": {"budget_s": 20.0, "set": []},
