@@ -81,9 +81,10 @@ def apply(
             decisions.update(stats.decisions)
             notes.update({f"{graph.role}/{name}": note for name, note in stats.notes.items()})
         pass_.ensures(program)
-        gap = _compare(pass_, before, program, data, probes) if sites else None
-        if sites and pass_.effect == "exact" and gap is not None and not _is_near(pass_, gap):
-            _hold(pass_, gap, before, program, data, probes)
+        probed = list(_probed(pass_, before, program, data, probes)) if sites else []
+        gap = _compare(before, probed)
+        if pass_.effect == "exact" and gap is not None and not _is_near(pass_, gap):
+            _hold(pass_, gap, before, probed)
     except EffcError:
         program.graphs = before.graphs
         raise
@@ -188,16 +189,13 @@ def _nodes(program: Program) -> int:
     return sum(len(list(graph.nodes)) for graph in program)
 
 
-def _compare(
-    pass_: Pass,
-    before: Program,
-    after: Program,
-    data: Data | Iterable[Batch] | None,
-    probes: Mapping[str, Sequence[Mapping[str, Tensor]]] | None,
-) -> Drift | None:
+Probed = tuple[Graph, list[dict[str, Tensor]]]
+
+
+def _compare(before: Program, probed: Sequence[Probed]) -> Drift | None:
     """The worst drift over probe inputs; None where there is nothing to compare on."""
     worst: Drift | None = None
-    for graph, feeds in _probed(pass_, before, after, data, probes):
+    for graph, feeds in probed:
         for feed in feeds:
             gap = _apart(before[graph.role].run(feed), graph.run(feed), feed)
             worst = gap if worst is None else worst.worst(gap)
@@ -210,7 +208,7 @@ def _probed(
     after: Program,
     data: Data | Iterable[Batch] | None,
     probes: Mapping[str, Sequence[Mapping[str, Tensor]]] | None,
-) -> Iterator[tuple[Graph, list[dict[str, Tensor]]]]:
+) -> Iterator[Probed]:
     """Every graph that a pass worked on, with inputs for what it was and what it is."""
     for graph in _graphs(pass_, after):
         if graph.is_of_shapes:
@@ -258,20 +256,12 @@ def _is_near(pass_: Pass, gap: Drift) -> bool:
     return gap.rel_l2 <= pass_.tolerance
 
 
-def _hold(
-    pass_: Pass,
-    gap: Drift,
-    before: Program,
-    after: Program,
-    data: Data | Iterable[Batch] | None,
-    probes: Mapping[str, Sequence[Mapping[str, Tensor]]] | None,
-) -> None:
+def _hold(pass_: Pass, gap: Drift, before: Program, probed: Sequence[Probed]) -> None:
     """Raise PostconditionError, but where the gap is no more than rounding that the model itself has."""
     moved = f"moved the outputs by {gap.rel_l2:.2g}"
     try:
         is_rounding = math.isfinite(gap.rel_l2) and all(
-            _is_rounding(pass_, before[graph.role], graph, feeds)
-            for graph, feeds in _probed(pass_, before, after, data, probes)
+            _is_rounding(pass_, before[graph.role], graph, feeds) for graph, feeds in probed
         )
     except Exception as error:  # an operator that knows no float64: the gap stands as it is
         log.debug("%s cannot be held to in float64: %s", pass_.name, error)
