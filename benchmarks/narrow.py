@@ -1,6 +1,6 @@
 """What a quarter less residual width is worth to a language model: reading 128 tokens, and writing one more.
 
-    python benchmarks/narrow.py [--threads N]     # ten minutes on a quiet machine; writes results/narrow-N-FEATURES.json
+    python benchmarks/narrow.py [--threads N]     # ten quiet minutes; writes results/narrow-N-FEATURES.json
 
 The model has random weights: eight layers of 1,024 channels, 16 heads of 64, a feed-forward width of 2,816 and a table
 of 32,000 words. Every linear loses a quarter of one of its two sides, so the bound of their time is 1.33; attention and
