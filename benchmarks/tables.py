@@ -645,7 +645,7 @@ def narrowed() -> list[str]:
         lines += [
             f"A model of random weights: {sizes['num_hidden_layers']} layers of {sizes['hidden_size']:,} channels, a "
             f"table of {sizes['vocab_size']:,} words; {found['ratio']:.0%} of the residual width gone, "
-            f"{found['threads']} threads, batch 1. Reading is of 128 tokens, writing of one behind 128; integers are "
+            f"threads: {found['threads']}, batch 1. Reading is of 128 tokens, writing of one behind 128; integers are "
             "of 8 bit on both sides of a product, and of 4 bit in weights. In brackets the 99 % interval. "
             + circumstances(found), "",
         ]  # fmt: skip
