@@ -7,7 +7,7 @@ the tags, and how many mentions the decoder looks at. Nothing here needs torch b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -187,7 +187,7 @@ def _settings(given: Any) -> Settings:
         place = ".".join(map(str, first["loc"]))
         raise SourceError(
             f"settings of diaasq: {place}: {first['msg'].lower()}",
-            hint=f"they are {', '.join(Settings.__dataclass_fields__)}",
+            hint=f"they are {', '.join(f.name for f in fields(Settings))}",
         ) from error
 
 
