@@ -177,7 +177,8 @@ def _chosen(node: fx.Node) -> tuple[int, fx.Node] | None:
 
 def _unflattened(node: fx.Node) -> list[Any]:
     """The whole shape that a dimension in parts gives, sizes that are no numbers as nodes in front."""
-    source, dim, parts = node.args[:3]
+    given: Any = node.args
+    source, dim, parts = given
     shape = source.meta["val"].shape
     with node.graph.inserting_before(node):
         sizes: list[Any] = [
