@@ -94,12 +94,16 @@ def _with_dropout(module: fx.GraphModule, share: float) -> fx.GraphModule:
     found = _copied(module)
     for node in [n for n in found.graph.nodes if op_name(n) == "linear"]:
         with found.graph.inserting_before(node):
-            read = found.graph.call_function(
-                torch.ops.aten.dropout.default, (node.args[0], share, True)
-            )
+            read = found.graph.call_function(_dropped, (node.args[0], share))
         node.replace_input_with(node.args[0], read)
     found.recompile()
     return found
+
+
+def _dropped(x: Tensor, share: float) -> Tensor:
+    """Dropout; torch's own takes twice as long to draw on a processor."""
+    kept = torch.rand(x.shape).ge_(share).mul_(1 / (1 - share))
+    return x * kept.to(x.dtype)
 
 
 def mask_of(feeds: Mapping[str, Tensor]) -> Tensor | None:
