@@ -11,6 +11,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("examples/*/run.py"))
 KEYS = {
+    "cloud_device": {
+        "rounds",
+        "uplink",
+        "recovered_fraction",
+        "bytes_up",
+        "bytes_down",
+        "full_bytes",
+        "mirror_equal",
+        "faults",
+    },
     "minilm": {"shapes", "outputs", "metric", "model_bytes", "int8_sites", "total_sites"},
     "mor1e": {
         "arms",
