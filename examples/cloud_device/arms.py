@@ -32,12 +32,13 @@ class Arm:
     truth: bool = False
     teacher: str = "own"
     anchor: float = 0.0
+    lr: float = 4e-3
     budget: int = 50_000
 
 
 ARMS = {
     "akd": Arm(),
-    "labels": Arm(every=True, truth=True, budget=0),
+    "labels": Arm(every=True, truth=True, budget=0, lr=1e-3),
     "energy": Arm(score="energy"),
     "random": Arm(score="random"),
     "mcdrop": Arm(score="mcdrop"),

@@ -25,7 +25,7 @@ WIDTH, BLOCKS, HEADS = 256, 6, 4
 FEATURES = 64
 SENT = 8
 """Tokens that go up, of 49."""
-STUDENT, TEACHER = (96, 2), (160, 2)
+STUDENT, TEACHER = (96, 2), (128, 2)
 """Width and layers of the answerers."""
 
 

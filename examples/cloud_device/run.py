@@ -63,7 +63,6 @@ class Plan:
     rounds: int = 3
     steps: int = 150
     batch: int = 32
-    lr: float = 4e-3
     share: float = 0.2
     """Of pictures by day that may be above the threshold."""
     calibrated: int = 100
@@ -78,7 +77,7 @@ PLANS = {
         calibrated=20, arms=(SHOWN, WHOLE), domains=("dusk",),
     ),
     "fast": Plan(
-        crowded=1500, epochs=2, day=600, passes=16000, stream=100, test=80, rounds=2, steps=100, seeds=1,
+        crowded=1500, epochs=3, day=600, passes=30000, stream=100, test=80, rounds=2, steps=100, seeds=1,
         calibrated=60, arms=(SHOWN, WHOLE, "energy", "mcdrop", "random"), domains=("dusk",),
     ),
     "full": Plan(crowded=3000, epochs=4, day=1500, passes=60000, stream=200, test=250),
@@ -296,7 +295,8 @@ class Unit:
         began = time.perf_counter()
         tuned = self.adapted()
         seconds = time.perf_counter() - began
-        self.answerer.load_state_dict(tuned, strict=False)
+        if tuned:
+            self.answerer.load_state_dict(tuned)
         new = self.study.compiled(self.answerer, self.arm, self.place / f"new{number}", self.base)
         mirror, file = self.place / f"held{number}", self.place / f"{number}.effd"
         made = make.make(
@@ -312,7 +312,7 @@ class Unit:
             **up, "bytes_down": file.stat().st_size, "full_bytes": made.numbers["full_bytes"],
             "left": made.numbers["error"], "encodings": made.numbers["encodings"],
             "mirror_equal": self.is_mirrored(mirror), "cloud_s": seconds,
-            **_adapter_bytes({n: tuned[n] for n in tuned}),
+            **_adapter_bytes(tuned),
         }  # fmt: skip
 
     def is_mirrored(self, mirror: Path) -> bool:
@@ -399,7 +399,7 @@ class Unit:
             InGraph(graph, names),
             {"image": (small, large), "last": (small, large)} if arm.how.features else {},
         )
-        schedule = Schedule(steps=plan.steps, lr=plan.lr, seed=self.seed)
+        schedule = Schedule(steps=plan.steps, lr=arm.lr, seed=self.seed)
         courses = [Anchor(weight=arm.anchor).begin(graph, plan.steps, schedule.rate)] if arm.anchor else []  # fmt: skip
         how = akd.Distillation(answers=0.0, replay=1.0) if arm.truth else arm.how
         fit(
@@ -410,7 +410,8 @@ class Unit:
             rebind(graph, name, tensor, "tuned")
         if not arm.truth:
             effc.apply(MergeLora(), program)
-        return {n: t.detach().clone() for n, t in graph.tensors().items() if n in own}
+        held = self.answerer.state_dict()  # a graph has constants of its own beside these
+        return {n: t.detach().clone() for n, t in graph.tensors().items() if n in held}
 
     def taught_by(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.arm.teacher != "own":  # answers to the same queries of another picture
