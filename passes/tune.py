@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from effc.errors import CalibrationError, PreconditionError
 from effc.ir.edit import rebind, tensor_name
@@ -22,6 +23,7 @@ from effc.ir.show import tensors_digest
 from effc.ir.splice import attached
 from effc.passes.base import Pass, Stats
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
+from effc.train.anchor import Anchor
 from effc.train.hsm import Hsm
 from effc.train.loop import Precision
 
@@ -36,13 +38,29 @@ LAYERS = ("linear", "conv1d", "conv2d", "embedding")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _term(value: Any) -> Any:
+    """A term by its word alone is one without options."""
+    told = {"term": value} if isinstance(value, str) else value
+    if isinstance(told, dict) and told.get("term") not in KNOWN:
+        expected = " or ".join(map(repr, KNOWN))
+        raise PydanticCustomError("literal_error", "a term is {expected}", {"expected": expected})
+    return told
+
+
+def _kind(value: Any) -> str | None:
+    term = value.get("term") if isinstance(value, dict) else getattr(value, "term", None)
+    return KNOWN.get(term) if isinstance(term, str) else None
+
+
+KNOWN = {"hsm": "Hsm", "l2-sp": "Anchor"}
+"""Classes of terms by word."""
 Terms = tuple[
     Annotated[
-        Hsm,
-        BeforeValidator(
-            lambda x: {"term": x} if isinstance(x, str) else x,
-            json_schema_input_type=Hsm | Literal["hsm"],
-        ),
+        Annotated[Hsm, Tag("Hsm")] | Annotated[Anchor, Tag("Anchor")],
+        Discriminator(_kind),
+        BeforeValidator(_term, json_schema_input_type=Hsm | Anchor | Literal["hsm", "l2-sp"]),
     ],
     ...,
 ]

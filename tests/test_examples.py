@@ -11,6 +11,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("examples/*/run.py"))
 KEYS = {
+    "cloud_device": {
+        "rounds",
+        "uplink",
+        "recovered_fraction",
+        "bytes_up",
+        "bytes_down",
+        "full_bytes",
+        "mirror_equal",
+        "faults",
+    },
     "diaasq": {"metrics", "decoded_equal", "speedup"},
     "minilm": {"shapes", "outputs", "metric", "model_bytes", "int8_sites", "total_sites"},
     "mor1e": {
@@ -107,3 +117,39 @@ def test_numbers_that_were_taken_before_have_the_revision_of_then(tmp_path, monk
     assert json.loads(kept.read_text(encoding="utf-8"))["revision"] == "89abcde"
     with pytest.raises(SystemExit):
         take("--revision", "1234567")
+
+
+@pytest.mark.parametrize("name", ["day", "dusk", "ink", "frost"])
+def test_pictures_of_shapes_are_not_small_and_their_answers_are_true(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "cloud_device"))
+    world = importlib.import_module("world")
+    domain = world.DOMAINS[name]
+    scenes = world.drawn(domain, 8, 3)
+    assert scenes.pictures.shape[1:] == (224, 224, 3)
+    assert min(world.jpeg_bytes(picture) for picture in scenes.pictures) >= 8192
+    shapes, colours = len(world.SHAPES), len(world.COLOURS)
+    for i in range(8):
+        there = scenes.shapes[i] < shapes
+        kinds = scenes.shapes[i][there].tolist()
+        hues = (scenes.hues[i][there] + 0.5) * 360 / world.HUES
+        names = (((hues - domain.turn) / 60).round().astype(int) % colours).tolist()
+        things = list(zip(kinds, names, strict=True))
+        assert len(things) == world.THINGS
+        for (kind, first, second), answer in zip(scenes.queries[i], scenes.answers[i], strict=True):
+            shape, colour = first - 1 - len(world.KINDS), first - 1 - len(world.KINDS) - shapes
+            match world.KINDS[kind - 1]:
+                case "colour of":
+                    assert [n for k, n in things if k == shape] == [answer]
+                case "shape of":
+                    assert [colours + k for k, n in things if n == colour] == [answer]
+                case "count shape":
+                    assert answer == world.COUNTS + kinds.count(shape)
+                case "count colour":
+                    assert answer == world.COUNTS + names.count(colour)
+                case "is there":
+                    other = second - 1 - len(world.KINDS) - shapes
+                    assert answer == world.YES + ((shape, other) not in things)
+                case "caption":
+                    thing, is_shape = divmod(colour - colours, 2)
+                    assert answer == (colours + kinds[thing] if is_shape else names[thing])
+    assert not (scenes.pictures == world.drawn(domain, 8, 4).pictures).all()
