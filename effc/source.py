@@ -174,9 +174,9 @@ class Pixels(nn.Module):
 
 def guess(model: str) -> dict[str, str]:
     """A source from one word of the command line: a directory, a factory, or a hub id."""
-    if (word := task_of(Path(model))) is not None:
-        return {"task": word, "checkpoint": model}
     if os.path.isdir(model):
+        if (word := task_of(Path(model))) is not None:
+            return {"task": word, "checkpoint": model}
         return {"diffusers" if pipeline.is_pipeline(Path(model)) else "transformers": model}
     if re.fullmatch(r"[\w./-]+:[A-Za-z_]\w*", model) and not os.path.exists(model):
         return {"python": model}
