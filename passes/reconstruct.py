@@ -6,8 +6,9 @@
 A weight that is rounded to nearest is not what its layer's output wants. Here every weight goes up or down (Nagel et
 al. 2020), for all layers of a residual block, an attention or a feed-forward part together (Li et al. 2021), which
 reads what the blocks in front of it give now. Scales are those of nearest rounding, and what would be worse than
-nearest on the same rows is not taken. When all weights are codes, the steps of activations are learned (LSQ, Esser et al. 2020)
-from inputs that are rounded, as they will be. Samples are a fixed number of rows: memory does not grow with the data.
+nearest on the same rows is not taken. When all weights are codes, the steps of activations are learned (LSQ, Esser et
+al. 2020) from inputs that are rounded, as they will be. Samples are a fixed number of rows: memory does not grow with
+the data.
 """
 
 from __future__ import annotations
@@ -646,12 +647,11 @@ def _grid_key(graph: Graph, node: fx.Node) -> str:
 def _rounded(args: Sequence[Any], gain: Any, rounds: bool) -> Tensor:
     """Codes as float numbers, which a gradient passes; not rounded nor cut where nothing is to be rounded."""
     x, scale, zero, low, high = args[:5]
-    steps = x / (scale * gain)
+    steps: Tensor = x / (scale * gain)
     if not rounds:
         return steps + zero
     whole = steps + (steps.round() - steps).detach()
-    codes: Tensor = torch.clamp(whole + zero, low, high)
-    return codes
+    return torch.clamp(whole + zero, low, high)
 
 
 def _numbers(args: Sequence[Any], gain: Any, rounds: bool) -> Tensor:
