@@ -424,19 +424,19 @@ class _Learner:
         named = {n.name: n for n in self.float.fx.nodes}
         ends = [named[node.name] for node in part.outputs]
         wide = [_is_tensor(node) and _is_wide(node) for node in part.inputs]
-        found, total, most = [], 0, MOST_BYTES
-        feeds = self.feeds[:groups]
+        found: list[_Rows] = []
+        feeds, kept = self.feeds[:groups], {0}
         for number, given in enumerate(feeds):
+            if number not in kept:
+                continue
             inputs = self._values(self.quantised, part.inputs, given, rounds) if part.inputs else []
             targets = self._values(self.float, ends, given, rounds=False)
             mask = given.get(MASK)
             masks = [fitting(None if mask is None else mask.bool(), t) for t in targets]
-            made = _Rows(inputs=inputs, wide=wide, targets=targets, masks=masks)
-            size = sum(v.nbytes for v in (*inputs, *targets) if isinstance(v, Tensor))
-            if total and size * len(feeds) > most and number * size > most:
-                break
-            total += size
-            found.append(made)
+            found.append(_Rows(inputs=inputs, wide=wide, targets=targets, masks=masks))
+            if number == 0:
+                size = sum(v.nbytes for v in (*inputs, *targets) if isinstance(v, Tensor))
+                kept = _spread(len(feeds), MOST_BYTES // max(1, size))
         return self._mixed(part, found)
 
     def _mixed(self, part: _Part, found: list[_Rows]) -> list[_Rows]:
@@ -649,7 +649,7 @@ def _rounded(args: Sequence[Any], gain: Any, rounds: bool) -> Tensor:
     x, scale, zero, low, high = args[:5]
     steps: Tensor = x / (scale * gain)
     if not rounds:
-        return steps + zero
+        return steps.add(zero)
     whole = steps + (steps.round() - steps).detach()
     return torch.clamp(whole + zero, low, high)
 
@@ -678,6 +678,13 @@ def _loss(made: Sequence[Tensor], rows: _Rows, scales: Sequence[float]) -> Tenso
             lost = lost[mask]
         found.append(lost.mean() / scale)
     return torch.stack(found).mean()
+
+
+def _spread(count: int, most: int) -> set[int]:
+    """Numbers below `count`, at most so many, spread evenly: the first and the last are among them."""
+    if most >= count:
+        return set(range(count))
+    return {round(i * (count - 1) / max(1, most - 1)) for i in range(max(1, most))}
 
 
 def _slice(rows: _Rows, start: int, stop: int) -> _Rows:

@@ -13,7 +13,7 @@ from effc.errors import PreconditionError
 from effc.ir.edit import rebind
 from effc.passes.blocks import blocks
 from effc.passes.quantize import Quantize
-from effc.passes.reconstruct import Reconstruct
+from effc.passes.reconstruct import Reconstruct, _spread
 from effc.passes.split import SplitConcat
 
 QUICK = {"bits": 4, "weight_range": "mse", "steps": 120, "activation_steps": 20, "rows": 64}
@@ -276,3 +276,11 @@ def test_weights_alone_are_learned_beside_float_activations():
     effc.apply(Quantize(**options), nearest, tokens(), dialect=DIALECTS["ort"])
     effc.apply(Reconstruct(**(QUICK | options)), learned, tokens(), dialect=DIALECTS["ort"])
     assert apart(learned, whole, tokens()) < apart(nearest, whole, tokens())
+
+
+def test_a_block_too_large_to_hold_has_fewer_rows_of_all_the_data(monkeypatch):
+    assert _spread(5, 9) == {0, 1, 2, 3, 4} and _spread(9, 3) == {0, 4, 8} and _spread(9, 0) == {0}
+    monkeypatch.setattr("effc.passes.reconstruct.MOST_BYTES", 1 << 16)
+    whole, learned = small(), small()
+    effc.apply(Reconstruct(**QUICK), learned, pictures(), dialect=ORT)
+    assert apart(learned, whole, pictures()) < 0.2
