@@ -347,6 +347,79 @@ class Rows:
         return self.most * (shape[-1] * 4 + FLOAT64 + 1)
 
 
+class Feeds:
+    """Whole inputs of a graph, of so many rows that are drawn evenly from all: what it can be run on again.
+
+    One collector watches all inputs, in their order. `wide` says which of them have a row for each sample; of the
+    others a row keeps what stood beside it.
+    """
+
+    def __init__(
+        self, names: Sequence[str], wide: Sequence[bool], most: int, seed: int = 0
+    ) -> None:
+        self.names, self.wide, self.most, self.count = tuple(names), tuple(wide), most, 0
+        self._draw = torch.Generator().manual_seed(seed)
+        self._batch: list[Tensor] = []
+        self._rows: list[tuple[float, int, tuple[Tensor, ...]]] = []
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        self._batch.append(x.detach())
+        if len(self._batch) < len(self.names):
+            return
+        batch, self._batch = self._batch, []
+        sizes = [len(x) for x, is_wide in zip(batch, self.wide, strict=True) if is_wide]
+        rows = min(sizes, default=1)
+        for row, place in enumerate(torch.rand(rows, generator=self._draw).tolist()):
+            worst = self._rows[-1][0] if len(self._rows) == self.most else math.inf
+            if place >= worst:
+                continue
+            held = tuple(
+                x[row : row + 1].clone() if is_wide else x
+                for x, is_wide in zip(batch, self.wide, strict=True)
+            )
+            self._rows = sorted([*self._rows, (place, self.count + row, held)], key=lambda r: r[:2])
+            del self._rows[self.most :]
+        self.count += rows
+
+    def merge(self, other: Self) -> Self:
+        made = type(self)(self.names, self.wide, self.most)
+        later = [(place, self.count + row, held) for place, row, held in other._rows]
+        made._rows = sorted([*self._rows, *later], key=lambda r: r[:2])[: self.most]
+        made.count = self.count + other.count
+        return made
+
+    def groups(self, batch: int) -> list[dict[str, Tensor]]:
+        """Feeds of at most `batch` rows each, of rows with equal shapes and equal values that are not theirs alone."""
+        found: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
+        for _, _, held in sorted(self._rows, key=lambda r: r[1]):
+            key = tuple(
+                tuple(x.shape) if is_wide else (tuple(x.shape), x.numpy().tobytes())
+                for x, is_wide in zip(held, self.wide, strict=True)
+            )
+            found.setdefault(key, []).append(held)
+        return [
+            {
+                name: torch.cat(parts) if is_wide else parts[0]
+                for name, is_wide, parts in zip(
+                    self.names,
+                    self.wide,
+                    zip(*rows[start : start + batch], strict=True),
+                    strict=True,
+                )
+            }
+            for rows in found.values()
+            for start in range(0, len(rows), batch)
+        ]
+
+    def range(self, scheme: Scheme) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return (
+            self.most * math.prod(int(size) if isinstance(size, int) else 1 for size in shape) * 4
+        )
+
+
 class LogHistogram:
     """Counts of values in bins that grow with the value: 32 bins a power of two and sign, and the exact ends.
 

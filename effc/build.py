@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from effc import measure, package
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from effc.tuning import Tuner
 
 Json = dict[str, Any]
+TENSORS = "tensors.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,25 @@ def prefix(role: str, target: str, roles: Sequence[str], targets: Sequence[str])
 def names(role: str, target: str, roles: Sequence[str], key: str) -> list[str]:
     """What a key may be called in decisions.json, whether there were several targets or not."""
     return [prefix(role, target, roles, targets) + key for targets in (("", ""), ("",))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shelf:
+    """What a pass that takes long has so far, as entries of the cache under a key of the pass."""
+
+    cache: Cache
+    key: str
+
+    def get(self, word: str) -> dict[str, Tensor] | None:
+        entry = self.cache.get(key_of("part", of=self.key, word=word))
+        try:
+            return None if entry is None else load_file(entry.directory / TENSORS)
+        except (OSError, SafetensorError):  # dropped meanwhile
+            return None
+
+    def put(self, word: str, tensors: Mapping[str, Tensor]) -> None:
+        held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.cache.put(key_of("part", of=self.key, word=word), None, {TENSORS: save(held)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,11 +444,18 @@ class Builder:
             dialect=DIALECTS[target],
             probes=self.first_batch if lossy and not replayed else self._probes,
             recorded=recorded,
-            progress=lambda _, done: step(done, total),
+            progress=lambda _, done, of: step(done, of or total),
             kept=kept,
             train=self.tuner.trainer(index, step) if pass_.trains else None,
             clock=self.clock(index, target, step) if pass_.times else None,
+            shelf=self._shelf(pass_, index, program, target),
         )
+
+    def _shelf(self, pass_: Pass, index: int, program: Program, target: str) -> _Shelf | None:
+        if not pass_.measures_again or self.cache.root is None:
+            return None
+        key = self.key_of_pass("part", pass_, program, target)
+        return None if key is None else _Shelf(cache=self.cache, key=key)
 
     def _decisions_key(self, pass_: Pass, index: int, program: Program, target: str) -> str | None:
         if not pass_.measures and not pass_.times:

@@ -19,6 +19,7 @@ from effc import (
     alike,
     cache,
     checkpoint,
+    correction,
     diffusion,
     gate,
     measure,
@@ -42,6 +43,7 @@ from effc.progress import Progress
 from effc.recipe import PLACES, QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
 from effc.room import within
 from effc.samples import Samples
+from effc.sampling import predicted
 from effc.schedule import sampler
 from effc.search import Found
 from effc.source import Source, guess, is_of_shapes, load
@@ -582,6 +584,31 @@ def _bench_json(
     }
 
 
+def _corrections(source: Source, samples: Samples, built: Sequence[Built]) -> Json:
+    """What the sampler is to put right of the denoiser's engines, by target."""
+    runs = samples.trajectories
+    assert runs is not None  # a recipe that asks for it has them
+    pipeline, found = runs.pipeline, {}
+    role = pipeline.role
+
+    def whole(feeds: Mapping[str, Any]) -> Any:
+        return predicted(pipeline.run(role, feeds))
+
+    for made in built:
+        if made.role != role:
+            continue
+        backend = BACKENDS[made.target]()
+        opens = backend.open if backend.obstacle(made.first) is None else backend.stand_in
+        with opens(made.first, threads=1) as engine:
+
+            def asked(feeds: Mapping[str, Any], engine: Any = engine) -> Any:
+                return predicted(engine(feeds))
+
+            shown = (batch.inputs for batch in runs(role))
+            found[made.target] = correction.measured(whole, asked, shown).to_json()
+    return found
+
+
 def _write(
     stage: Path, recipe: Recipe, source: Source, samples: Samples, built: Sequence[Built]
 ) -> Json:
@@ -594,6 +621,9 @@ def _write(
         place = stage / diffusion.SCHEDULER
         place.parent.mkdir()
         place.write_text(package.dump(source.scheduler), encoding="utf-8")
+    if samples.spec is not None and samples.spec.correct:
+        text = package.dump(_corrections(source, samples, built))
+        (stage / correction.FILE).write_text(text, encoding="utf-8")
     decisions: Json = {}
     origins: Json = {}
     for made in built:

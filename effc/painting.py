@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from effc import bounded, diffusion, package
+from effc import bounded, correction, diffusion, package
 from effc.diffusion import Rows
 from effc.engine import Engine, entry_of
 from effc.errors import BackendUnavailable, PackageError, UsageError, VerifyError
@@ -124,6 +124,7 @@ def opened(
             ports={role: e.inputs for role, e in entries.items()},
             scheduler=bounded.read_json(out / diffusion.SCHEDULER, PackageError),
             root=out,
+            correction=correction.read(out, entry.target),
         )
 
 

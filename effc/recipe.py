@@ -148,6 +148,8 @@ class CalibSpec:
     keep: Count | None = None
     at: Literal["uniform", "first", "middle", "last"] = "uniform"
     guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
+    correct: bool = False
+    """Give the sampler a table that puts right what the engine of the denoiser is off by on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,7 +526,7 @@ class _Reader:
                 ("calib", "callable"), "trajectories are drawn by the sampler", hint="leave it out"
             )
         if made.trajectories is None:
-            for key in ("steps", "keep", "at", "guidance"):
+            for key in ("steps", "keep", "at", "guidance", "correct"):
                 if key in value:
                     raise self._error(
                         ("calib", key), "is for trajectories", hint="trajectories: 64"

@@ -15,6 +15,7 @@ import numpy as np
 
 from effc import bounded, diffusion
 from effc.backends.base import Port
+from effc.correction import Correction
 from effc.diffusion import (
     HIDDEN,
     LABELS,
@@ -61,6 +62,8 @@ class Pipeline:
     ports: Mapping[str, Sequence[Port]]
     scheduler: Mapping[str, Any]
     root: Path | None = None
+    correction: Correction | None = None
+    """What is put right of every prediction."""
 
     @cached_property
     def role(self) -> str:
@@ -129,8 +132,8 @@ class Pipeline:
             at = diffusion.timed(time, len(feeds[SAMPLE]), port.shape, port.dtype)
             given = {**feeds, TIMESTEP: at}
             seen(index, given)
-            made = self.run(self.role, given)
-            return made[OUT_SAMPLE] if OUT_SAMPLE in made else next(iter(made.values()))
+            found = predicted(self.run(self.role, given))
+            return found if self.correction is None else self.correction(time, found)
 
         return diffusion.trajectory(ask, sampler, rows, guide)
 
@@ -223,6 +226,11 @@ class Pipeline:
             return {}
         found = bounded.read_json(self.root / name, SourceError)
         return found if isinstance(found, dict) else {}
+
+
+def predicted(made: Feeds) -> Array:
+    """What a denoiser gives: `out_sample`, or its first output."""
+    return made[OUT_SAMPLE] if OUT_SAMPLE in made else next(iter(made.values()))
 
 
 def _is_side(size: Any) -> bool:

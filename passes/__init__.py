@@ -31,6 +31,7 @@ PASSES = Table(
         "pca-rotate": "effc.passes.pca_rotate:PCARotate",
         "prune-dims": "effc.passes.prune_dims:PruneDims",
         "quantize-cache": "effc.passes.quantize_cache:QuantizeCache",
+        "reconstruct": "effc.passes.reconstruct:Reconstruct",
         "quantize": "effc.passes.quantize:Quantize",
         "smooth": "effc.passes.smooth:Smooth",
         "split-concat": "effc.passes.split:SplitConcat",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
 
@@ -55,12 +55,17 @@ class Stats:
         kept: dict[str, Tensor] | None = None,
         train: Trainer | None = None,
         clock: Clock | None = None,
+        shelf: Shelf | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._collectors = collectors or {}
         self._recorded = recorded
         self._kept = kept if kept is not None else {}
         self._train = train
         self._clock = clock
+        self.shelf = shelf
+        """Where a pass that takes long keeps what it has, so that a killed one goes on; None without such a place."""
+        self._progress = progress
         self.decisions: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         """What a pass has to tell beside its decisions, such as the curve of a training; it decides nothing."""
@@ -73,6 +78,15 @@ class Stats:
                 hint="the recorded decisions are of another choice of layers; calibrate again",
             )
         return self._collectors[key]
+
+    def afresh(self) -> Stats:
+        """The same measurements, of which nothing is decided."""
+        return Stats(self._collectors)
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how far a pass is that takes long."""
+        if self._progress is not None:
+            self._progress(done, total)
 
     def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """A decision under a stable key: made now, or taken from the record where one is replayed.
@@ -210,6 +224,14 @@ class Pass:
     def files(self, graph: Graph, model: Model) -> Mapping[str, bytes]:
         """What of the pass is of use to others once the graph is trained, as files by name; none for most."""
         return {}
+
+
+class Shelf(Protocol):
+    """Keeps tensors by a word until the pass is done, and is given none that were kept for other work."""
+
+    def get(self, word: str) -> dict[str, Tensor] | None: ...
+
+    def put(self, word: str, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 Trainer = Callable[[Pass, Graph, Stats], dict[str, Tensor]]

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from effc.ir.check import Drift, drift, problems
 from effc.ir.double import doubled, in_double
 from effc.ir.edit import refresh
 from effc.ir.program import Graph, Program
-from effc.passes.base import Clock, Pass, PassRecord, Stats, Trainer, of_files
+from effc.passes.base import Clock, Pass, PassRecord, Shelf, Stats, Trainer, of_files
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class Data(Protocol):
     def __call__(self, role: str) -> Iterable[Batch]: ...
 
 
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, int, int | None], None]
+"""What is done, how much of it, and of how much where that is known."""
 
 NOISIER = 4.0
 """So many times the rounding of the graph before may be in the graph behind an exact pass."""
@@ -54,14 +56,15 @@ def apply(
     kept: dict[str, Tensor] | None = None,
     train: Trainer | None = None,
     clock: Clock | None = None,
+    shelf: Shelf | None = None,
 ) -> PassRecord:
     """Apply one pass to a program in place, and say what it did.
 
     `probes` are inputs by role on which the outputs before and after are compared; where none are given the first
     batch of `data` serves. `recorded` replays the decisions of an earlier run and needs no data, but for passes that
     measure again. `kept` holds decisions by sha256 that are too large for a record; they are looked up there, and those
-    of this run added. `train` is who trains, for a pass that does, and `clock` what says how long graphs take. On any
-    error the program is as it was.
+    of this run added. `train` is who trains, for a pass that does, and `clock` what says how long graphs take. `shelf`
+    is where a pass that takes long keeps what it has. On any error the program is as it was.
     """
     if dialect is not None:
         pass_ = pass_.resolve(dialect)
@@ -76,7 +79,7 @@ def apply(
         pass_.requires(program)
         sites, decisions, notes = 0, {}, {}
         for graph in _graphs(pass_, program):
-            stats = _stats(pass_, graph, data, recorded, progress, kept, train, clock)
+            stats = _stats(pass_, graph, data, recorded, progress, kept, train, clock, shelf)
             sites += _rewrite(pass_, graph, stats)
             decisions.update(stats.decisions)
             notes.update({f"{graph.role}/{name}": note for name, note in stats.notes.items()})
@@ -146,19 +149,27 @@ def _stats(
     kept: dict[str, Tensor] | None,
     train: Trainer | None,
     clock: Clock | None,
+    shelf: Shelf | None,
 ) -> Stats:
     known = None if recorded is None else dict(recorded)
     suffices = known is not None and (bool(kept) or not pass_.measures_again)
     wanted = [] if suffices else list(pass_.probes(graph))
+
+    def made(seen: dict[str, Any]) -> Stats:
+        return Stats(
+            seen, recorded=known, kept=kept, train=train, clock=clock, shelf=shelf,
+            progress=None if progress is None else partial(progress, pass_.name),
+        )  # fmt: skip
+
     if not wanted:
-        return Stats(recorded=known, kept=kept, train=train, clock=clock)
+        return made({})
 
     def on_batch(count: int) -> None:
         if progress is not None:
-            progress("calibrate", count)
+            progress("calibrate", count, None)
 
     seen = collect(graph, wanted, _batches(data, graph.role), on_batch=on_batch)
-    return Stats(seen, recorded=known, kept=kept, train=train, clock=clock)
+    return made(seen)
 
 
 def _rewrite(pass_: Pass, graph: Graph, stats: Stats) -> int:

@@ -418,17 +418,7 @@ class Work:
         multiplied = scheme.group is None and any(op_name(u) != "embedding" for u in node.users)
         limit = self.options._pair_limit if multiplied else None
         scale, zero = self.weight_grid(node, tensor, scheme, limit)
-        if node in self.grams:
-
-            def compensated() -> Tensor:
-                gram, rows = self.gram(node)
-                if rows < len(gram):
-                    log.warning("%s: %d rows are few for %d channels", name, rows, len(gram))
-                return gptq(tensor, gram, scale, zero, scheme, pair_limit=limit)
-
-            codes = self.stats.decide_tensor(f"{self.graph.role}/{name}", compensated)
-        else:
-            codes = quantize(tensor, scale, zero, scheme)
+        codes = self.codes(node, name, (scale, zero, scheme), limit)
         origin = self.graph.origins[name]
         kind = "fp8" if scheme.fp8 else "int8"
         word = f"quantize {'fp8' if scheme.fp8 else f'bits={scheme.bits}'} axis={scheme.axis} group={scheme.group or 0}"
@@ -442,6 +432,22 @@ class Work:
         )
         self.weights[node] = done
         return done
+
+    def codes(
+        self, node: fx.Node, name: str, grid: tuple[Tensor, Tensor, Scheme], limit: int | None
+    ) -> Tensor:
+        """Codes of a weight of that name on a grid of scale, zero point and scheme."""
+        tensor, (scale, zero, scheme) = self.target(node), grid
+        if node not in self.grams:
+            return quantize(tensor, scale, zero, scheme)
+
+        def compensated() -> Tensor:
+            gram, rows = self.gram(node)
+            if rows < len(gram):
+                log.warning("%s: %d rows are few for %d channels", name, rows, len(gram))
+            return gptq(tensor, gram, scale, zero, scheme, pair_limit=limit)
+
+        return self.stats.decide_tensor(f"{self.graph.role}/{name}", compensated)
 
     def target(self, node: fx.Node) -> Tensor:
         """What a weight is to be near to on its grid: itself."""
@@ -622,13 +628,14 @@ class Work:
     def grid(self, value: fx.Node, key: str, scheme: Scheme) -> tuple[float, int]:
         """Step and zero point of a value, decided under `key`."""
 
-        def make() -> list[float | int]:
-            low, high = map(steady, self.stats[key].range(scheme))
-            scale, zero = qparams(torch.tensor(low), torch.tensor(high), scheme)
-            return [float(scale), int(zero)]
-
-        step, zero_point = self.stats.decide(key, make)
+        step, zero_point = self.stats.decide(key, lambda: list(self.measured_grid(key, scheme)))
         return step, zero_point
+
+    def measured_grid(self, key: str, scheme: Scheme) -> tuple[float, int]:
+        """Step and zero point for the range that was measured under `key`."""
+        low, high = map(steady, self.stats[key].range(scheme))
+        scale, zero = qparams(torch.tensor(low), torch.tensor(high), scheme)
+        return float(scale), int(zero)
 
     def _joined(
         self,

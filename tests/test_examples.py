@@ -48,7 +48,7 @@ KEYS = {
         "engine_rel_l2",
         "prefill_speedup",
     },
-    "q_diffusion": {"arms", "steps", "is_trained"},
+    "q_diffusion": {"arms", "compared", "disk_ratio", "loop_speedup", "steps", "is_trained"},
     "own_pass": {"before", "after", "sites", "max_abs", "recipe"},
 }
 

@@ -25,7 +25,7 @@ LINES = [
     bounded table stats cache
     machine schedule
     quant diffusion
-    dialect
+    dialect correction
     ir nn
     calib
     causal intuition

@@ -7,7 +7,9 @@ The noise is common, so that what one picture differs from another cancels out, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import effc
-from effc import compiler, painting
+from effc import compiler, painting, stats
 from effc.diffusion import Guide, Rows
 from effc.recipe import build
 from effc.sampling import Pipeline
@@ -43,9 +45,34 @@ def of_source(source: effc.Source, seeds: Sequence[int], steps: int) -> Array:
     return samples(made.pipeline, seeds, steps)
 
 
-def of_package(out: Path, seeds: Sequence[int], steps: int) -> Array:
+def of_package(out: Path, seeds: Sequence[int], steps: int, *, corrected: bool = False) -> Array:
+    """Of a package's engine, with its table of corrections or without."""
     with painting.opened(out, threads=1) as pipeline:
+        if not corrected:
+            pipeline = dataclasses.replace(pipeline, correction=None)
         return samples(pipeline, seeds, steps)
+
+
+def speedup(first: Path, second: Path, steps: int, rounds: int = 8, batch: int = 4) -> Json:
+    """How many times faster the second package samples than the first: they take turns, one thread each.
+
+    The ratio is the mean over rounds of log(first ÷ second), its 95 % interval Student's.
+    """
+    seeds, logs = range(batch), []
+    with painting.opened(first, threads=1) as slow, painting.opened(second, threads=1) as fast:
+        for number in range(rounds + 1):
+            took = {}
+            for which in ("slow", "fast") if number % 2 else ("fast", "slow"):
+                started = time.perf_counter()
+                samples(slow if which == "slow" else fast, seeds, steps)
+                took[which] = time.perf_counter() - started
+            if number:  # the first opens the engines
+                logs.append(np.log(took["slow"] / took["fast"]))
+    found = stats.student(np.array(logs))
+    return {
+        "ratio": float(np.exp(np.mean(logs))), "low": float(np.exp(found.low)), "high": float(np.exp(found.high)),
+        "rounds": rounds, "batch": batch,
+    }  # fmt: skip
 
 
 def compiled(data: Mapping[str, Any], out: Path) -> Json:
@@ -59,6 +86,14 @@ def errors(found: Array, wanted: Array) -> Array:
     axes = tuple(range(1, wanted.ndim))
     lost = np.sqrt(((found - wanted) ** 2).sum(axes))
     return lost / np.sqrt((wanted**2).sum(axes))
+
+
+def ratio(values: Array, others: Array, draws: int = 2000) -> Json:
+    """The mean of `values` over that of `others` of the same pictures, with a paired 95 % bootstrap interval."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    drawn = values[chosen].mean(axis=1) / others[chosen].mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"ratio": float(values.mean() / others.mean()), "low": float(low), "high": float(high)}
 
 
 def mean(values: Array, draws: int = 2000) -> Json:

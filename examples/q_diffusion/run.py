@@ -1,6 +1,6 @@
 """A diffusion model in 8 and 4 bit, calibrated on its own sampler, and how far its pictures are from the float model's.
 
-    python examples/q_diffusion/run.py [--smoke | --fast] [--folder DIR] [--json FILE] [-o OUT]
+    python examples/q_diffusion/run.py [--smoke | --fast] [--state DIR] [--folder DIR] [--json FILE] [-o OUT]
 
 The model is a trained DDPM of MNIST digits: `ddpm_mnist.safetensors` and the `unet.py` that loads it, in `--folder`, in
 `$EFFC_DATA/ddpm-mnist` or `../shared/data/ddpm-mnist`. Without it a pipeline with random weights is made, which shows
@@ -16,7 +16,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,34 +50,101 @@ def random_pipeline(place: Path) -> Path:
     return place
 
 
-def arms(steps: int, count: int, *, smoke: bool) -> dict[str, tuple[list[Any], Json]]:
-    """Passes and calibration by the name of the arm."""
+FULL, NEAREST, FLOAT = "full w4a8", "nearest w4a8", "float"
+CORRECTED = ", corrected"
+"""Behind the name of an arm whose sampler uses the table of its package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """Passes and calibration; with `corrected` the same package is sampled with its table, too."""
+
+    passes: list[Any]
+    calib: Json
+    corrected: bool = False
+
+
+def arms(steps: int, count: int, *, smoke: bool, learning: int) -> dict[str, Arm]:
+    """By name; `learning` is how many steps a block is reconstructed."""
     calib = {"trajectories": count, "steps": steps, "batch": 16}
     w8a8 = {"pass": "quantize", "bits": 8, "activation_bits": 8}
     w4a8 = {**w8a8, "bits": 4, "weight_range": "mse"}
-    w4a32 = {**w4a8, "activation_bits": 16}
-    corrected = {"bias_correction": True}
+    learned = {"pass": "reconstruct", "steps": learning, "activation_steps": max(1, learning // 4)}
     prepared = ["split-concat", "timestep-table"]
+    full = Arm(passes=[*prepared, {**w4a8, **learned}], calib=calib, corrected=True)
     if smoke:
-        return {"w8a8": ([*prepared, w8a8], calib)}
+        return {FLOAT: Arm(passes=[], calib=calib), FULL: full}
     third = {**calib, "keep": max(1, steps // 3)}
-    found: dict[str, tuple[list[Any], Json]] = {
-        "float": ([], calib),
-        "nearest w8a8": ([w8a8], calib),
-        "nearest w4a32": ([w4a32], calib),
-        "nearest w4a8": ([w4a8], calib),
-        "w8a8, split, table": ([*prepared, w8a8], calib),
-        "w8a8, split, table, bias": ([*prepared, {**w8a8, **corrected}], calib),
-        "w4a8, split, table": ([*prepared, w4a8], calib),
-        "w4a8, split, table, bias": ([*prepared, {**w4a8, **corrected}], calib),
+    found = {
+        FLOAT: Arm(passes=[], calib=calib),
+        "nearest w8a8": Arm(passes=[w8a8], calib=calib, corrected=True),
+        "nearest w4a32": Arm(passes=[{**w4a8, "activation_bits": 16}], calib=calib),
+        NEAREST: Arm(passes=[w4a8], calib=calib, corrected=True),
+        "w4a8, split": Arm(passes=["split-concat", w4a8], calib=calib),
+        "w4a8, table": Arm(passes=["timestep-table", w4a8], calib=calib),
+        "w4a8, split, table, bias": Arm(
+            passes=[*prepared, {**w4a8, "bias_correction": True}], calib=calib
+        ),
+        "w4a8, adaround": Arm(passes=[{**w4a8, **learned}], calib=calib),
+        FULL: full,
+        "w8a8, last stage in float": Arm(
+            passes=[{**w8a8, "select": {"exclude": "*f3*"}}], calib=calib
+        ),
     }
     for at in ("uniform", "first", "middle", "last"):
-        found[f"w8a8, {at} third of steps"] = ([w8a8], {**third, "at": at})
+        found[f"w8a8, {at} third of steps"] = Arm(passes=[w8a8], calib={**third, "at": at})
     return found
 
 
-def run(source: Mapping[str, Any], out: Path, *, steps: int, count: int, smoke: bool) -> Json:
-    """Compile and sample every arm; gives what was measured."""
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Units of work that are done, one file each, so that a long table goes on where it was; None keeps nothing."""
+
+    folder: Path | None
+
+    def unit(self, asked: Json, make: Callable[[], Json]) -> Json:
+        """What a unit gave: read where it was done for the same, made and written where not."""
+        if self.folder is None:
+            return make()
+        text = json.dumps(asked, sort_keys=True)
+        place = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+        if place.is_file():
+            return dict(json.loads(place.read_text(encoding="utf-8"))["found"])
+        found = make()
+        part = place.with_suffix(".part")
+        part.write_text(json.dumps({"asked": asked, "found": found}), encoding="utf-8")
+        part.replace(place)
+        return found
+
+
+def unit(
+    source: Mapping[str, Any], arm: Arm, place: Path, seed: int, steps: int, count: int, wanted: Any
+) -> Json:
+    """An arm under one seed: what its engine is, and how far each picture is from the float model's."""
+    import arms as measured
+
+    seeds = range(FIRST_SEED * (seed + 1), FIRST_SEED * (seed + 1) + count)
+    calib = {**arm.calib, "seed": 10_000 * seed, "correct": arm.corrected}
+    started = time.perf_counter()
+    manifest = measured.compiled({"source": source, "passes": arm.passes, "calib": calib}, place)
+    seconds = time.perf_counter() - started
+    (engine,) = manifest["engines"]
+    found: Json = {
+        "bytes": (place / engine["path"]).stat().st_size,
+        "int8_sites": engine["int8_sites"], "total_sites": engine["total_sites"],
+        "compile_s": round(seconds, 1), "times": manifest["data"]["times"],
+    }  # fmt: skip
+    for word in ("", CORRECTED) if arm.corrected else ("",):
+        painted = measured.of_package(place, seeds, steps, corrected=bool(word))
+        found[f"errors{word}"] = measured.errors(painted, wanted).tolist()
+    return found
+
+
+def run(
+    source: Mapping[str, Any], out: Path, *, steps: int, count: int, smoke: bool, calibrated: int,
+    learning: int, seeds: int, state: State, digest: str,
+) -> Json:  # fmt: skip
+    """Compile and sample every arm under every seed; gives what was measured."""
     import arms as measured
     import numpy as np
 
@@ -84,45 +152,83 @@ def run(source: Mapping[str, Any], out: Path, *, steps: int, count: int, smoke: 
 
     flat = {**source, **source.get("options", {})}
     flat.pop("options", None)
-    seeds = range(FIRST_SEED, FIRST_SEED + count)
-    wanted = measured.of_source(load(flat), seeds, steps)
+    model = load(flat)
+    errors: dict[str, list[float]] = {}
     found: Json = {}
-    for number, (name, (passes, calib)) in enumerate(arms(steps, count, smoke=smoke).items()):
-        place = out / f"arm-{number}"
-        started = time.perf_counter()
-        manifest = measured.compiled({"source": source, "passes": passes, "calib": calib}, place)
-        seconds = time.perf_counter() - started
-        painted = measured.of_package(place, seeds, steps)
-        errors = measured.errors(painted, wanted)
-        (engine,) = manifest["engines"]
-        found[name] = {
-            "paired_rel_l2": measured.mean(errors),
-            "median_rel_l2": float(np.median(errors)),
-            "bytes": (place / engine["path"]).stat().st_size,
-            "int8_sites": engine["int8_sites"],
-            "total_sites": engine["total_sites"],
-            "compile_s": round(seconds, 1),
-            "times": manifest["data"]["times"],
-        }
-        told = found[name]["paired_rel_l2"]
-        print(
-            f"{name:28} paired error {told['mean']:.3f} [{told['low']:.3f}, {told['high']:.3f}], "
-            f"median {found[name]['median_rel_l2']:.3f}, {told['n']} pictures of {steps} steps",
-            flush=True,
-        )
-    return found
+    for seed in range(seeds):
+        first = FIRST_SEED * (seed + 1)
+        wanted = measured.of_source(model, range(first, first + count), steps)
+        chosen = arms(steps, calibrated, smoke=smoke, learning=learning)
+        for number, (name, arm) in enumerate(chosen.items()):
+            place = out / f"arm-{number}-{seed}"
+            asked = {"model": digest, "arm": name, "seed": seed, "steps": steps, "count": count}
+            asked |= {"passes": arm.passes, "calib": arm.calib}
+
+            def make(
+                arm: Arm = arm, place: Path = place, seed: int = seed, wanted: Any = wanted
+            ) -> Json:
+                return unit(source, arm, place, seed, steps, count, wanted)
+
+            made = state.unit(asked, make)
+            for word in ("", CORRECTED) if arm.corrected else ("",):
+                errors.setdefault(name + word, []).extend(made[f"errors{word}"])
+                known = np.array(errors[name + word])
+                found[name + word] = {
+                    "paired_rel_l2": measured.mean(known), "median_rel_l2": float(np.median(known)),
+                    "frechet_minus_null": None,
+                    **{k: v for k, v in made.items() if not k.startswith("errors")},
+                }  # fmt: skip
+                told = found[name + word]["paired_rel_l2"]
+                print(
+                    f"{name + word:32} paired error {told['mean']:.3f} [{told['low']:.3f}, {told['high']:.3f}], "
+                    f"median {found[name + word]['median_rel_l2']:.3f}, {told['n']} pictures of {steps} steps",
+                    flush=True,
+                )
+    best = {name: np.array(values) for name, values in errors.items()}
+    pairs = [(FULL, NEAREST), (FULL + CORRECTED, NEAREST), (FULL + CORRECTED, FULL)]
+    pairs += [("w4a8, adaround", NEAREST), ("nearest w8a8" + CORRECTED, "nearest w8a8")]
+    pairs += [
+        ("w8a8, uniform third of steps", f"w8a8, {at} third of steps")
+        for at in ("first", "middle", "last")
+    ]
+    compared = {
+        f"{a} / {b}": measured.ratio(best[a], best[b]) for a, b in pairs if a in best and b in best
+    }
+    for word, told in compared.items():
+        print(f"{word:60} {told['ratio']:.2f} [{told['low']:.2f}, {told['high']:.2f}]")
+    whole = {
+        "arms": found, "compared": compared,
+        "disk_ratio": found[FULL]["bytes"] / found[FLOAT]["bytes"],
+    }  # fmt: skip
+    order = list(arms(steps, calibrated, smoke=smoke, learning=learning))
+    places = [out / f"arm-{order.index(name)}-0" for name in (FLOAT, FULL)]
+    if all(place.is_dir() for place in places):  # units of an earlier run left no engines
+        whole["loop_speedup"] = measured.speedup(*places, steps)
+        print("sampling, full w4a8 against float: " + json.dumps(whole["loop_speedup"]))
+    return whole
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A DDPM in 8 and 4 bit for ONNX Runtime.")
-    parser.add_argument("--smoke", action="store_true", help="one arm, few pictures and steps")
-    parser.add_argument("--fast", action="store_true", help="32 pictures an arm")
+    parser.add_argument("--smoke", action="store_true", help="two arms, few pictures and steps")
+    parser.add_argument("--fast", action="store_true", help="24 pictures an arm, one seed")
     parser.add_argument("--folder", type=Path, help="where the trained model is")
+    parser.add_argument(
+        "--state", type=Path, help="keep every arm and seed that is done here, and go on from there"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        help="seeds of calibration and sampling; 3 where nothing is said, else 1",
+    )
     parser.add_argument("--json", metavar="FILE", help="write what was measured as JSON")
     parser.add_argument("-o", "--out", type=Path, help="keep the packages here")
     given = parser.parse_args()
-    count = 4 if given.smoke else 32 if given.fast else 256
+    count = 4 if given.smoke else 24 if given.fast else 256
     steps = 4 if given.smoke else 20
+    seeds = given.seeds or (1 if given.smoke or given.fast else 3)
+    if given.state is not None:
+        given.state.mkdir(parents=True, exist_ok=True)
     folder = folder_of(given.folder)
     with tempfile.TemporaryDirectory(prefix="effc-") as scratch:
         out = given.out or Path(scratch)
@@ -137,14 +243,18 @@ def main() -> int:
             file = place / "unet" / "diffusion_pytorch_model.safetensors"
             source = {"diffusers": str(place)}
         name, digest = file.name, hashlib.sha256(file.read_bytes()).hexdigest()
-        measured = run(source, out, steps=steps, count=count, smoke=given.smoke)
+        measured = run(
+            source, out, steps=steps, count=count, smoke=given.smoke, seeds=seeds, digest=digest,
+            calibrated=4 if given.smoke else 32, learning=5 if given.smoke else 150 if given.fast else 400,
+            state=State(folder=given.state),
+        )  # fmt: skip
     found = {
         "example": "q_diffusion",
         "smoke": given.smoke,
         "is_trained": folder is not None,
         "data": {"name": name, "n": count, "sha256": digest},
         "steps": steps,
-        "arms": measured,
+        **measured,
     }
     if given.json:
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
