@@ -50,10 +50,10 @@ class Tune(Pass):
     of a step's gradient.
 
     The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
-    `labels` of the samples, the next of their `tokens`, or none. `file` has the samples, those of `calib` where None;
-    `samples` of them are drawn by `seed`, and `held` others judge. With `precision` bf16 products are of bfloat16, and
-    what is trained stays in float32: faster on processors that have such products. `terms` are what passes in front
-    put in to be trained in ways of its own.
+    `labels` of the samples, the next of their `tokens`, the last token of each as the `answer`, or none. `file` has the
+    samples, those of `calib` where None; `samples` of them are drawn by `seed`, and `held` others judge. With
+    `precision` bf16 products are of bfloat16, and what is trained stays in float32: faster on processors that have such
+    products. `terms` are what passes in front put in to be trained in ways of its own.
     """
 
     name = "tune"
@@ -70,7 +70,7 @@ class Tune(Pass):
     batch: Count = 16
     distill: Share = 1.0
     temperature: Positive = 1.0
-    task: Literal["none", "labels", "tokens"] = "none"
+    task: Literal["none", "labels", "tokens", "answer"] = "none"
     file: str | None = None
     column: str | int | None = None
     max_length: Count | None = None
