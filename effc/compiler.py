@@ -19,6 +19,7 @@ from effc import (
     checkpoint,
     diffusion,
     gate,
+    intuition,
     measure,
     metrics,
     package,
@@ -244,7 +245,7 @@ def run(
     source, original = opened(recipe, progress)
     metric = metric or source.metric
     if metric is not None:
-        for role in source.modules:
+        for role in source.main:
             metric.check(source.only(role))
     kept = kept or cache.default()
     kept.sweep()
@@ -259,8 +260,10 @@ def run(
             work = package.engine_dir(stage.work, role, "", builder.roles, ())
             work.mkdir(exist_ok=True)
             labs[role] = Lab(
-                builder=builder, work=work, threads=threads, metric=metric, spec=recipe.gate
-            )
+                builder=builder, work=work, threads=threads,
+                metric=metric if role in source.main else None,
+                spec=recipe.gate if role in source.main else None,
+            )  # fmt: skip
         made: list[_Made] = []
         for target in recipe.targets:
             for lab in labs.values():
@@ -558,6 +561,10 @@ def _write(
     stage: Path, recipe: Recipe, source: Source, samples: Samples, built: Sequence[Built]
 ) -> Json:
     """Everything of the package but the manifest file; gives what the report and the manifest say."""
+    for role, of in source.beside.items():
+        assert of.directory is not None and of.centroids is not None
+        package.copy_files(of.directory, of.files, stage / role)
+        package.copy_file(of.centroids, stage, intuition.FILE)
     if source.directory is not None:
         package.copy_files(source.directory, source.files, stage)
     elif source.scheduler is not None:

@@ -86,7 +86,7 @@ def plan(
     source, original = opened(recipe, progress, shapes=True)
     metric = metric or source.metric
     if metric is not None:
-        for role in source.modules:
+        for role in source.main:
             metric.check(source.only(role))
     found: list[Json] = []
     builders = builders_of(
