@@ -369,7 +369,7 @@ def tune(
 def _files(built: Built, source: Source, role: str, passes: Sequence[Pass]) -> dict[str, bytes]:
     """What passes have for others once a graph is trained, by place; of several graphs each in a folder of its own."""
     model = Model(name=source.name, kind=source.kind, stem=source.stem(role))
-    folder = f"{role}/" if len(source.modules) > 1 else ""
+    folder = f"{role}/" if len(source.main) > 1 else ""
     return {
         f"{folder}{name}": content
         for pass_ in passes if pass_.takes(role)

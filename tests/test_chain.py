@@ -1,5 +1,6 @@
 """A package answers texts alone: what they are about is worked out by an engine of its own."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import effc
-from effc import intuition, package, recipe
+from effc import compiler, intuition, package, plan, recipe
 from effc.chain import Chain
 from effc.errors import CalibrationError, PackageError, PreconditionError, SourceError, UsageError
 from effc.guided import pooled
 from effc.processor import Pooling
+from effc.progress import Progress
 from effc.source import load
 from kit import WORDS, cli, forge, save_encoder, save_tokenizer, write_sentences
 
@@ -133,6 +135,25 @@ def test_verify_compares_both_graphs_with_the_model(out):
     )
     assert ran.code == 0, ran.err
     assert "intuition/ort" in ran.out
+
+
+def test_a_checkpoint_has_experts_where_those_of_one_graph_are(places, tmp_path):
+    file = tmp_path / "texts.tsv"
+    file.write_text(
+        "".join(f"{w} {v}\t{i % 3}\n" for i, (w, v) in enumerate(itertools.pairwise(WORDS)))
+    )
+    asked = {
+        "source": places, "calib": {"file": str(file), "samples": 8}, "metric": {"accuracy": str(file)},
+        "passes": [
+            {"pass": "attach-rank1", "sizes": [2, 3]},
+            {"pass": "tune", "task": "labels", "distill": 0, "steps": 1, "held": 4, "samples": 16, "batch": 4},
+        ],
+    }  # fmt: skip
+    recipe_ = recipe.build(asked)
+    compiler.tune(recipe_, tmp_path / "CKPT")
+    assert (tmp_path / "CKPT" / "experts" / "experts.safetensors").is_file()
+    told = plan.plan(recipe_, tmp_path / "OUT", progress=Progress())
+    assert told["model_bytes"] > 0 and not (tmp_path / "OUT").exists()
 
 
 def test_a_plain_package_answers_too(places, tmp_path):

@@ -56,7 +56,7 @@ PLANS = {
         left=("counting",), left_arms=(SHOWN,),
     ),
     "full": Plan(
-        train=96, test=60, epochs=1, seeds=3, batch=8, held=32, lr=1e-3,
+        train=80, test=50, epochs=1, seeds=3, batch=8, held=32, lr=1e-3,
         left=("sst2", "meld emotion", "diaasq", "key lookup"),
     ),
 }  # fmt: skip
