@@ -28,6 +28,7 @@ _NAMES = {
     "Batch": "effc.calib.data:Batch",
     "Program": "effc.ir.program:Program",
     "Engine": "effc.engine:Engine",
+    "Chain": "effc.chain:Chain",
     "EffcError": "effc.errors:EffcError",
     "register": "effc.passes:register",
     "explain": "effc.blame:explain",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from effc.blame import first_fault as first_fault
     from effc.calib.data import Batch as Batch
     from effc.calib.probe import Probe as Probe
+    from effc.chain import Chain as Chain
     from effc.compiler import compile as compile
     from effc.engine import Engine as Engine
     from effc.errors import EffcError as EffcError

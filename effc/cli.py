@@ -601,11 +601,13 @@ def bench(
 def run(
     out: Annotated[
         Path,
-        typer.Argument(help="A package of a language model, a diffusion pipeline or a task."),
+        typer.Argument(help="A directory that effc compile wrote."),
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="What to go on from, or to paint; may be given again."),
+        typer.Option(
+            "--prompt", help="What to go on from, to paint or to classify; may be given again."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="A file with a prompt a line.")
@@ -677,7 +679,7 @@ def run(
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write text with a language model, pictures with a diffusion pipeline, or what a task finds in a file.
+    """Write text with a causal language model as it comes, pictures with a diffusion pipeline, or answer texts or files.
 
     \b
     Examples:
@@ -686,6 +688,7 @@ def run(
       effc run OUT --steps 20 --seed 7 -o image.png
       effc run OUT --prompt "a red shoe" --count 4 -o shoe.png
       effc run OUT --task diaasq --file dialogues.json --html found.html
+      effc run OUT --prompt "a warm film"
     """
     _outside(json_, out)
     _outside(html, out, option="--html")
@@ -736,6 +739,14 @@ def run(
             _say(f"{place} is written", json_)
         print(painting.line(painted), file=sys.stderr)
         _write_json(json_, {"pictures": [place.name for place in places], **painted})
+        return
+    from effc import chain, package
+
+    if package.read(out).kind in chain.KINDS:
+        answers = chain.answer(out, asked, target=target, threads=threads)
+        for text in chain.lines(asked, answers):
+            _say(text, json_)
+        _write_json(json_, answers)
         return
     from effc.generate import Sampling
 

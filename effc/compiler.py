@@ -22,6 +22,7 @@ from effc import (
     correction,
     diffusion,
     gate,
+    intuition,
     measure,
     metrics,
     package,
@@ -249,7 +250,7 @@ def run(
     source, original = opened(recipe, progress)
     metric = metric or source.metric
     if metric is not None:
-        for role in source.modules:
+        for role in source.main:
             metric.check(source.only(role))
     kept = kept or cache.default()
     kept.sweep()
@@ -264,8 +265,10 @@ def run(
             work = package.engine_dir(stage.work, role, "", builder.roles, ())
             work.mkdir(exist_ok=True)
             labs[role] = Lab(
-                builder=builder, work=work, threads=threads, metric=metric, spec=recipe.gate
-            )
+                builder=builder, work=work, threads=threads,
+                metric=metric if role in source.main else None,
+                spec=recipe.gate if role in source.main else None,
+            )  # fmt: skip
         made: list[_Made] = []
         for target in recipe.targets:
             for lab in labs.values():
@@ -396,7 +399,7 @@ def tune(
 def _files(built: Built, source: Source, role: str, passes: Sequence[Pass]) -> dict[str, bytes]:
     """What passes have for others once a graph is trained, by place; of several graphs each in a folder of its own."""
     model = Model(name=source.name, kind=source.kind, stem=source.stem(role))
-    folder = f"{role}/" if len(source.modules) > 1 else ""
+    folder = f"{role}/" if len(source.main) > 1 else ""
     return {
         f"{folder}{name}": content
         for pass_ in passes if pass_.takes(role)
@@ -613,6 +616,10 @@ def _write(
     stage: Path, recipe: Recipe, source: Source, samples: Samples, built: Sequence[Built]
 ) -> Json:
     """Everything of the package but the manifest file; gives what the report and the manifest say."""
+    for role, of in source.beside.items():
+        assert of.directory is not None and of.centroids is not None
+        package.copy_files(of.directory, of.files, stage / role)
+        package.copy_file(of.centroids, stage, intuition.FILE)
     if source.directory is not None:
         package.copy_files(source.directory, source.files, stage)
         for name, text in source.texts.items():

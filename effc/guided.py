@@ -1,24 +1,26 @@
 """A model that is told what its requests are about: an input `intuition` [batch, clusters] beside its own.
 
 The model itself leaves it unread; experts that a pass puts beside its layers read it (`passes/rank1.py`). Arrays bring
-it under that name, and of texts it is worked out: a frozen sentence encoder embeds them, and centroids score that.
+it under that name, and of texts it is worked out: a frozen sentence encoder embeds them, and centroids score that. Both
+are one module, `Scorer`, which is compiled beside the model, so that a package needs no more than texts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from effc.errors import CalibrationError
 from effc.intuition import INPUT, Array, Intuition
-from effc.processor import Processor
+from effc.processor import Pooling, Processor
 
 TOGETHER = 32
 """Texts that are embedded in one batch."""
@@ -39,32 +41,94 @@ def guided(model: nn.Module, names: Sequence[str]) -> Guided:
     def forward(self: Guided, **named: Tensor) -> Any:
         return self.model(**{name: named[name] for name in names})
 
-    made: Guided = type("Guided", (Guided,), {"forward": forward})(model)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    words = ["self", *names, INPUT]
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(word, kind) for word in words]
-    )
+    made: Guided = type("Guided", (Guided,), {"forward": signed(forward, (*names, INPUT))})(model)
     return made
+
+
+def signed(forward: Any, names: Sequence[str]) -> Any:
+    """A method whose signature says what inputs it takes by name."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    words = [inspect.Parameter(word, kind) for word in ("self", *names)]
+    forward.__signature__ = inspect.Signature(words)
+    return forward
+
+
+class Scorer(nn.Module):
+    """A frozen sentence encoder with its pooling and the centroids behind it; `scorer` makes one.
+
+    Of tokens [batch, length] it gives `intuition` [batch, clusters].
+    """
+
+    centroids: Tensor
+
+    def __init__(self, encoder: nn.Module, pooling: Pooling, clusters: Intuition) -> None:
+        super().__init__()
+        self.encoder, self.pooling, self.temperature = encoder, pooling, clusters.temperature
+        self.register_buffer("centroids", torch.from_numpy(clusters.centroids))
+
+    def embedding(self, named: Mapping[str, Tensor]) -> Tensor:
+        """[batch, size]"""
+        hidden = self.encoder(**named)["last_hidden_state"]
+        mask = named["attention_mask"]
+        parts = [pooled(mode, hidden, mask) for mode in self.pooling.modes]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def compute(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        embedding = functional.normalize(self.embedding(named), dim=-1)
+        score = functional.linear(embedding, self.centroids)
+        if self.temperature is not None:
+            score = functional.softmax(score / self.temperature, -1)
+        return {INPUT: score}
+
+
+def scorer(
+    encoder: nn.Module, pooling: Pooling, clusters: Intuition, names: Sequence[str]
+) -> Scorer:
+    """The module of an encoder that takes inputs of those `names`, as its signature says."""
+
+    def forward(self: Scorer, **named: Tensor) -> dict[str, Tensor]:
+        return self.compute(named)
+
+    kind = type("Scorer", (Scorer,), {"forward": signed(forward, names)})
+    made: Scorer = kind(encoder, pooling, clusters).eval()
+    return made
+
+
+def pooled(mode: str, hidden: Tensor, mask: Tensor) -> Tensor:
+    """hidden [batch, length, size], mask [batch, length] → [batch, size], as `Pooling` does it without torch."""
+    if mode == "cls":
+        return hidden[:, 0]
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    if mode == "max":
+        return hidden.masked_fill(weights == 0, -torch.inf).amax(1)
+    if mode == "lasttoken":  # where as many are counted as there are for the first time
+        count = mask.cumsum(1)
+        is_last = (count == count[:, -1:]) & (mask > 0)
+        return (hidden * is_last.unsqueeze(-1).to(hidden.dtype)).sum(1)
+    if mode == "weightedmean":
+        weights = torch.ones_like(weights).cumsum(1) * weights
+    total = weights.sum(1).clamp(min=1e-9)
+    if mode == "mean_sqrt_len_tokens":
+        total = total.sqrt()
+    return (hidden * weights).sum(1) / total
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedder:
-    """A frozen sentence encoder: its module, what makes inputs of texts, and the sha256 of its weights."""
+    """A frozen sentence encoder and centroids: the module, what makes inputs of texts, the sha256 of the weights."""
 
-    module: nn.Module
+    module: Scorer
     processor: Processor
     digest: str
 
     def __call__(self, texts: Sequence[str]) -> Array:
-        """Embeddings [texts, size], pooled as the directory says."""
+        """Scores [texts, clusters]."""
         found: list[Array] = []
         for first in range(0, len(texts), TOGETHER):
             feeds = self.processor.encode(texts[first : first + TOGETHER])
             with torch.no_grad():
                 made = self.module(**{name: torch.from_numpy(a) for name, a in feeds.items()})
-            hidden = made["last_hidden_state"].numpy()
-            found.append(self.processor.pool(hidden, feeds["attention_mask"]))
+            found.append(made[INPUT].numpy())
         return np.concatenate(found)
 
 
@@ -88,4 +152,4 @@ class Teller:
                 f"the model takes {INPUT!r} [batch, {len(self.clusters.centroids)}], and the samples are texts alone",
                 hint="name who embeds them: source.embedder: DIR; or bring it as an array of an .npz",
             )
-        return self.clusters.scores(self.embedder(texts))
+        return self.embedder(texts)

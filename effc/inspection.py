@@ -23,6 +23,7 @@ from effc.backends.base import Lowered
 from effc.engine import entry_of, refuse
 from effc.engine import lowered as lowered_of
 from effc.errors import BackendUnavailable, PackageError, SourceError, UsageError
+from effc.intuition import FILE, ROLE
 from effc.machine import cpu_features, default_threads, installed
 from effc.progress import Progress
 
@@ -118,15 +119,32 @@ def _source_of(out: Path, manifest: package.Manifest, model: str | None, trust_c
     if spec is not None and "python" not in spec and manifest.kind == "causal-lm":
         names = [port.name for port in manifest.engines[0].inputs]
         spec = {**spec, "cache": any(name.startswith(PAST) for name in names)}
-        roles = list(dict.fromkeys(engine.role for engine in manifest.engines))
+        roles = [r for r in dict.fromkeys(e.role for e in manifest.engines) if r != ROLE]
         if len(roles) > 1:
             spec["roles"] = roles
+    if spec is not None and "python" not in spec:
+        spec = {**spec, **_told(out, manifest)}
     if spec is None:
         raise UsageError(
             f"this compares with the model, and {out} remembers none that may be loaded",
             hint=NAME_THE_MODEL,
         )
     return dict(spec)
+
+
+def _told(out: Path, manifest: package.Manifest) -> Json:
+    """What says of requests what they are about: the package's own centroids, and the encoder where it was."""
+    if all(engine.role != ROLE for engine in manifest.engines):
+        return {}
+    content = package.read_json(out, "local.json")
+    source = content.get("source") if isinstance(content, dict) else None
+    place = source.get("embedder") if isinstance(source, dict) else None
+    if not isinstance(place, str) or not os.path.isdir(place):
+        raise UsageError(
+            f"{out} is told what requests are about by an encoder, which is not where it was",
+            hint="put it back, or run effc verify without --model",
+        )
+    return {"intuition": str(out / FILE), "embedder": place}
 
 
 def _remembered(out: Path, trust_code: bool) -> Json | None:

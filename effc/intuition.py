@@ -25,6 +25,10 @@ from effc.errors import CalibrationError, SourceError, first_line
 Array = np.ndarray[Any, np.dtype[Any]]
 INPUT, EMBEDDING = "intuition", "embedding"
 """The input of a graph that takes s [batch, clusters], and of one that has the centroids and takes e [batch, size]."""
+ROLE = INPUT
+"""The graph that makes s of a request's tokens, beside the model; its folder in a package."""
+FILE = f"{ROLE}/centroids.safetensors"
+"""Where a package has the centroids."""
 TENSOR, RECORD = "centroids", "effc"
 TRIES = 10
 SHORTEST = 1e-12

@@ -388,10 +388,15 @@ def _swap(a: Path, b: Path) -> bool:
 def copy_files(source: Path, names: Sequence[str], stage: Path) -> None:
     """Copy named files of a model directory; contents only, no links, no permissions."""
     for name in names:
-        target = paths.inside(stage, name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with paths.plain(source / name, SourceError) as given, target.open("xb") as taken:
-            shutil.copyfileobj(given, taken)
+        copy_file(source / name, stage, name)
+
+
+def copy_file(file: Path, stage: Path, name: str) -> None:
+    """Copy a file to a name in a package; contents only."""
+    target = paths.inside(stage, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with paths.plain(file, SourceError) as given, target.open("xb") as taken:
+        shutil.copyfileobj(given, taken)
 
 
 def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def plan(
     source, original = opened(recipe, progress, shapes=True)
     metric = metric or source.metric
     if metric is not None:
-        for role in source.modules:
+        for role in source.main:
             metric.check(source.only(role))
     found: list[Json] = []
     builders = builders_of(
@@ -97,7 +97,8 @@ def plan(
         if max_ram_bytes is not None:
             left_mb = max(0.0, within(max_ram_bytes, original[role], {}).left_bytes / 1e6)
         with progress.stage("probe"):
-            made = _Probe(builder, metric, progress, threads, left_mb).result()
+            asked = metric if role in source.main else None
+            made = _Probe(builder, asked, progress, threads, left_mb).result()
         if found:  # the model is loaded and traced once
             made["stages"] = [s for s in made["stages"] if s["name"] not in ("load", "trace")]
         found.append(made)

@@ -36,6 +36,8 @@ class Samples:
     """Batches of one source under one calibration spec."""
 
     def __init__(self, source: Source, spec: CalibSpec | None, room: Room | None = None) -> None:
+        if source.centroids is not None and spec is not None and _holds_arrays(spec):
+            spec = None  # they are of the model, which reads what this graph gives
         self.source, self.spec, self.room = source, spec, room
         self._tokens: Array | None = None
 
@@ -266,6 +268,10 @@ class Samples:
                     hint="calibrate with an .npz whose arrays are named as the inputs, or `calib: {callable: …}`",
                 )
             yield stack(chunk)
+
+
+def _holds_arrays(spec: CalibSpec) -> bool:
+    return spec.file is None or data.parse(spec.file)[0].suffix == ".npz"
 
 
 def _function(word: str) -> Any:

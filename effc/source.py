@@ -33,7 +33,7 @@ from effc import bounded, cached, causal, diffusion, gguf, intuition, paths, pip
 from effc import task as tasks
 from effc.calib.data import Batch
 from effc.errors import EffcError, SourceError, TuneError, first_line
-from effc.guided import Embedder, Guided, Teller, guided
+from effc.guided import Embedder, Guided, Teller, guided, scorer
 from effc.ir.trace import named_inputs
 from effc.processor import Processor, kind_of, pools, whole
 from effc.table import nearest, unknown
@@ -132,6 +132,15 @@ class Source:
     """The files of a source that is this one trained, from its tensors; None where it need not be trained."""
     whole: Source | None = None
     """All of a source that this is one graph of."""
+    beside: Mapping[str, Source] = field(default_factory=dict)
+    """Sources of graphs that another directory is of, by role; their files lie in a folder of that name."""
+    centroids: Path | None = None
+    """The clusters of a graph that scores by them."""
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        """The graphs of the model itself."""
+        return tuple(role for role in self.modules if role not in self.beside)
 
     @property
     def module(self) -> nn.Module:
@@ -149,9 +158,10 @@ class Source:
         def of(values: Mapping[str, Any]) -> dict[str, Any]:
             return {role: values[role]} if role in values else {}
 
+        own = self.beside.get(role, self)
         return dataclasses.replace(
-            self, modules=of(self.modules), inputs=of(self.inputs), dims=of(self.dims),
-            outputs=of(self.outputs), whole=self.whole or self,
+            own, modules=of(self.modules), inputs=of(self.inputs), dims=of(self.dims),
+            outputs=of(self.outputs), whole=self.whole or self, beside={},
         )  # fmt: skip
 
 
@@ -256,13 +266,15 @@ def from_directory(
         processor.gives_bytes = True
         model = Pixels(model, *processor.affine(inputs["pixel_values"].shape[1]))
         inputs = {"pixel_values": ((inputs["pixel_values"] + 1) * 127.5).round().to(torch.uint8)}
+    beside: dict[str, Source] = {}
     if centroids is not None:
         if processor.kind == "causal-lm" and cache:
             raise SourceError(
                 f"{path} takes its cache, and is not told what requests are about beside it",
                 hint="set source.cache: false, or leave source.intuition out",
             )
-        teller = processor.teller = _teller(centroids, embedder)
+        teller, beside = _teller(centroids, embedder)
+        processor.teller = teller
         model = guided(model, tuple(inputs))
         draw = torch.Generator().manual_seed(0)
         size = len(teller.clusters.centroids)
@@ -280,12 +292,17 @@ def from_directory(
             hint="leave source.roles out",
         )
     named = tuple(roles) or ("main",)
+    links = [Link(**link) for link in causal.links(len(processor.cache))] if roles else []
+    if beside:
+        told = {"output": intuition.INPUT, "input": intuition.INPUT, "layout": "batch, clusters"}
+        links += [Link(producer=intuition.ROLE, consumer=role, **told) for role in named]
     return Source(
-        modules=dict.fromkeys(named, model),
-        inputs=dict.fromkeys(named, inputs),
-        dims=dict.fromkeys(named, dims),
+        modules=dict.fromkeys(named, model) | {r: of.modules["main"] for r, of in beside.items()},
+        inputs=dict.fromkeys(named, inputs) | {r: of.inputs["main"] for r, of in beside.items()},
+        dims=dict.fromkeys(named, dims) | {r: of.dims["main"] for r, of in beside.items()},
         outputs=dict.fromkeys(named, keep) if keep else {},
-        links=tuple(Link(**link) for link in causal.links(len(processor.cache))) if roles else (),
+        links=tuple(links),
+        beside=beside,
         kind="encoder" if pools(path) else kind_of(config),
         name=_name(path),
         digest=directory_digest(path),
@@ -295,21 +312,31 @@ def from_directory(
     )
 
 
-def _teller(file: Path, directory: Path | None) -> Teller:
-    """Who says what texts are about. Raises SourceError or CalibrationError where the two do not go together."""
+def _teller(file: Path, directory: Path | None) -> tuple[Teller, dict[str, Source]]:
+    """Who says what texts are about, and the graph that does it in a package, where there is an encoder.
+
+    Raises SourceError or CalibrationError where the two do not go together.
+    """
     clusters = intuition.read(file)
     if directory is None:
-        return Teller(clusters=clusters)
+        return Teller(clusters=clusters), {}
     source = from_directory(directory)
     if source.kind != "encoder" or source.processor is None:
         raise SourceError(
             f"{directory} is a {source.kind}, which embeds no texts",
             hint="name a sentence encoder, such as all-MiniLM-L6-v2",
         )
-    made = Embedder(module=source.module, processor=source.processor, digest=source.digest)
+    inputs, processor = source.inputs["main"], source.processor
+    with torch.no_grad():
+        width = source.module(**inputs)["last_hidden_state"].shape[-1]
+    clusters.scores(np.ones((1, width * len(processor.pooling.modes))))  # refuses another size
+    module = scorer(source.module, processor.pooling, clusters, tuple(inputs))
+    made = Embedder(module=module, processor=processor, digest=source.digest)
     teller = Teller(clusters=clusters, embedder=made)
-    teller(["a"])  # one of another size is told of before anything is compiled
-    return teller
+    graph = dataclasses.replace(
+        source, modules={"main": module}, outputs={}, digest=teller.digest, centroids=file
+    )
+    return teller, {intuition.ROLE: graph}
 
 
 def from_pipeline(path: Path) -> Source:

@@ -34,7 +34,7 @@ from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import Source
 from effc.task import Task
-from effc.train import losses, terms
+from effc.train import gates, losses, terms
 from effc.train.graph import InGraph, mask_of
 from effc.train.loop import Run, Schedule, Score, fit
 from effc.train.terms import Course
@@ -239,7 +239,8 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
 
 
 def _courses(pass_: Tune, graph: Graph) -> list[Course]:
-    return terms.begin(pass_.terms, graph, pass_.steps, _schedule(pass_).rate)
+    own = terms.begin(pass_.terms, graph, pass_.steps, _schedule(pass_).rate)
+    return [*own, *gates.begin(graph)]
 
 
 def _curve(run: Run) -> list[dict[str, Any]]:
@@ -286,8 +287,9 @@ def _loss(
         if pass_.task == "labels":
             assert example.labels is not None
             found.append(losses.labels(outputs, example.labels))
-        if pass_.task == "tokens":
-            found.append(losses.tokens(outputs, feeds["input_ids"], mask))
+        if pass_.task in ("tokens", "answer"):
+            of = losses.tokens if pass_.task == "tokens" else losses.answer
+            found.append(of(outputs, feeds["input_ids"], mask))
         if task is not None:
             assert example.wanted is not None
             found.append(task.loss(outputs, example.wanted))

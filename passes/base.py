@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
 
+from effc import intuition
 from effc.calib.probe import Probe
 from effc.dialect import Dialect
 from effc.errors import CalibrationError, PreconditionError
@@ -187,8 +188,8 @@ class Pass:
         return self
 
     def takes(self, role: str) -> bool:
-        """Whether the pass works on the graph of that role."""
-        return not self.graphs or role in self.graphs
+        """Whether the pass works on the graph of that role; on the encoder of requests only where it is named."""
+        return role in self.graphs if self.graphs else role != intuition.ROLE
 
     @property
     def measures(self) -> bool:

@@ -75,13 +75,13 @@ class Tune(Pass):
     of a step's gradient.
 
     The loss is `distill` times that of distillation from the model as it was, at `temperature`, and the `task`'s:
-    `labels` of the samples, the next of their `tokens`, that of a `source` which has a task, or none. `file` has the
-    samples, those of `calib` where None; `samples` of them are drawn by `seed`, and `held` others judge. With
-    `precision` bf16 products are of bfloat16, and what is trained stays in float32: faster on processors that have such
-    products. `terms` are what passes in front put in to be trained in ways of its own. Held-out samples judge `every`
-    so many steps, by their loss, or by the score of the source's task; after `patience` judgements without a better one
-    training ends. `rates` are shares of `lr` for tensors by name, the first pattern that fits; `dropout` is the share
-    of what linear layers read that is left out.
+    `labels` of the samples, the next of their `tokens`, the last token of each as the `answer`, that of a `source`
+    which has a task, or none. `file` has the samples, those of `calib` where None; `samples` of them are drawn by
+    `seed`, and `held` others judge. With `precision` bf16 products are of bfloat16, and what is trained stays in
+    float32: faster on processors that have such products. `terms` are what passes in front put in to be trained in ways
+    of its own. Held-out samples judge `every` so many steps, by their loss, or by the score of the source's task; after
+    `patience` judgements without a better one training ends. `rates` are shares of `lr` for tensors by name, the first
+    pattern that fits; `dropout` is the share of what linear layers read that is left out.
     """
 
     name = "tune"
@@ -98,7 +98,7 @@ class Tune(Pass):
     batch: Count = 16
     distill: Share = 1.0
     temperature: Positive = 1.0
-    task: Literal["none", "labels", "tokens", "source"] = "none"
+    task: Literal["none", "labels", "tokens", "answer", "source"] = "none"
     file: str | None = None
     column: str | int | None = None
     max_length: Count | None = None

@@ -51,6 +51,7 @@ KEYS = {
     "q_diffusion": {"arms", "compared", "disk_ratio", "loop_speedup", "steps", "is_trained"},
     "own_pass": {"before", "after", "sites", "max_abs", "recipe"},
 }
+CAUSAL_KEYS = {"arms", "ahead", "untrained", "left_out", "about", "data"}
 
 
 def test_every_example_is_known():
@@ -70,6 +71,27 @@ def test_an_example_runs(name, tmp_path):
         pytest.skip(found["skipped"])
     assert set(found) >= KEYS[name]
     assert set(found["data"]) >= {"name", "n", "sha256"}
+
+
+@pytest.mark.slow
+def test_a_language_model_answers_ten_tasks_and_more(tmp_path):
+    file = tmp_path / "found.json"
+    command = [sys.executable, ROOT / "examples/mor1e/causal.py", "--smoke", "--json", file]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["example"] == "mor1e causal"
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    assert set(found) >= CAUSAL_KEYS
+    tasks = set(found["untrained"])
+    assert len(tasks) >= 10
+    assert all(set(arm["score"]) == tasks for arm in found["arms"].values())
+    for name, left in found["left_out"].items():
+        assert name in tasks and set(left) == {"score", "untrained"}
+    about = found["about"]
+    assert len(about["purity_of_clusters"]) == len(about["clusters"]) == 16
+    assert all(0 < share <= 1 for share in about["purity_of_clusters"])
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ LINES = [
     gate case tuning
     package
     engine
-    delta charts report_shape
+    delta charts report_shape chain
     report_numbers coupled
     report_html
     report

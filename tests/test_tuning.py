@@ -287,6 +287,23 @@ def test_distillation_is_the_divergence_of_what_both_say():
     )
 
 
+def test_an_answer_is_the_last_token_that_counts_behind_those_before_it():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 6, generator=draw, dtype=torch.float64)
+    ids = torch.tensor([[1, 2, 3, 4], [5, 4, 0, 0], [2, 2, 1, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    said = [(logits[0, 2], 4), (logits[1, 0], 4), (logits[2, 1], 1)]
+    expected = sum(float(torch.logsumexp(row, 0) - row[k]) for row, k in said) / 3
+    assert float(losses.answer({"logits": logits}, ids, mask)) == pytest.approx(expected)
+    elsewhere = logits.clone()
+    elsewhere[:, 3] = elsewhere[1, 1:] = 9.0  # positions that no answer is read from
+    assert float(losses.answer({"logits": elsewhere}, ids, mask)) == pytest.approx(expected)
+    with pytest.raises(TuneError, match="no answer behind a question"):
+        losses.answer({"logits": logits}, ids, torch.tensor([[1, 0, 0, 0]] * 3))
+    with pytest.raises(TuneError, match="a language model"):
+        losses.answer({"logits": logits[:, 0]}, ids, mask)
+
+
 def test_padding_counts_for_nothing():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     x, y = torch.ones(2, 3, 4), torch.ones(2, 3, 4)

@@ -1,4 +1,4 @@
-"""What a graph is trained towards: another model's outputs, the labels of its samples, or the tokens of its texts.
+"""What a graph is trained towards: another model's outputs, labels of its samples, all tokens of its texts or the last.
 
     distillation    T² · KL(softmax(teacher / T) ‖ softmax(student / T))            of logits (Hinton et al. 2015)
                     Σ ‖student − teacher‖² / Σ ‖teacher‖²                            of any other output
@@ -73,19 +73,38 @@ def labels(outputs: Outputs, wanted: Tensor) -> Tensor:
 
 def tokens(outputs: Outputs, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy of logits [batch, length, vocabulary] and the token that comes next in ids [batch, length]."""
-    logits = outputs.get(LOGITS)
-    if logits is None or logits.shape[:2] != ids.shape:
-        raise TuneError(
-            "tokens are for a language model that gives `logits` of every position",
-            hint="leave `task` out: the graph is then held to the model's own outputs",
-        )
-    seen = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+    logits, seen = _of_words(outputs, ids, mask)
     known = (seen[:, 1:] > 0) & (seen[:, :-1] > 0)
     if not bool(known.any()):
         raise TuneError(
             "no sample of a batch has a token that comes next", hint="train on longer texts"
         )
     return functional.cross_entropy(logits[:, :-1][known], ids[:, 1:][known])
+
+
+def answer(outputs: Outputs, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each row's last token that counts, in ids [batch, length], behind all those before it."""
+    logits, seen = _of_words(outputs, ids, mask)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = (places * (seen > 0)).amax(1)
+    if int(last.min()) < 1:
+        raise TuneError(
+            "a sample is one token long, and has no answer behind a question",
+            hint="write the answer as the last token of a text",
+        )
+    rows = torch.arange(len(ids), device=ids.device)
+    return functional.cross_entropy(logits[rows, last - 1], ids[rows, last])
+
+
+def _of_words(outputs: Outputs, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits [batch, length, vocabulary], and which tokens count. Raises TuneError where there are no such logits."""
+    logits = outputs.get(LOGITS)
+    if logits is None or logits.shape[:2] != ids.shape:
+        raise TuneError(
+            "tokens are for a language model that gives `logits` of every position",
+            hint="leave `task` out: the graph is then held to the model's own outputs",
+        )
+    return logits, torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
 
 
 def real(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -235,7 +235,7 @@ class Study:
         from effc.samples import Samples
         from effc.source import load
 
-        spec: Json = {"transformers": str(self.base)}
+        spec = self.spec()
         if arm.experts:
             spec["intuition"] = str(self.clusters(arm.experts, arm.temperature)[0])
         if arm.experts not in self._sources:
@@ -248,7 +248,7 @@ class Study:
         training = {
             "file": str(file), "samples": count, "held": plan.held, "batch": plan.batch, "lr": plan.lr,
             "steps": max(1, plan.epochs * count // plan.batch), "precision": "bf16",
-            "tensors": ["*lora_*", "*rank1_*", "*classifier.*"],
+            **self.trained(),
         }  # fmt: skip
         score = float(told[0].mean()) if told is not None else 0.0
         asked = recipe.build({
@@ -260,9 +260,21 @@ class Study:
             progress=Progress(), cache=Cache(self.state / "cache"),
         )  # fmt: skip
 
+    def spec(self) -> Json:
+        """The source of the model that is adapted."""
+        return {"transformers": str(self.base)}
+
+    def trained(self) -> Json:
+        """What of a training is the model's own: towards labels, with a head that is new."""
+        return {"tensors": ["*lora_*", "*rank1_*", "*classifier.*"]}
+
+    def arrays(self) -> dict[str, Array]:
+        """Training samples as arrays of one length."""
+        return self.padded(list(self.train), LENGTH)
+
     def _file(self, arm: made_of.Arm, told: Array | None) -> Path:
         """Training samples as arrays of one length, with what the gates are told; named by what is in it."""
-        arrays = self.padded([self.train[i] for i in range(len(self.train))], LENGTH)
+        arrays = self.arrays()
         if told is not None:
             arrays["intuition"] = told
         total = hashlib.sha256()
@@ -304,6 +316,8 @@ class Study:
         found, place = {}, 0
         for number, task in enumerate(self.tasks):
             rows = self.test[task.name]
+            if not rows:
+                continue
             mine = told[place : place + len(rows)] if told is not None else None
             place += len(rows)
             logits = self.logits(engine, [text for text, _ in rows], mine)
@@ -387,6 +401,8 @@ class Study:
         return {
             "clusters": table.tolist(), "tasks": [task.name for task in self.tasks],
             "purity": float(table.max(1).sum() / table.sum()), "digest": clusters.digest,
+            "purity_of_clusters": (table.max(1) / table.sum(1)).tolist(),
+            "task_of_clusters": [self.tasks[int(k)].name for k in table.argmax(1)],
             "score_mean": float(scores.mean()), "score_std_over_requests": float(scores.std(0).mean()),
         }  # fmt: skip
 

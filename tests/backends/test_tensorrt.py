@@ -85,6 +85,31 @@ def test_every_precision_is_built_and_its_onnx_computes_the_graph(word, tmp_path
     assert gap(program, lowered) < (2e-2 if dtype == "bf16" else 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+def test_experts_and_what_a_request_is_about_are_built(dtype, tmp_path):
+    from gated import X, scores, stirred, with_experts
+
+    from effc.passes.rank1_fold import BatchRank1
+
+    _, program = with_experts()
+    program = stirred(program)
+    effc.apply(BatchRank1(), program)
+    if dtype is not None:
+        in_16_bit(program, dtype)
+    lowered = built(program, tmp_path)
+    assert [port.name for port in lowered.inputs] == ["x", "intuition"]
+    assert (tmp_path / ENGINE).read_bytes()[1:4] == b"trt"
+    assert not [
+        n for n in ir.load(tmp_path / "model.onnx").graph if n.op_type in ("Einsum", "TopK")
+    ]
+    feeds = {"x": X, "intuition": scores(len(X))}
+    with TensorRt().stand_in(lowered, threads=1) as engine:
+        found = engine({name: value.numpy() for name, value in feeds.items()})["output"]
+        other = engine({"x": X.numpy(), "intuition": scores(len(X), seed=2).numpy()})["output"]
+    assert distance(program.run(feeds)["output"], found) < (1e-2 if dtype else 1e-5)
+    assert np.abs(found - other).max() > 1e-3  # it is an input, and no constant
+
+
 def test_weights_of_4_bit_are_stored_so(tmp_path):
     program = traced()
     quantize(program, dialect=TENSORRT, activation_bits=16, bits=4, group=32)

@@ -359,3 +359,22 @@ def test_engines_agree_with_torch_for_any_batch_and_length(form, target, tmp_pat
             x, s = normal(rows, length, 12), scores(rows, of_kind(form, "both"))
             found = ran({"x": x.numpy(), "intuition": s.numpy()})["output"]
             np.testing.assert_allclose(found, run(trained, x, s).numpy(), atol=1e-5)
+
+
+def test_a_curve_tells_how_gates_are_shared_and_how_much_experts_count():
+    _, program = with_experts()
+    draw = np.random.default_rng(0)
+    batches = [
+        {"x": draw.normal(size=(4, 5, 12)).astype("f4"), "intuition": draw.random((4, 6), "f4")}
+        for _ in range(4)
+    ]
+    target = stirred(program)
+    record = effc.apply(Tune(steps=6, lr=1e-3), program, train=effc.trainer(target, batches))
+    first, last = (record.notes["main/curve"][i]["told"]["gates"] for i in (0, -1))
+    assert first["share of the router, mean"] == first["strength, mean"] == 0.5
+    assert last["strength, mean"] != 0.5
+    assert sum(last["share of the router"]) == sum(last["strength"]) == 2  # beside each layer
+    lora = traced()
+    effc.apply(AttachLora(rank=2), lora)
+    other = effc.apply(Tune(steps=2), lora, train=effc.trainer(traced(), [{"x": X.numpy()}]))
+    assert other.notes["main/curve"][-1]["told"] == {}
