@@ -679,7 +679,7 @@ def run(
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write text with a causal language model as it comes, pictures with a diffusion pipeline, or answer texts or files.
+    """Write text with a causal language model as it comes, pictures with a diffusion pipeline, or answer a text or file.
 
     \b
     Examples:
