@@ -88,6 +88,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(name.encode() + tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Known:
     """Tokens of scenes, and their queries and answers."""
@@ -118,9 +125,9 @@ class Study:
         self.teacher = models.Answerer(*models.TEACHER)
         self._trained("teacher", self.teacher, self._teacher)
         self.who = {
-            "encoder": digest({n: t.numpy().tobytes().hex() for n, t in self.encoder.state_dict().items()}),
+            "encoder": digest_of(self.encoder.state_dict()),
             "tokenizer": digest([world.KINDS, world.SHAPES, world.COLOURS]),
-        }  # fmt: skip
+        }
 
     def _trained(self, name: str, module: torch.nn.Module, train: Any) -> None:
         """Weights from the state, or trained and put there."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import effc
+from effc import recipe
 from effc.backends import BACKENDS
 from effc.calib.data import Batch
 from effc.errors import CalibrationError, PreconditionError
@@ -193,3 +194,35 @@ def test_a_free_number_of_tokens_and_a_second_time_are_refused():
 def test_without_data_there_are_no_statistics():
     with pytest.raises(CalibrationError):
         effc.apply(UncertainTokens(at="bridge"), traced())
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bridge = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16, elementwise_affine=False))
+            self.head = nn.Linear(16, 5)
+        def forward(self, x):
+            return {"answer": self.head(self.bridge(x))}
+    return Net().eval(), {"x": torch.randn(2, 48, 8)}
+"""
+
+
+@pytest.mark.parametrize("score", ["energy", "random"])
+def test_a_compile_is_not_refused_for_the_order_of_scores_that_are_nearly_equal(tmp_path, score):
+    (tmp_path / "net.py").write_text(FACTORY)
+    asked = recipe.build({
+        "source": {"python": f"{tmp_path / 'net.py'}:net"}, "bench": False, "gate": False,
+        "passes": [
+            {"pass": "quantize", "activation_bits": 16},
+            {"pass": "uncertain-tokens", "at": "bridge", "score": score},
+        ],
+    })  # fmt: skip
+    effc.compile(asked, tmp_path / "out")
+    with effc.Engine.open(tmp_path / "out") as engine:
+        assert set(OUTPUTS) < set(engine({"x": np.ones((1, 48, 8), "f4")}))
