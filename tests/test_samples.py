@@ -17,7 +17,12 @@ from effc.samples import Samples
 
 def drawn(path, example: torch.Tensor, samples: int) -> Samples:
     source = SimpleNamespace(
-        inputs={"main": {"x": example}}, dims={}, processor=None, batches=None, name="m"
+        inputs={"main": {"x": example}},
+        dims={},
+        processor=None,
+        batches=None,
+        name="m",
+        centroids=None,
     )
     return Samples(source, CalibSpec(file=str(path), samples=samples, batch=4))
 

@@ -32,20 +32,9 @@ PLACES = ("first", "second")
 COUNT = 600
 """Questions of a generated task; the last quarter tests."""
 THINGS = (
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "horse",
-    "mouse",
-    "apple",
-    "pear",
-    "plum",
-    "lemon",
-    "table",
-    "chair",
-    "stone",
-)
+    "cat", "dog", "bird", "fish", "horse", "mouse", "apple", "pear", "plum", "lemon", "table", "chair", "river",
+    "cloud", "stone", "wheel", "house", "tree", "boat", "road", "shoe", "glass", "king", "queen", "watch", "violin",
+)  # fmt: skip
 BOXES = ("box", "bag", "jar", "cup")
 NUMBERS = ("one", "two", "three", "four")
 Draw = np.random.Generator
