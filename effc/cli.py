@@ -268,6 +268,7 @@ METRIC_NAMES = (
     "entity_f1",
     "recall@1",
     "perplexity",
+    "cer",
     "diaasq",
 )
 Metric = Annotated[
@@ -653,7 +654,7 @@ def run(
         typer.Option("--sampler", help="Another sampler than the package's own."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="What the package of a task does: diaasq.")
+        str | None, typer.Option("--task", help="What the package of a task does: cer or diaasq.")
     ] = None,
     file: Annotated[
         Path | None,

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("examples/*/run.py"))
 KEYS = {
+    "cer": {"metrics", "decoded_equal", "speedup"},
     "diaasq": {"metrics", "decoded_equal", "speedup"},
     "minilm": {"shapes", "outputs", "metric", "model_bytes", "int8_sites", "total_sites"},
     "mor1e": {

@@ -1,0 +1,24 @@
+"""Settings of a task's model, as somebody gave them: an unknown or impossible one is named."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from effc.errors import SourceError
+
+T = TypeVar("T")
+
+
+def read(kind: type[T], given: Any, task: str) -> T:
+    """Settings of a dataclass. Raises SourceError, with the setting that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SourceError(
+            f"settings of {task}: {place}: {first['msg'].lower()}",
+            hint=f"they are {', '.join(getattr(kind, '__dataclass_fields__', {}))}",
+        ) from error
