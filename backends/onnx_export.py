@@ -157,6 +157,8 @@ def settle(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
         elif node.target is aten.index.Tensor and (chosen := _chosen(node)) is not None:
             node.target, node.args = aten.index_select.default, (node.args[0], *chosen)
+        elif node.target is aten.unflatten.int:
+            node.target, node.args = aten.reshape.default, (node.args[0], _unflattened(node))
         elif node.meta.get("val") is None and not node.users:  # an assertion
             graph.erase_node(node)
 
@@ -171,6 +173,26 @@ def _chosen(node: fx.Node) -> tuple[int, fx.Node] | None:
     value = place.meta["val"]
     is_list = value.dim() == 1 and value.dtype in (torch.int64, torch.int32)
     return (dim, place) if is_list else None
+
+
+def _unflattened(node: fx.Node) -> list[Any]:
+    """The whole shape that a dimension in parts gives, sizes that are no numbers as nodes in front."""
+    given: Any = node.args
+    source, dim, parts = given
+    shape = source.meta["val"].shape
+    with node.graph.inserting_before(node):
+        sizes: list[Any] = [
+            size if isinstance(size, int) else _size(node.graph, source, place)
+            for place, size in enumerate(shape)
+        ]
+    sizes[dim : dim + 1 if dim != -1 else None] = parts
+    return sizes
+
+
+def _size(graph: fx.Graph, source: fx.Node, dim: int) -> fx.Node:
+    made = graph.call_function(aten.sym_size.int, (source, dim))
+    made.meta["val"] = source.meta["val"].shape[dim]
+    return made
 
 
 def _pass_by(node: fx.Node) -> None:

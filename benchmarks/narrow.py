@@ -1,17 +1,18 @@
 """What a quarter less residual width is worth to a language model: reading 128 tokens, and writing one more.
 
-    python benchmarks/narrow.py     # ten minutes on a quiet machine; writes results/narrow-FEATURES.json
+    python benchmarks/narrow.py [--threads N]     # ten quiet minutes; writes results/narrow-N-FEATURES.json
 
 The model has random weights: eight layers of 1,024 channels, 16 heads of 64, a feed-forward width of 2,816 and a table
 of 32,000 words. Every linear loses a quarter of one of its two sides, so the bound of their time is 1.33; attention and
 the feed-forward product keep their sizes. Whole and narrowed are compiled for ONNX Runtime and OpenVINO in float, with
 8 bit on both sides of a product (reading) and with 4-bit weights (writing), and take turns with the plain float export
-in shuffled blocks on two threads. Ratios are whole ÷ narrowed of the same kind, and plain export ÷ engine: the export
+in shuffled blocks. Ratios are whole ÷ narrowed of the same kind, and plain export ÷ engine: the export
 as everybody has it gives the logits of every position, effc's engines those of the last; a second export does so too.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import load
 
-THREADS, BUDGET_S, RATIO, ALIGN = 2, 60.0, 0.25, 64
+BUDGET_S, RATIO, ALIGN = 60.0, 0.25, 64
 PAST, PROMPT = 128, 128
 TARGETS = ("ort", "openvino")
 SIZES: dict[str, Any] = {
@@ -72,6 +73,9 @@ def adapted(open_: Callable[[], Any], feeds: dict[str, Any]) -> Callable[[], Any
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    threads = parser.parse_args().threads
     with tempfile.TemporaryDirectory(prefix="effc-narrow-") as folder:
         place = Path(folder)
         text = cache.sentences(place)
@@ -97,15 +101,15 @@ def main() -> int:
             feeds = samples.shaped(1, length, past)
             feeds[causal.KEEP] = feeds[causal.KEEP][-1:]
             engines = {
-                " ".join(key): adapted(measure.opener(of[role], THREADS), feeds)
+                " ".join(key): adapted(measure.opener(of[role], threads), feeds)
                 for key, of in made.items()
             }
             every = {**feeds, causal.KEEP: np.arange(length)}
-            engines["engine"] = adapted(measure.opener(plain, THREADS), every)
-            engines["plain, last position"] = adapted(measure.opener(plain, THREADS), feeds)
+            engines["engine"] = adapted(measure.opener(plain, threads), every)
+            engines["plain, last position"] = adapted(measure.opener(plain, threads), feeds)
             case = bench.Case(batch=1, length=length, feeds=feeds, past=past)
             (shape,) = bench.compare(
-                engines, [case], threads=THREADS, budget_s=BUDGET_S * len(engines) / 9
+                engines, [case], threads=threads, budget_s=BUDGET_S * len(engines) / 9
             ).shapes
             timings = shape.timings
             for kind, target in itertools.product(KINDS, TARGETS):
@@ -120,8 +124,8 @@ def main() -> int:
                     "plain, last position ÷ narrow": _ratio(timings["plain, last position"], narrow),
                 })  # fmt: skip
                 print(rows[-1], flush=True)
-    content = {"name": "narrow", "threads": THREADS, "ratio": RATIO, "sizes": SIZES, "rows": rows}
-    print(common.write(f"narrow-{common.features()}", content))
+    content = {"name": "narrow", "threads": threads, "ratio": RATIO, "sizes": SIZES, "rows": rows}
+    print(common.write(f"narrow-{threads}-{common.features()}", content))
     return 0
 
 

@@ -645,7 +645,7 @@ def narrowed() -> list[str]:
         lines += [
             f"A model of random weights: {sizes['num_hidden_layers']} layers of {sizes['hidden_size']:,} channels, a "
             f"table of {sizes['vocab_size']:,} words; {found['ratio']:.0%} of the residual width gone, "
-            f"{found['threads']} threads, batch 1. Reading is of 128 tokens, writing of one behind 128; integers are "
+            f"threads: {found['threads']}, batch 1. Reading is of 128 tokens, writing of one behind 128; integers are "
             "of 8 bit on both sides of a product, and of 4 bit in weights. In brackets the 99 % interval. "
             + circumstances(found), "",
         ]  # fmt: skip
@@ -1368,6 +1368,29 @@ def delta_faults() -> list[str]:
     return lines
 
 
+def linked() -> list[str]:
+    lines = ["## Updates over a slow line (benchmarks/delta_link.py)", ""]
+    for found in results("delta_link"):
+        lines += [
+            f"Deltas of MiniLM-L6 in int8, lossless, over a line that loses {found['loss']:.0%} of its pieces of "
+            f"{found['piece']:,} bytes and the connection with each, to a device that answers a sentence of 32 tokens "
+            "every 25 ms meanwhile. Medians in seconds; waiting is the 99th percentile before and during an update, "
+            "and its ratio has a 95 % interval, a bootstrap over updates. " + circumstances(found), "",
+        ]  # fmt: skip
+        rows = []
+        for of in found["lines"]:
+            took, wait, p99 = of["seconds"], of["p99_ms"], of["p99_ratio"]
+            rows.append([
+                of["model"], f"{of['mbit']:g}", str(of["updates"]), f"{of['bytes']:,}", str(of["broken"]),
+                *(f"{took[word]:.2f}" for word in ("make", "fetch", "take")),
+                f"{wait['idle']:.1f} → {wait['during']:.1f}",
+                f"{p99['ratio']:.2f} [{p99['low']:.2f}, {p99['high']:.2f}]",
+            ])  # fmt: skip
+        heads = ["Mbit/s", "updates", "bytes", "broken", "make", "fetch", "take", "ms", "÷ idle"]
+        lines += table(["to", *heads], rows)
+    return lines
+
+
 PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     minilm: ("minilm",),
     models: ("models",),
@@ -1404,6 +1427,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     torture: ("malformed", "kills", "full"),
     deltas: ("delta",),
     delta_faults: ("delta_faults",),
+    linked: ("delta_link",),
 }
 """The sections of the page, in order, and the results that they are made of; without any a section is left out."""
 

@@ -134,6 +134,25 @@ def test_products_of_bfloat16_train_tensors_of_float32():
     assert all(t.dtype == torch.float32 for t in made.run(input=torch.ones(2, 6)).values())
 
 
+class Attentive(nn.Module):
+    """Attention and nothing else."""
+
+    def forward(self, query, key, value, bias):
+        return nn.functional.scaled_dot_product_attention(query, key, value, bias)
+
+
+def test_attention_is_of_float32_where_products_are_of_bfloat16():
+    torch.manual_seed(0)
+    feeds = {name: torch.randn(2, 2, 5, 4) for name in ("query", "key", "value")}
+    feeds["bias"] = torch.randn(5, 5)
+    graph = effc.trace(Attentive().eval(), feeds).only()
+    wanted = graph.run(feeds)["output"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert graph.run(feeds)["output"].dtype == torch.bfloat16
+        assert torch.equal(InGraph(graph, [])(feeds)["output"], wanted)
+    assert torch.equal(InGraph(graph, [])(feeds)["output"], wanted)
+
+
 def test_only_tensors_that_match_are_trained():
     program = effc.trace(net(), {"input": torch.ones(2, 6)})
     worse = harmed(program)

@@ -180,7 +180,8 @@ def views(
     """Who sees whom [batch, N, N] along answers, thread and speaker; every place sees itself."""
     rows, columns = utterance[:, :, None], utterance[:, None, :]
     real = (rows >= 0) & (columns >= 0)
-    itself = torch.eye(utterance.shape[1], dtype=torch.bool, device=utterance.device)
+    places = torch.arange(utterance.shape[1], device=utterance.device)
+    itself = places[:, None] == places
     reply = (rows == columns) | (rows == parent[:, None, :]) | (parent[:, :, None] == columns)
     groups, others = group[:, :, None], group[:, None, :]
     thread = ((groups == others) & (groups >= 0)) | ((groups == 0) | (others == 0)) & real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,5 +21,5 @@ def read(kind: type[T], given: Any, task: str) -> T:
         place = ".".join(map(str, first["loc"]))
         raise SourceError(
             f"settings of {task}: {place}: {first['msg'].lower()}",
-            hint=f"they are {', '.join(getattr(kind, '__dataclass_fields__', {}))}",
+            hint=f"they are {', '.join(f.name for f in fields(kind))}",
         ) from error

@@ -157,6 +157,22 @@ def test_nothing_is_traced_again_where_every_operator_is_known(monkeypatch):
     agrees(block(), {"x": normal(2, 5, 16)})
 
 
+@pytest.mark.parametrize("dim", [-1, 2, 1])
+def test_a_dimension_in_parts_is_no_reason_to_trace_again(dim, monkeypatch, tmp_path):
+    def never(*args, **kwargs):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(_fx_passes, "decompose_with_registry", never)
+    size = {1: (-1, 2), 2: (2, -1), -1: (2, 4)}[dim]
+    module = Call(lambda self, x: x.unflatten(dim, size).sum(-1) * 2)
+    dims = {0: "batch", 1: "sequence"} if dim != 1 else {0: "batch"}
+    program = effc.trace(module, {"x": normal(2, 6, 8)}, dims={"x": dims})
+    x = normal(3, 6, 8, seed=1) if dim == 1 else normal(3, 5, 8, seed=1)
+    with engine(program, tmp_path) as opened:
+        found = opened({"x": x.numpy()})["output"]
+    assert distance(program.run(x=x)["output"], found) < 1e-6
+
+
 def test_settling_leaves_a_graph_that_computes_the_same():
     forward = ALONE["output is the input converted"]
     program = effc.trace(Call(forward), X)

@@ -1,0 +1,273 @@
+"""An update over a slow line that breaks: how long every stage takes, and what the device's answers wait for meanwhile.
+
+    python benchmarks/delta_link.py [--state DIR] [--rounds N] [--smoke]   # minutes; writes results/delta_link.json
+
+Three processes: `effc delta serve`, a line of 1 or 20 Mbit/s that loses 2 % of what passes through it, each time with
+the connection, and a device that answers a sentence every 25 ms on one thread while it fetches and takes a release
+beside that. MiniLM-L6 in int8 goes from its base to tuned norms and head or tuned everything (`benchmarks/delta.py`)
+and back. Waiting is counted from when a sentence was due, so that a stall counts for all that came due in it. `idle` is
+as long before every update. The interval of the ratio of 99th percentiles is a bootstrap over updates, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+Json = dict[str, Any]
+ROUNDS = 4
+"""Updates there and back for every line and model."""
+SPEEDS = (1.0, 20.0)
+LOSS = 0.02
+PIECE = 16384
+"""Bytes that a line carries at once; each may be lost, and the connection with it."""
+EVERY_S = 0.025
+IDLE_S = 4.0
+SEED = 0
+PLACES = 32
+MODELS = ("norms", "all100")
+
+
+async def line(to: int, mbit: float, seed: int) -> None:
+    """A line to a port of this machine: tells its own port, then carries at most so much, and breaks."""
+    draw = random.Random(seed)
+    free = asyncio.Lock()
+
+    async def carry(reader: Any, writer: Any, *, is_slow: bool) -> None:
+        while piece := await reader.read(PIECE):
+            if is_slow:
+                async with free:
+                    await asyncio.sleep(len(piece) * 8 / (mbit * 1e6))
+                if draw.random() < LOSS:
+                    raise ConnectionError
+            writer.write(piece)
+            await writer.drain()
+
+    async def connected(reader: Any, writer: Any) -> None:
+        theirs, mine = await asyncio.open_connection("127.0.0.1", to)
+        try:
+            await asyncio.gather(
+                carry(reader, mine, is_slow=False), carry(theirs, writer, is_slow=True)
+            )
+        except ConnectionError:
+            print("broken", file=sys.stderr, flush=True)
+        finally:
+            for end in (mine, writer):
+                end.transport.abort()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def device(store: Path, url: str) -> Json:
+    """What one device sees of one update: stages in seconds, and waiting in milliseconds before and during it."""
+    from effc.delta import channel
+    from effc.delta.device import Live
+
+    live = Live(store)
+    rows = np.arange(PLACES, dtype=np.int64)[None]
+    feeds = {"input_ids": 1000 + rows, "attention_mask": np.ones_like(rows)}
+    if "token_type_ids" in _inputs(store):
+        feeds["token_type_ids"] = np.zeros_like(rows)
+    stages: Json = {}
+    waited: list[tuple[float, float]] = []
+    over = threading.Event()
+
+    def answer() -> None:
+        for _ in range(20):
+            live(feeds)
+        due = time.perf_counter()
+        while not over.is_set():
+            time.sleep(max(0.0, due - time.perf_counter()))
+            live(feeds)
+            waited.append((due, (time.perf_counter() - due) * 1e3))
+            due += EVERY_S
+
+    def take(file: Path) -> Any:
+        stages["fetch"] = time.perf_counter() - began
+        record = live.update(file)
+        stages["take"] = time.perf_counter() - began - stages["fetch"]
+        return record
+
+    serving = threading.Thread(target=answer)
+    serving.start()
+    time.sleep(IDLE_S)
+    began = time.perf_counter()
+    record = channel.pull(url, store, take=take)
+    ended = time.perf_counter()
+    time.sleep(10 * EVERY_S)  # three answers prove the release
+    over.set()
+    serving.join()
+    assert record is not None
+    return {
+        **stages, "release": record.counter, "served": live(feeds)["logits"].tolist(),
+        "idle_ms": [ms for due, ms in waited if due < began - EVERY_S],
+        "during_ms": [ms for due, ms in waited if began <= due <= ended],
+    }  # fmt: skip
+
+
+def _inputs(store: Path) -> list[str]:
+    from effc.delta.device import manifest_of, start
+
+    return [port["name"] for port in manifest_of(start(store)[0])["engines"][0]["inputs"]]
+
+
+@contextmanager
+def process(*words: Any, err: Any = None) -> Iterator[subprocess.Popen[str]]:
+    started = subprocess.Popen(
+        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=err, text=True
+    )
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def rounds(place: Path, ends: tuple[Path, Path], mbit: float, count: int) -> list[Json]:
+    """Updates there and back over one line."""
+    from effc.delta import device as store_of
+    from effc.delta import make, packet
+
+    word = packet.keygen(place / "key", place / "key.pub")
+    store, releases = place / "store", place / "releases"
+    releases.mkdir()
+    store_of.init(store, ends[0], [word])
+    found: list[Json] = []
+    port = _free_port()
+    me = Path(__file__)
+    with (
+        (place / "line.txt").open("w", encoding="utf-8") as broken,
+        process("-m", "effc", "delta", "serve", releases, "--port", port),
+        process(me, "--line", port, "--mbit", mbit, err=broken) as carrier,
+    ):
+        assert carrier.stdout is not None
+        url = f"http://127.0.0.1:{int(carrier.stdout.readline())}"
+        _wait_for(port)
+        for number in range(1, 2 * count + 1):
+            old, new = ends if number % 2 else ends[::-1]
+            began = time.perf_counter()
+            made = make.make(old, new, key=place / "key", counter=number)
+            make_s = time.perf_counter() - began
+            (releases / f"{number}.part").write_bytes(made.content)
+            (releases / f"{number}.part").rename(releases / f"{number}.effd")
+            before = (place / "line.txt").read_text(encoding="utf-8").count("broken")
+            told = subprocess.run(
+                [sys.executable, me, "--device", store, url], stdout=subprocess.PIPE, check=True
+            )
+            after = (place / "line.txt").read_text(encoding="utf-8").count("broken")
+            row = json.loads(told.stdout)
+            found.append(
+                {"make": make_s, "bytes": len(made.content), "broken": after - before, **row}
+            )
+            words = ("bytes", "broken", "make", "fetch", "take")
+            print(mbit, number, {k: round(found[-1][k], 2) for k in words}, flush=True)
+    return found
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def _wait_for(port: int) -> None:
+    import socket
+
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("effc delta serve does not answer")
+
+
+def told(updates: list[Json]) -> Json:
+    """Medians of the stages, and the 99th percentile of waiting during an update ÷ idle."""
+    draw = np.random.default_rng(SEED)
+
+    def ratio(chosen: list[Json]) -> float:
+        idle, during = (
+            np.percentile(np.concatenate([u[word] for u in chosen]), 99)
+            for word in ("idle_ms", "during_ms")
+        )
+        return float(during / idle)
+
+    again = [
+        ratio([updates[i] for i in draw.integers(0, len(updates), len(updates))])
+        for _ in range(500)
+    ]
+    low, high = np.quantile(again, [0.025, 0.975])
+    waits = {
+        word: float(np.percentile(np.concatenate([u[f"{word}_ms"] for u in updates]), 99))
+        for word in ("idle", "during")
+    }
+    stages = {w: float(np.median([u[w] for u in updates])) for w in ("make", "fetch", "take")}
+    return {
+        "updates": len(updates), "bytes": int(np.median([u["bytes"] for u in updates])),
+        "broken": sum(u["broken"] for u in updates), "seconds": stages, "p99_ms": waits,
+        "p99_ratio": {"ratio": ratio(updates), "low": float(low), "high": float(high)},
+        "answers": sum(len(u["idle_ms"]) + len(u["during_ms"]) for u in updates),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", help="where trained models and packages are kept")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--smoke", action="store_true", help="one update, no result")
+    parser.add_argument("--line", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--mbit", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--device", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.line is not None:
+        asyncio.run(line(args.line, args.mbit, SEED))
+    if args.device is not None:
+        print(json.dumps(device(Path(args.device[0]), args.device[1])))
+        return 0
+    data = common.data_root()
+    if data is None:
+        print("skipped: EFFC_DATA has no sst2")
+        return 0
+    import delta
+
+    with tempfile.TemporaryDirectory(prefix="effc-link-") as scratch:
+        place, state = Path(scratch), Path(args.state or scratch)
+        state.mkdir(parents=True, exist_ok=True)
+        out = delta.packages(state, data, delta.checkpoints(state, data, 0.05 if args.smoke else 1))
+        lines = []
+        for name in MODELS[: 1 if args.smoke else None]:
+            for mbit in SPEEDS[1:] if args.smoke else SPEEDS:
+                (there := place / f"{name}-{mbit:g}").mkdir()
+                made = rounds(
+                    there, (out["base"], out[name]), mbit, 1 if args.smoke else args.rounds
+                )
+                lines.append({"model": name, "mbit": mbit, **told(made)})
+    if not args.smoke:
+        print(
+            common.write(
+                "delta_link", {"name": "delta_link", "loss": LOSS, "piece": PIECE, "lines": lines}
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
