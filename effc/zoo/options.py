@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,8 +18,8 @@ def read(kind: type[T], given: Any, task: str) -> T:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        place, known = ".".join(map(str, first["loc"])), fields(cast(Any, kind))
         raise SourceError(
             f"settings of {task}: {place}: {first['msg'].lower()}",
-            hint=f"they are {', '.join(f.name for f in fields(kind))}",
+            hint=f"they are {', '.join(f.name for f in known)}",
         ) from error
