@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from effc.backends.base import Array, BackendBase, EngineBase, Lowered, Port, Unsupported
+from effc.errors import VerifyError
 from effc.ir.program import Graph
 from effc.ir.show import shape_words
 from effc.ir.trace import evaluating, output_names
@@ -81,12 +82,26 @@ class GraphEngine(EngineBase):
 
 
 class ModuleEngine(EngineBase):
-    """The user's own module in evaluation mode: what they run today."""
+    """The user's own module in evaluation mode: what they run today.
 
-    def __init__(self, module: nn.Module, graph: Graph) -> None:
+    Its outputs are those of the graph, and of these only what an engine `beside` it has. Raises VerifyError where the
+    engine has none of them.
+    """
+
+    def __init__(
+        self, module: nn.Module, graph: Graph, beside: Sequence[Port] | None = None
+    ) -> None:
         self.module, self._mode = module, ExitStack()
-        self._mode.enter_context(evaluating(module))
         self.inputs, self.outputs = ports(graph)
+        if beside is not None:
+            names = {port.name for port in beside}
+            self.outputs = tuple(port for port in self.outputs if port.name in names)
+            if not self.outputs:
+                raise VerifyError(
+                    f"the engine has no output {graph.outputs[0]!r}",
+                    hint="it was made from another model",
+                )
+        self._mode.enter_context(evaluating(module))
 
     def close(self) -> None:
         self._mode.close()

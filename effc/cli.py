@@ -268,6 +268,7 @@ METRIC_NAMES = (
     "entity_f1",
     "recall@1",
     "perplexity",
+    "cer",
     "diaasq",
 )
 Metric = Annotated[
@@ -655,7 +656,7 @@ def run(
         typer.Option("--sampler", help="Another sampler than the package's own."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="What the package of a task does: diaasq.")
+        str | None, typer.Option("--task", help="What the package of a task does: cer or diaasq.")
     ] = None,
     file: Annotated[
         Path | None,
@@ -679,7 +680,7 @@ def run(
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write text with a causal language model as it comes, pictures with a diffusion pipeline, or answer a text or file.
+    """Write text with a causal language model as it comes, pictures with a diffusion pipeline, or answers to texts.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from effc.calib.data import Batch, Record
-from effc.errors import SourceError
+from effc.errors import SourceError, TuneError
 from effc.processor import Processor
 from effc.table import Table, unknown
 
@@ -75,6 +75,15 @@ class Task(Processor):
         """The samples of a file. Raises CalibrationError, with file and line."""
         raise NotImplementedError
 
+    def beside(self, file: Path, judged: Sequence[Any]) -> list[Any]:
+        """Samples of what is learnt beside the task itself, none of them like those that judge.
+
+        Raises TuneError for a task that learns nothing beside, CalibrationError for a file that is none of its own.
+        """
+        raise TuneError(
+            f"the task {self.word} learns nothing beside itself", hint="leave `beside` out"
+        )
+
     def feeds(self, items: Sequence[Any]) -> dict[str, Array]:
         """Samples as one batch of inputs."""
         raise NotImplementedError
@@ -104,8 +113,7 @@ class Task(Processor):
         """The score of counted samples, or one of the further `parts`; higher is better."""
         raise NotImplementedError
 
-    @classmethod
-    def scores(cls, columns: Mapping[str, Array]) -> Json:
+    def scores(self, columns: Mapping[str, Array]) -> Json:
         """All that is told of counted samples."""
         raise NotImplementedError
 
@@ -133,7 +141,14 @@ class Task(Processor):
         raise NotImplementedError
 
 
-TASKS = Table("task", {"diaasq": "effc.zoo.dialogue_task:Dialogues"}, error=SourceError)
+TASKS = Table(
+    "task",
+    {
+        "cer": "effc.zoo.conversation_task:Conversations",
+        "diaasq": "effc.zoo.dialogue_task:Dialogues",
+    },
+    error=SourceError,
+)
 
 
 def own_of(config: Mapping[str, Any], place: Path) -> Json | None:

@@ -11,6 +11,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from effc.cache import Cache, key_of
+from effc.calib import data
 from effc.calib.calibrator import tensors_for
 from effc.calib.data import Record
 from effc.checkpoint import AGAIN, Checkpoint, Made, apart
@@ -42,6 +44,8 @@ from effc.train.terms import Course
 MOST_BYTES = 4 << 30
 """Samples are held in memory while they are trained on; more than this is refused."""
 Step = Callable[[int, int | None], None]
+UNKEYED = ("file", "beside", "apart", "graphs")
+"""Options that decide nothing by their names: files are known by their bytes."""
 LABELLED = ("labels", "source")
 """Tasks whose samples must say what is right."""
 
@@ -94,7 +98,9 @@ class Tuner:
 
     def inputs(self, pass_: Tune, graph: Graph) -> dict[str, Any]:
         """Inputs of a step of a training, as arrays by name. Raises what reading its samples raises."""
-        few = dataclasses.replace(pass_, samples=min(pass_.samples, pass_.batch), held=0)
+        few = dataclasses.replace(
+            pass_, samples=min(pass_.samples, pass_.batch), held=0, beside=(), apart=()
+        )
         drawn, *_ = self._examples(few, graph)
         return {name: tensor.numpy() for name, tensor in drawn(0).feeds.items()}
 
@@ -102,7 +108,7 @@ class Tuner:
         return key_of(
             "tune", graph=graph_digest([Program({graph.role: graph})]),
             teacher=graph_digest([Program({graph.role: self.teacher})]),
-            options={k: v for k, v in options_of(pass_).items() if k not in ("file", "graphs")},
+            options={k: v for k, v in options_of(pass_).items() if k not in UNKEYED},
             samples=self._samples_key(pass_),
             torch=installed("torch"), threads=torch.get_num_threads(),
         )  # fmt: skip
@@ -115,7 +121,9 @@ class Tuner:
         """See `Samples.key`; files are read once for it."""
         if pass_ not in self._samples:
             samples = Samples(self.source, self._spec(pass_) or self.calib)
-            self._samples[pass_] = samples.key()
+            more = [data.digest(Path(file)) for file in (*pass_.beside, *pass_.apart)]
+            key = samples.key()
+            self._samples[pass_] = key_of("beside", key=key, files=more) if key and more else key
         return self._samples[pass_]
 
     def _taken(self, index: int, pass_: Tune, graph: Graph) -> Made | None:
@@ -208,8 +216,12 @@ class Tuner:
             marks = torch.tensor([r.label for r in chosen]) if labelled else None
             return Example(feeds=inputs, labels=marks)
 
+        beside = _beside(task, pass_, held)
+
         def drawn(step: int) -> Example:
-            return example([records[i] for i in _chosen(len(records), pass_, step)])
+            step, is_beside = divmod(step, 2) if beside else (step, 0)
+            those = beside if is_beside else records
+            return example([those[i] for i in _chosen(len(those), pass_, step)])
 
         judges = [example(held[i : i + pass_.batch]) for i in range(0, len(held), pass_.batch)]
         return drawn, judges, _score(task, graph, held) if task is not None and held else None
@@ -236,6 +248,16 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
         return module.tensors()
 
     return train
+
+
+def _beside(task: Task | None, pass_: Tune, held: Sequence[Record]) -> list[Record]:
+    """Samples of what a task learns beside itself, none of them like those that judge here or elsewhere."""
+    if task is None or not pass_.beside:
+        return []
+    judged = [record.item for record in held]
+    for file in pass_.apart:
+        judged += task.read(Path(file), labelled=False)
+    return [Record(item=i) for file in pass_.beside for i in task.beside(Path(file), judged)]
 
 
 def _courses(pass_: Tune, graph: Graph) -> list[Course]:

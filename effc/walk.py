@@ -393,7 +393,8 @@ class _Way:
         )  # fmt: skip
 
     def drift(self, reference: Outputs, outputs: Outputs) -> Json:
-        """Drift by output; infinite where values are not numbers."""
+        """Drift by output that both have; infinite where values are not numbers."""
+        reference = {name: value for name, value in reference.items() if name in outputs}
         try:
             found = parity(lambda _: dict(reference), lambda _: dict(outputs), [self.feeds])
         except VerifyError:

@@ -12,6 +12,7 @@ PASSES = Table(
         "attach-rank1": "effc.passes.rank1:AttachRank1",
         "awq": "effc.passes.awq:Awq",
         "batch-rank1": "effc.passes.rank1_fold:BatchRank1",
+        "drop-head": "effc.passes.heads:DropHead",
         "drop-noops": "effc.passes.cleanup:DropNoops",
         "simplify-mask": "effc.passes.cleanup:SimplifyMask",
         "fold-constants": "effc.passes.cleanup:FoldConstants",

@@ -31,7 +31,7 @@ from effc.ir.check import Drift
 from effc.ir.program import Graph, Program
 
 Effect = Literal["exact", "lossy"]
-FILES = ("file", "adapter", "adapters", "centroids")
+FILES = ("file", "adapter", "adapters", "centroids", "beside", "apart")
 """Options of passes that name a file or a folder, or several."""
 
 

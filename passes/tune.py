@@ -34,6 +34,12 @@ Rates = Annotated[
         json_schema_input_type=dict[str, float],
     ),
 ]
+Files = Annotated[
+    tuple[str, ...],
+    BeforeValidator(
+        lambda x: (x,) if isinstance(x, str) else x, json_schema_input_type=tuple[str, ...] | str
+    ),
+]
 LAYERS = ("linear", "conv1d", "conv2d", "embedding")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -81,7 +87,9 @@ class Tune(Pass):
     float32: faster on processors that have such products. `terms` are what passes in front put in to be trained in ways
     of its own. Held-out samples judge `every` so many steps, by their loss, or by the score of the source's task; after
     `patience` judgements without a better one training ends. `rates` are shares of `lr` for tensors by name, the first
-    pattern that fits; `dropout` is the share of what linear layers read that is left out.
+    pattern that fits; `dropout` is the share of what linear layers read that is left out. Every other step is of
+    `beside`, files of what a source's task learns beside itself; samples of them that are like held-out ones, or like
+    ones in the files `apart`, are left out.
     """
 
     name = "tune"
@@ -111,12 +119,23 @@ class Tune(Pass):
     patience: Count | None = None
     rates: Rates = ()
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    beside: Files = ()
+    apart: Files = ()
     terms: Terms = ()
 
     def requires(self, program: Program) -> None:
         if self.task == "none" and not self.distill:
             raise PreconditionError(
                 "tune: there is nothing to train towards", hint="set distill or task"
+            )
+        if self.beside and self.task != "source":
+            raise PreconditionError(
+                "tune: what is learnt beside is that of a source's task", hint="set task: source"
+            )
+        if self.apart and not self.beside:
+            raise PreconditionError(
+                "tune: `apart` says what samples of `beside` must not be like, and there are none",
+                hint="name files: `beside`, or leave `apart` out",
             )
         for graph in program:
             if self.takes(graph.role):

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(file.parent.name for file in ROOT.glob("examples/*/run.py"))
 KEYS = {
+    "cer": {"metrics", "decoded_equal", "speedup"},
     "cloud_device": {
         "rounds",
         "uplink",

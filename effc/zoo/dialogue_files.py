@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from effc import bounded
 from effc.errors import CalibrationError
 from effc.table import unknown
+from effc.zoo import reading
 
 POLARITIES = ("pos", "neg", "other")
 FOLDED = {"pos": "pos", "neg": "neg", "other": "other", "neu": "other", "doubt": "other", "amb": "other"}  # fmt: skip
@@ -131,9 +132,9 @@ def read(file: Path, *, labelled: bool = True) -> list[Dialogue]:
     return found
 
 
-def items(file: Path, most_bytes: int = 64 << 20) -> Iterator[tuple[int, Any]]:
+def items(file: Path, most_bytes: int = reading.MOST_BYTES) -> Iterator[tuple[int, Any]]:
     """The members of the JSON list that a file is, or the one value, each with the line on which it begins."""
-    text = _text(file, most_bytes)
+    text = reading.text(file, most_bytes)
     decoder = json.JSONDecoder()
     place, line, counted = _next(text, 0), 1, 0
     if place == len(text):
@@ -169,21 +170,6 @@ def items(file: Path, most_bytes: int = 64 << 20) -> Iterator[tuple[int, Any]]:
 def _broken(file: Path, text: str, place: int, why: str) -> CalibrationError:
     line = text.count("\n", 0, place) + 1
     return CalibrationError(f"{file} line {line} is no JSON: {why}", hint=bounded.HINT)
-
-
-def _text(file: Path, most_bytes: int) -> str:
-    from effc import paths
-
-    content = bounded.content(
-        paths.plain(file, CalibrationError), str(file), CalibrationError, most_bytes
-    )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise CalibrationError(
-            f"{file} line {line} is not UTF-8 text", hint="save the file as UTF-8"
-        ) from error
 
 
 def _next(text: str, place: int) -> int:

@@ -7,12 +7,12 @@ the tags, and how many mentions the decoder looks at. Nothing here needs torch b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from effc.errors import CalibrationError, SourceError
 from effc.task import Array, Json, Run, Task
@@ -21,6 +21,7 @@ from effc.zoo import dialogue_layout as layout
 from effc.zoo import dialogue_scores as scores
 from effc.zoo import dialogue_tags as tags
 from effc.zoo import dialogue_view as view
+from effc.zoo import options
 from effc.zoo.dialogue_files import Dialogue, Truth
 from effc.zoo.dialogue_layout import Laid
 
@@ -78,7 +79,7 @@ class Dialogues(Task):
 
     def __init__(self, directory: Path, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         super().__init__(directory, config, own)
-        self.settings = _settings(own.get("settings", {}))
+        self.settings = options.read(Settings, own.get("settings", {}), self.word)
         self.most_mentions = _decoder(own, directory)
 
     def own(self) -> Json:
@@ -147,8 +148,7 @@ class Dialogues(Task):
         """Micro F1 of whole quadruples, or that of a part."""
         return scores.f1(*columns[part or "quads"].sum(axis=0))
 
-    @classmethod
-    def scores(cls, columns: Mapping[str, Array]) -> Json:
+    def scores(self, columns: Mapping[str, Array]) -> Json:
         """Precision, recall and F1 of everything, see `dialogue_scores`."""
         return dict(scores.scores(columns))
 
@@ -177,18 +177,6 @@ class Dialogues(Task):
         from effc.zoo.dialogue import loss
 
         return loss(outputs, wanted, self.settings.weights)
-
-
-def _settings(given: Any) -> Settings:
-    try:
-        return TypeAdapter(Settings).validate_python(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise SourceError(
-            f"settings of diaasq: {place}: {first['msg'].lower()}",
-            hint=f"they are {', '.join(f.name for f in fields(Settings))}",
-        ) from error
 
 
 def _decoder(own: Mapping[str, Any], place: Path) -> int:

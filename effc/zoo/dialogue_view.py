@@ -11,6 +11,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from effc.zoo import shown
 from effc.zoo.dialogue_files import Dialogue, Span, Truth
 
 Json = dict[str, Any]
@@ -59,17 +60,17 @@ def answer(dialogue: Dialogue, said: Truth) -> Json:
 def lines(dialogue: Dialogue, found: Json, *, in_colour: bool) -> list[str]:
     """Utterances with what was found in them, and below each dialogue its quadruples."""
     kinds = _kinds(dialogue, found)
-    made = [f"dialogue {_plain(dialogue.name)}"]
+    made = [f"dialogue {shown.plain(dialogue.name)}"]
     for number, tokens in enumerate(dialogue.utterances):
         words = []
         for place, token in enumerate(tokens, dialogue.starts[number]):
             kind = next(iter(kinds.get(place, ())), None)
-            word = _plain(token)
+            word = shown.plain(token)
             words.append(f"\x1b[{COLOURS[kind]}m{word}\x1b[0m" if kind and in_colour else word)
         indent = "  " * (1 + dialogue.depths[number])
         made.append(f"{indent}{dialogue.speakers[number]}: {' '.join(words)}")
     for quad in found["quads"]:
-        made.append(f"    {' | '.join(map(_plain, quad['texts']))} | {quad['polarity']}")
+        made.append(f"    {' | '.join(map(shown.plain, quad['texts']))} | {quad['polarity']}")
     if not found["quads"]:
         made.append("    no quadruple")
     return made
@@ -82,15 +83,11 @@ def page(dialogues: Sequence[Dialogue], found: Sequence[Json]) -> str:
         for number, (dialogue, each) in enumerate(zip(dialogues, found, strict=True))
         for part in _dialogue(number, dialogue, each)
     )
-    return (
-        '<!doctype html>\n<html lang="und"><head><meta charset="utf-8"><title>Quadruples</title>'
-        '<meta name="viewport" content="width=device-width">'
-        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    return shown.page("Quadruples", STYLE, body)
 
 
 def _dialogue(number: int, dialogue: Dialogue, found: Json) -> Iterator[str]:
-    yield f"<h2>Dialogue {_shown(dialogue.name or str(number))}</h2>"
+    yield f"<h2>Dialogue {shown.shown(dialogue.name or str(number))}</h2>"
     kinds, links = _kinds(dialogue, found), _links(found)
     for i, tokens in enumerate(dialogue.utterances):
         first = dialogue.starts[i]
@@ -99,7 +96,7 @@ def _dialogue(number: int, dialogue: Dialogue, found: Json) -> Iterator[str]:
             range(first, first + len(tokens)), lambda place: kinds.get(place, ())
         ):
             for run in _runs(list(places), links):
-                text = _shown(" ".join(tokens[place - first] for place in run))
+                text = shown.shown(" ".join(tokens[place - first] for place in run))
                 words.append(_mention(text, mentioned, links.get(run[-1], ()), number))
         indent = 1.5 * dialogue.depths[i]
         yield (
@@ -108,7 +105,7 @@ def _dialogue(number: int, dialogue: Dialogue, found: Json) -> Iterator[str]:
         )
     rows = [
         f'<tr id="q{number}-{q}"><td><a href="#m{number}-{q}-target">{q}</a></td>'
-        + "".join(f"<td>{_shown(text)}</td>" for text in quad["texts"])
+        + "".join(f"<td>{shown.shown(text)}</td>" for text in quad["texts"])
         + f'<td class="{escape(quad["polarity"])}">{escape(quad["polarity"])}</td></tr>'
         for q, quad in enumerate(found["quads"], 1)
     ]
@@ -159,12 +156,3 @@ def _links(found: Json) -> dict[int, list[tuple[int, str]]]:
         for kind in KINDS:
             made.setdefault(Span(*quad[kind]).end - 1, []).append((number, kind))
     return made
-
-
-def _plain(text: str) -> str:
-    """Without what a terminal would take for a command."""
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
-def _shown(text: str) -> str:
-    return escape(_plain(text))

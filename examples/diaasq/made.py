@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tasks  # the folder above has what examples of tasks share
+
 PHONES = ("nova", "mate", "pixel", "edge", "note pro")
 PARTS = ("camera", "screen", "battery", "sound", "price tag")
 OPINIONS = {
@@ -90,25 +93,9 @@ def write(file: Path, count: int, seed: int) -> Path:
 
 
 def encoder(place: Path, hidden: int = 32) -> Path:
-    """A transformers directory of a BERT of random numbers, one layer deep, with a tokenizer that knows the words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
+    """A transformers directory of a tiny BERT, with a tokenizer that knows the words."""
     phrases = (*PHONES, *PARTS, *OPINIONS, *FILLERS, *OTHERS)
-    marks = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    words = [*marks, *sorted({word for phrase in phrases for word in phrase.split()})]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {f"{mark[1:-1].lower()}_token": mark for mark in marks}
-    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(place)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=2 * hidden, max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(place)
-    return place
+    return tasks.tiny_encoder(place, phrases, hidden)
 
 
 def main() -> int:
