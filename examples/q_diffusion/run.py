@@ -245,7 +245,7 @@ def main() -> int:
         name, digest = file.name, hashlib.sha256(file.read_bytes()).hexdigest()
         measured = run(
             source, out, steps=steps, count=count, smoke=given.smoke, seeds=seeds, digest=digest,
-            calibrated=4 if given.smoke else 32, learning=5 if given.smoke else 150 if given.fast else 400,
+            calibrated=4 if given.smoke else 32, learning=5 if given.smoke else 400,
             state=State(folder=given.state),
         )  # fmt: skip
     found = {
