@@ -241,7 +241,13 @@ class _Rows:
     def some(self, draw: torch.Generator, count: int) -> _Rows:
         if count >= len(self):
             return self
-        chosen = torch.randperm(len(self), generator=draw)[:count]
+        return self.at(torch.randperm(len(self), generator=draw)[:count])
+
+    def tiled(self, count: int) -> _Rows:
+        """As many rows as a step has, some of them more than once."""
+        return self.at(torch.arange(count) % len(self)) if any(self.wide) else self
+
+    def at(self, chosen: Tensor) -> _Rows:
         inputs = [v[chosen] if w else v for v, w in zip(self.inputs, self.wide, strict=True)]
         masks = [m if m is None else m[chosen] for m in self.masks]
         return _Rows(
@@ -517,16 +523,14 @@ class _Learner:
 
     # Learning.
 
-    def _learn_weights(self, part: _Part, steps: int | None = None) -> dict[str, float]:
+    def _learn_weights(self, part: _Part) -> dict[str, float]:
         options, draw = self.pass_, torch.Generator().manual_seed(self.pass_.seed)
         data = self._data(part, rounds=False)
         scales = _scales(data)
         nearest = self._error(part, data, scales, rounds=False)
         started = {w.name: rounding.begin(w.weight, w.scale, w.scheme) for w in part.weights}
         before = self._error(part, data, scales, weights=self._soft(part, started), rounds=False)
-        a = self._descend_weights(
-            part, data, scales, nearest, started, draw, steps or options.steps
-        )
+        a = self._descend_weights(part, data, scales, nearest, started, draw, options.steps)
         undecided = [((h := rounding.soft(a[w.name])) > 0.01) & (h < 0.99) for w in part.weights]
         share = sum(int(u.sum()) for u in undecided) / sum(u.numel() for u in undecided)
         was = {w.name: self.codes[w.name] for w in part.weights}
@@ -565,19 +569,33 @@ class _Learner:
     def _soft(self, part: _Part, a: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         return {w.node: w.soft(a[w.name]) for w in part.weights if w.node is not None}
 
-    def _learn_steps(self, part: _Part, steps: int | None = None) -> dict[str, float]:
+    def _learn_steps(self, part: _Part) -> dict[str, float]:
         options, draw = self.pass_, torch.Generator().manual_seed(self.pass_.seed + 1)
         if not part.keys:
             return {}
         data = self._data(part, rounds=True)
         scales = _scales(data)
         before = self._error(part, data, scales, rounds=True)
+        was = dict(self.gains)
+        self.gains |= self._descend_steps(
+            part, data, scales, before, draw, options.activation_steps
+        )
+        after = self._error(part, data, scales, rounds=True)
+        if after > before:
+            self.gains = was
+        return {"before": before, "error": min(after, before)}
+
+    def _descend_steps(
+        self, part: _Part, data: list[_Rows], scales: Sequence[float], before: float,
+        draw: torch.Generator, steps: int,
+    ) -> dict[str, float]:  # fmt: skip
+        options = self.pass_
         logs = {
             key: torch.tensor(math.log(self.gains[key]), requires_grad=True) for key in part.keys
         }
         fixed = {w.node: w.made(self.codes[w.name]) for w in part.weights if w.node is not None}
         optimizer = torch.optim.Adam(list(logs.values()), lr=options.activation_lr)
-        for _ in range(steps or options.activation_steps):
+        for _ in range(steps):
             rows = _picked(data, draw).some(draw, options.batch)
             gains = {**self.gains, **{key: value.exp() for key, value in logs.items()}}
             made = self._outputs(part, rows, weights=fixed, gains=gains, rounds=True)
@@ -585,36 +603,36 @@ class _Learner:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        was = dict(self.gains)
-        self.gains |= {key: float(value.detach().exp()) for key, value in logs.items()}
-        after = self._error(part, data, scales, rounds=True)
-        if after > before:
-            self.gains = was
-        return {"before": before, "error": min(after, before)}
+        return {key: float(value.detach().exp()) for key, value in logs.items()}
 
     # How long it will take.
 
     def _predicted(self) -> list[tuple[float, float]]:
         """Seconds that each block's weights and activations will take, from a few steps of it on a few rows."""
         options, found = self.pass_, []
+        total = sum(max(len(v) for v in given.values() if v.dim()) for given in self.feeds)
         for part in self.parts:
             started = time.monotonic()
             data = self._data(part, rounds=False, groups=1)
             reading = (time.monotonic() - started) * len(self.feeds)
+            full = [data[0].tiled(min(options.batch, total))]
             scales, draw = _scales(data), torch.Generator().manual_seed(options.seed)
             begun = {w.name: rounding.begin(w.weight, w.scale, w.scheme) for w in part.weights}
-            self._descend_weights(part, data, scales, 1.0, begun, draw, 1)
-            share = min(options.batch, sum(len(f[next(iter(f))]) for f in self.feeds)) / len(
-                data[0]
-            )
+            self._descend_weights(part, full, scales, 1.0, begun, draw, 1)
             started = time.monotonic()
-            self._descend_weights(part, data, scales, 1.0, begun, draw, TRIED)
-            step = (time.monotonic() - started) / TRIED * max(1.0, share)
+            self._descend_weights(part, full, scales, 1.0, begun, draw, TRIED)
+            step = (time.monotonic() - started) / TRIED
             started = time.monotonic()
             self._error(part, data, scales, rounds=False)
             checks = (time.monotonic() - started) * len(self.feeds)
             weights = reading + options.steps * step + 3 * checks
-            found.append((weights, reading + options.activation_steps * step + 2 * checks))
+            activations = reading + 2 * checks if part.keys else 0.0
+            if part.keys and options.activation_steps:
+                started = time.monotonic()
+                self._descend_steps(part, full, scales, 1.0, draw, TRIED)
+                step = (time.monotonic() - started) / TRIED
+                activations += options.activation_steps * step
+            found.append((weights, activations))
         return found
 
 

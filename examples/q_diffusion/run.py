@@ -85,7 +85,7 @@ def arms(steps: int, count: int, *, smoke: bool, learning: int) -> dict[str, Arm
         "w4a8, split, table, bias": Arm(
             passes=[*prepared, {**w4a8, "bias_correction": True}], calib=calib
         ),
-        "w4a8, adaround": Arm(passes=[{**w4a8, **learned}], calib=calib),
+        "w4a8, adaround": Arm(passes=[{**w4a8, **learned}], calib=calib, corrected=True),
         FULL: full,
         "w8a8, last stage in float": Arm(
             passes=[{**w8a8, "select": {"exclude": "*f3*"}}], calib=calib
@@ -162,7 +162,7 @@ def run(
         for number, (name, arm) in enumerate(chosen.items()):
             place = out / f"arm-{number}-{seed}"
             asked = {"model": digest, "arm": name, "seed": seed, "steps": steps, "count": count}
-            asked |= {"passes": arm.passes, "calib": arm.calib}
+            asked |= {"passes": arm.passes, "calib": arm.calib, "corrected": arm.corrected}
 
             def make(
                 arm: Arm = arm, place: Path = place, seed: int = seed, wanted: Any = wanted
@@ -245,7 +245,7 @@ def main() -> int:
         name, digest = file.name, hashlib.sha256(file.read_bytes()).hexdigest()
         measured = run(
             source, out, steps=steps, count=count, smoke=given.smoke, seeds=seeds, digest=digest,
-            calibrated=4 if given.smoke else 32, learning=5 if given.smoke else 150 if given.fast else 400,
+            calibrated=4 if given.smoke else 32, learning=5 if given.smoke else 400,
             state=State(folder=given.state),
         )  # fmt: skip
     found = {
