@@ -25,9 +25,9 @@ TINY = ["source.options={size: 16}", "passes.0.precision=f32", "passes.0.dropout
         'passes.0.rates={"encoder.*": 0.5}', "passes.0.lr=0.005", "calib.samples=16",
         "bench={shapes: [[1, 8]]}"]  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
-    "smoke": {"train": 64, "valid": 12, "hidden": 32, "budget_s": 0.2, "set": [
-        *TINY, "gate=false", "passes.0.batch=4", "passes.0.samples=56", "passes.0.held=8",
-        "passes.0.steps=40", "passes.0.every=20"]},
+    "smoke": {"train": 160, "valid": 12, "hidden": 32, "budget_s": 0.2, "set": [
+        *TINY, "gate=false", "passes.0.samples=144", "passes.0.held=16", "passes.0.steps=160",
+        "passes.0.every=80", "passes.0.lr=0.01"]},
     "fast": {"train": 400, "valid": 100, "hidden": 64, "budget_s": 2.0, "set": [
         *TINY, "passes.0.samples=360", "passes.0.held=40", "passes.0.steps=500", "passes.0.every=100"]},
     "full": {"budget_s": 20.0, "set": ["passes.0.beside=[train.csv, other.csv]"]},
