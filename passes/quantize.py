@@ -418,7 +418,7 @@ class Work:
         multiplied = scheme.group is None and any(op_name(u) != "embedding" for u in node.users)
         limit = self.options._pair_limit if multiplied else None
         scale, zero = self.weight_grid(node, tensor, scheme, limit)
-        codes = self.codes(node, name, (scale, zero, scheme), limit)
+        codes = self.codes(node, tensor, (scale, zero, scheme), limit)
         origin = self.graph.origins[name]
         kind = "fp8" if scheme.fp8 else "int8"
         word = f"quantize {'fp8' if scheme.fp8 else f'bits={scheme.bits}'} axis={scheme.axis} group={scheme.group or 0}"
@@ -434,10 +434,10 @@ class Work:
         return done
 
     def codes(
-        self, node: fx.Node, name: str, grid: tuple[Tensor, Tensor, Scheme], limit: int | None
+        self, node: fx.Node, tensor: Tensor, grid: tuple[Tensor, Tensor, Scheme], limit: int | None
     ) -> Tensor:
-        """Codes of a weight of that name on a grid of scale, zero point and scheme."""
-        tensor, (scale, zero, scheme) = self.target(node), grid
+        """Codes of what a weight is to be near to, on a grid of scale, zero point and scheme."""
+        name, (scale, zero, scheme) = tensor_name(self.graph, node) or "", grid
         if node not in self.grams:
             return quantize(tensor, scale, zero, scheme)
 

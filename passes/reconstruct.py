@@ -138,10 +138,11 @@ class _Work(Work):
         return self._learned
 
     def codes(
-        self, node: fx.Node, name: str, grid: tuple[Tensor, Tensor, Scheme], limit: int | None
+        self, node: fx.Node, tensor: Tensor, grid: tuple[Tensor, Tensor, Scheme], limit: int | None
     ) -> Tensor:
         if all(op_name(user) == "embedding" for user in node.users):
-            return super().codes(node, name, grid, limit)
+            return super().codes(node, tensor, grid, limit)
+        name = tensor_name(self.graph, node) or ""
         return self.stats.decide_tensor(
             f"{self.graph.role}/{name}", lambda: self.learned.codes[name]
         )
@@ -166,12 +167,12 @@ class _Nearest(Work):
         self.rounded: dict[str, _Rounded] = {}
 
     def codes(
-        self, node: fx.Node, name: str, grid: tuple[Tensor, Tensor, Scheme], limit: int | None
+        self, node: fx.Node, tensor: Tensor, grid: tuple[Tensor, Tensor, Scheme], limit: int | None
     ) -> Tensor:
-        made = super().codes(node, name, grid, limit)
+        made = super().codes(node, tensor, grid, limit)
         if any(op_name(user) != "embedding" for user in node.users):
             scale, zero, scheme = grid
-            weight = tensor_of(self.graph, node).detach()
+            name, weight = tensor_name(self.graph, node) or "", tensor.detach()
             self.rounded[name] = _Rounded(
                 name=name, weight=weight, scale=scale, zero=zero, scheme=scheme, limit=limit
             )
