@@ -47,7 +47,7 @@ from effc.samples import Samples
 from effc.sampling import predicted
 from effc.schedule import sampler
 from effc.search import Found
-from effc.source import Source, guess, is_of_shapes, load
+from effc.source import Source, check_settings, guess, is_of_shapes, load
 from effc.table import unknown
 from effc.trajectories import at_a_time
 from effc.trial import Lab, model_bytes
@@ -305,7 +305,8 @@ def settled(recipe: Recipe, tuned: Path | None) -> tuple[Recipe, Path | None]:
     """A recipe that trains the model of a task, as the rest of it on the checkpoint; any other as it is.
 
     An engine is held against a trained model: one that nobody trained would make any gate pass. Raises RecipeError
-    where there is no checkpoint, TuneError where it is of other passes.
+    where there is no checkpoint, TuneError where it is not whole, or of other passes or settings, or over another
+    encoder where that is there to be looked at.
     """
     last = max((i for i, pass_ in enumerate(recipe.passes) if pass_.trains), default=None)
     if recipe.source.encoder is None or last is None:
@@ -315,7 +316,11 @@ def settled(recipe: Recipe, tuned: Path | None) -> tuple[Recipe, Path | None]:
             "the recipe trains the model of a task, and an engine is held against a trained one",
             hint="effc tune RECIPE -o CKPT, then effc compile RECIPE --tuned CKPT -o OUT",
         )
-    checkpoint.check_steps(tuned, recipe.passes)
+    if os.path.isdir(recipe.source.encoder):
+        checkpoint.read(tuned, load(recipe.source.as_mapping()), recipe.passes)
+    else:
+        checkpoint.whole(tuned, recipe.passes)
+        check_settings(tuned, recipe.source.options)
     data = yaml.safe_load(recipe.text)
     data["source"] = {"task": recipe.source.task, "checkpoint": str(tuned)}
     data["passes"] = data["passes"][last + 1 :]
@@ -366,6 +371,8 @@ def tune(
     if last is None:
         raise RecipeError("the recipe trains nothing", hint="passes: [{pass: tune, file: DATA}]")
     checkpoint.refuse(out)
+    if recipe.source.encoder is not None:
+        _refuse_in_front(recipe.passes[:last])
     source, original = opened(recipe, progress)
     kept = kept or cache.default()
     kept.sweep()
@@ -394,6 +401,15 @@ def tune(
         out, source, recipe.passes, decisions=decisions, made=made, more=more, recipe=recipe.portable(),
     )  # fmt: skip
     return {"out": str(out), "curves": {step: curve for step, (_, curve) in sorted(made.items())}}
+
+
+def _refuse_in_front(passes: Sequence[Pass]) -> None:
+    """The checkpoint of a task's model holds its weights and no graph: what a pass did to that would be lost."""
+    if found := [pass_.name for pass_ in passes if not pass_.trains]:
+        raise RecipeError(
+            f"{found[0]} stands in front of the training of a task's model, and would be lost with its graph",
+            hint="put it behind `tune`, where it works on the trained model",
+        )
 
 
 def _files(built: Built, source: Source, role: str, passes: Sequence[Pass]) -> dict[str, bytes]:

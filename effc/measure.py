@@ -78,14 +78,14 @@ def verify_engine(
     threads: int,
     step: Step = silent,
 ) -> dict[str, Json]:
-    """Drift of an engine from the user's module, by kind of data and output; what the engine lacks was dropped.
+    """Drift of an engine from the user's module, by kind of data and output; what its graph lacks was dropped.
 
     Raises VerifyError where an engine that should be exact is not, or gives values that are not numbers.
     """
     found: dict[str, Json] = {}
     with (
+        ModuleEngine(source.module, graph, lowered.outputs) as reference,
         opened(lowered, threads) as engine,
-        ModuleEngine(source.module, graph, engine.outputs) as reference,
     ):
         most = longest(source, graph)
         found_cases = cases(source, samples, engine.inputs, most, lowered.profile)

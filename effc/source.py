@@ -432,6 +432,19 @@ def from_checkpoint(path: Path, word: str) -> Source:
     return source
 
 
+def check_settings(place: Path, settings: Mapping[str, Any]) -> None:
+    """Raise TuneError where the model of a task in a checkpoint was trained with other settings."""
+    config = read_config(place)
+    task = tasks.opened(place, config)
+    asked = type(task)(place, config, {"settings": dict(settings)}).own()["settings"]
+    if asked != (held := task.own()["settings"]):
+        word = next(word for word in asked if asked[word] != held.get(word))
+        raise TuneError(
+            f"{place} was trained with {word}: {held.get(word)}, and the recipe asks for {asked[word]}",
+            hint="run `effc tune` on this recipe again",
+        )
+
+
 WEIGHTS = "model.safetensors"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from effc import checkpoint, compiler, metrics, package, recipe, solving
 from effc.errors import CalibrationError, RecipeError, SourceError, TuneError, UsageError
@@ -163,6 +164,34 @@ def test_a_recipe_that_trains_a_task_is_compiled_from_its_checkpoint_alone(place
     rest, tuned = compiler.settled(asked(place), place / "checkpoint")
     assert tuned is None and rest.source.checkpoint == str(place / "checkpoint")
     assert [pass_.name for pass_ in rest.passes] == ["smooth", "quantize"]
+
+
+def test_a_checkpoint_of_other_settings_or_another_encoder_is_refused(place, tmp_path):
+    with pytest.raises(TuneError, match="another model"):
+        compiler.settled(asked(place, "source.options.views=false"), place / "checkpoint")
+    gone = f"source.encoder={tmp_path / 'gone'}"  # a checkpoint is compiled without it
+    compiler.settled(asked(place, gone), place / "checkpoint")
+    with pytest.raises(TuneError, match="views: True, and the recipe asks for False") as caught:
+        compiler.settled(asked(place, gone, "source.options.views=false"), place / "checkpoint")
+    assert caught.value.hint
+
+
+def test_weights_that_were_exchanged_behind_the_training_are_refused(place, tmp_path):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(place / "checkpoint", copy)
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(TuneError, match="not what it was written as"):
+        compiler.settled(asked(place), copy)
+
+
+def test_what_would_be_lost_in_front_of_the_training_of_a_task_is_refused(place, tmp_path):
+    data = yaml.safe_load(asked(place).text)
+    data["passes"].insert(0, {"pass": "prune-dims", "ratio": 0.25})
+    with pytest.raises(RecipeError, match="prune-dims stands in front") as caught:
+        compiler.tune(recipe.build(data), tmp_path / "out")
+    assert caught.value.hint and not (tmp_path / "out").exists()
 
 
 def test_calibration_samples_and_made_up_shapes_are_inputs_of_the_model(place):
