@@ -86,12 +86,19 @@ class Reconstruct(Quantize):
                 "reconstruct learns integer codes beside activations with one scale each",
                 hint="leave dtype, activation_scale and rounding out",
             )
+        for graph in program:
+            if self.takes(graph.role) and len(sizes := _counts(graph)) > 1:
+                raise PreconditionError(
+                    f"reconstruct takes samples apart by the first dimension of inputs, and those of graph "
+                    f"{graph.role!r} have {len(sizes)} kinds of it",
+                    hint="quantize with `rounding: gptq`, which takes any inputs",
+                )
         super().requires(program)
 
     def probes(self, graph: Graph) -> Iterable[Probe]:
         yield from super().probes(graph)
-        nodes = graph.input_nodes()
-        wide = [_is_wide(node) for node in nodes.values()]
+        nodes, counts = graph.input_nodes(), _counts(graph)
+        wide = [_is_wide(node, counts) for node in nodes.values()]
         collector = Feeds(tuple(nodes), wide, self.rows, self.seed)
         for name, node in nodes.items():
             yield Probe(key=_feeds_key(graph, name), node=node, collector=collector)
@@ -107,9 +114,16 @@ def _feeds_key(graph: Graph, name: str) -> str:
     return f"{graph.role}/input:{name}"
 
 
-def _is_wide(node: fx.Node) -> bool:
+def _counts(graph: Graph) -> set[str]:
+    """The free sizes that inputs have first: how many samples there are, where it is one."""
+    shapes = [node.meta["val"].shape for node in graph.input_nodes().values()]
+    return {str(s[0]) for s in shapes if len(s) and not isinstance(s[0], int)}
+
+
+def _is_wide(node: fx.Node, counts: set[str]) -> bool:
+    """Whether a value has a row for each sample."""
     shape = node.meta["val"].shape
-    return bool(len(shape)) and not isinstance(shape[0], int)
+    return bool(len(shape)) and str(shape[0]) in counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +367,7 @@ class _Learner:
         keys = [
             _grid_key(graph, n) for n in nodes if n.target is DEQUANTIZE and _is_value(graph, n)
         ]
-        keys = [key for key in dict.fromkeys(keys) if key in self.gains and not shared]
+        keys = [key for key in dict.fromkeys(keys) if key in self.gains and key not in shared]
         return _Part(
             block=block, inputs=inputs, nodes=nodes, outputs=outputs, weights=weights, keys=keys
         )
@@ -430,7 +444,8 @@ class _Learner:
         """What a block reads now and is to give, for the rows that there are."""
         named = {n.name: n for n in self.float.fx.nodes}
         ends = [named[node.name] for node in part.outputs]
-        wide = [_is_tensor(node) and _is_wide(node) for node in part.inputs]
+        counts = _counts(self.quantised)
+        wide = [_is_tensor(node) and _is_wide(node, counts) for node in part.inputs]
         found: list[_Rows] = []
         feeds, kept = self.feeds[:groups], {0}
         for number, given in enumerate(feeds):

@@ -270,6 +270,46 @@ def test_what_cannot_be_learned_is_refused(options):
     assert caught.value.hint
 
 
+class Rows(nn.Module):
+    """Inputs of different counts, as of rows and of places in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, places):
+        return self.layer(x)[places]
+
+
+def test_inputs_that_count_different_things_are_refused():
+    given = {"x": torch.randn(6, 4), "places": torch.arange(3)}
+    program = effc.trace(Rows(), given, dims={"x": {0: "rows"}, "places": {0: "places"}})
+    batches = [Batch(inputs={name: value.numpy() for name, value in given.items()})]
+    with pytest.raises(PreconditionError, match="2 kinds of it") as caught:
+        effc.apply(Reconstruct(**QUICK), program, batches, dialect=ORT)
+    assert caught.value.hint
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(i, 4, 3, padding=1) for i in (1, 4))
+        self.middle = Residual(4)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(torch.relu(self.first(x)), 2)
+        return self.last(torch.relu(self.middle(x)))
+
+
+def test_a_pool_keeps_its_own_grid_and_no_other():
+    torch.manual_seed(0)
+    data = [Batch(inputs={"x": batch.inputs["x"]}) for batch in pictures()]
+    program = effc.trace(Pooled(), {"x": torch.randn(2, 1, 8, 8)}, dims={"x": {0: "batch"}})
+    record = effc.apply(Reconstruct(**QUICK), program, data, dialect=ORT)
+    learned = {n["block"] for n in told(record) if n["stage"] == "activations"}
+    assert "middle" in learned
+
+
 def test_weights_alone_are_learned_beside_float_activations():
     whole, nearest, learned = transformer(), transformer(), transformer()
     options = {"bits": 4, "activation_bits": 16, "group": 8}
