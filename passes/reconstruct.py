@@ -360,10 +360,11 @@ class _Learner:
         nodes = [n for n in seen if n not in stop and n.op != "placeholder"]
         inside = {n for n in seen if n.op == "placeholder"}
         weights = [w for w in self.rounded.values() if w.node in inside]
-        shared = {
-            _grid_key(graph, n) for n in graph.nodes
+        pooled: list[Any] = [
+            n for n in graph.nodes
             if n.target is QUANTIZE and op_name(n.args[0]) in SAME_GRID  # type: ignore[arg-type]
-        }  # fmt: skip
+        ]  # fmt: skip
+        shared = {_grid_key(graph, end) for n in pooled for end in (n, n.args[0].args[0])}
         keys = [
             _grid_key(graph, n) for n in nodes if n.target is DEQUANTIZE and _is_value(graph, n)
         ]

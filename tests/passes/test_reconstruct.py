@@ -304,10 +304,15 @@ class Pooled(nn.Module):
 def test_a_pool_keeps_its_own_grid_and_no_other():
     torch.manual_seed(0)
     data = [Batch(inputs={"x": batch.inputs["x"]}) for batch in pictures()]
-    program = effc.trace(Pooled(), {"x": torch.randn(2, 1, 8, 8)}, dims={"x": {0: "batch"}})
-    record = effc.apply(Reconstruct(**QUICK), program, data, dialect=ORT)
-    learned = {n["block"] for n in told(record) if n["stage"] == "activations"}
-    assert "middle" in learned
+    learned = effc.trace(Pooled(), {"x": torch.randn(2, 1, 8, 8)}, dims={"x": {0: "batch"}})
+    nearest = learned.clone()
+    effc.apply(Reconstruct(**QUICK), learned, data, dialect=ORT)
+    effc.apply(Quantize(bits=4, weight_range="mse"), nearest, data, dialect=ORT)
+    steps, before = ({n: float(t) for n, t in p.only().tensors().items() if n.endswith("_scale") and t.dim() == 0}
+                     for p in (learned, nearest))  # fmt: skip
+    moved = {name for name in steps if steps[name] != pytest.approx(before[name], rel=1e-4)}
+    assert moved and not moved & {"relu_scale", "max_pool2d_scale"}
+    assert steps["relu_scale"] == steps["max_pool2d_scale"]
 
 
 def test_weights_alone_are_learned_beside_float_activations():
