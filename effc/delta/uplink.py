@@ -12,11 +12,13 @@ reader names what it takes, and refuses any other. It is JSON and arrays, and no
 
 Features can be turned back into something like the picture that they came from. So nothing is kept before `opt_in`,
 which is a file of the device, `opt_out` removes all that waits, and what waits too long goes by itself. This needs
-numpy and safetensors, and no line: without one the queue keeps its newest within its bounds, and the engine answers on.
+what a device needs for deltas and safetensors, no torch and no line: without one the queue keeps its newest within its
+bounds, and the engine answers on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -38,12 +40,16 @@ from effc.errors import DeltaError
 from effc.plain import sealed
 
 FORM = "effc uplink 1"
+OWN = frozenset({"form", "length", "data"})
+"""What a payload says beside whose tokens it has."""
 MOST_PAYLOAD = 64 << 20
 MOST_HEADER = 1 << 20
 WIDEST = 127
 """The greatest code of a feature in 8 bits, of either sign."""
 LEAST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 SUFFIX = ".effu"
+MOST_AHEAD = 366
+"""Days that a clock may have gone back; one that was further ahead was wrong."""
 SETTINGS, SPENT = "settings.json", "spent.json"
 AGAIN = "have the device send it again"
 DAY_S = 86400.0
@@ -144,13 +150,13 @@ class Tokens:
 def pack(
     tokens: Tokens, who: Mapping[str, str], *, form: Literal["int8", "float16"] = "int8"
 ) -> bytes:
-    """The bytes of a payload; `who` has the digests of what the tokens are of, by any names but `form` and `length`.
+    """The bytes of a payload; `who` has the digests of what the tokens are of, by any names but those of `OWN`.
 
     In int8 every token has a scale of its own. Raises DeltaError for what is no such thing, or no numbers.
     """
     if problem := _problem(tokens):
         raise DeltaError(f"the tokens cannot be sent: {problem}", hint="give what the engine gives")
-    if not who or {"form", "length"} & set(who):
+    if not who or OWN & set(who):
         raise DeltaError(
             "a payload must say whose tokens it has", hint="who: encoder, tokenizer, engine"
         )
@@ -169,7 +175,14 @@ def pack(
         arrays["tokens"] = np.clip(codes, -WIDEST, WIDEST).astype(np.int8)
         arrays["scale"] = scale
     told = {"form": FORM, "length": str(tokens.length), **who}
-    return save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, metadata=told)
+    held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save(held, metadata={**told, "data": _data_digest(save(held))})
+
+
+def _data_digest(content: bytes) -> str:
+    """sha256 of all of a safetensors file but its header."""
+    (size,) = struct.unpack_from("<Q", content)
+    return hashlib.sha256(content[8 + size :]).hexdigest()
 
 
 def read(content: bytes, who: Mapping[str, str]) -> Tokens:
@@ -177,12 +190,16 @@ def read(content: bytes, who: Mapping[str, str]) -> Tokens:
     told = _metadata(content)
     if told.get("form") != FORM:
         raise DeltaError("this is no payload, or one of another version", hint=AGAIN)
-    for name in sorted({*who, *told} - {"form", "length"}):
+    for name in sorted({*who, *told} - OWN):
         if told.get(name) != who.get(name):
             raise DeltaError(
                 f"the tokens are of another {name}: {str(told.get(name))[:12]}, and not {str(who.get(name))[:12]}",
                 hint="tokens of one model say nothing to another; bring the device up to date first",
             )
+    if told.get("data") != _data_digest(content):
+        raise DeltaError(
+            "the payload is harmed: its bytes are not those that were packed", hint=AGAIN
+        )
     try:
         arrays = load(content)
         found = _tokens(arrays, int(told["length"]))
@@ -271,7 +288,7 @@ class Queue:
     """Payloads of a device that wait to be taken, oldest first; each is a file, and whole or not there.
 
     `place` is a directory of its own. `clock` gives seconds since 1970; days are those of UTC, and a day that was begun
-    is not begun again by a clock that goes back.
+    is not begun again by a clock that goes back, but for one that was a year ahead.
     """
 
     def __init__(self, place: Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -313,10 +330,12 @@ class Queue:
 
         The oldest go where there is no more room for it. Raises DeltaError where the disk refuses it.
         """
-        limits = self.limits()
-        if limits is None or len(content) > min(limits.bytes_waiting, limits.bytes_a_day):
+        if self.limits() is None:  # there need not be a directory
             return False
         with alone(self.place):
+            limits = self.limits()  # may have been taken back meanwhile
+            if limits is None or len(content) > min(limits.bytes_waiting, limits.bytes_a_day):
+                return False
             waiting = self._fresh(limits)
             used = sum(file.stat().st_size for file in waiting)
             for file in waiting:
@@ -339,25 +358,34 @@ class Queue:
         Where `post` raises OSError the rest stays for another time, and nothing is raised: a device need not have a
         line. What it took and a crash kept from being forgotten is sent once more.
         """
-        limits = self.limits()
-        if limits is None:
-            return 0
         taken = 0
-        with alone(self.place):
-            for file in self._fresh(limits):
-                content = file.read_bytes()
-                day, spent = self._spent()
-                if spent + len(content) > limits.bytes_a_day:
-                    break
-                # counted before it is sent: a line that breaks has cost what it carried
-                _exchange(self.place / SPENT, sealed({"day": day, "bytes": spent + len(content)}))
+        if self.limits() is None:
+            return taken
+        with alone(self.place, ".send"):
+            while (chosen := self._chosen()) is not None:
+                file, content = chosen
                 try:
-                    post(content)
+                    post(content)  # what takes long keeps nobody from adding to what waits
                 except OSError:
                     break
-                file.unlink()
+                file.unlink(missing_ok=True)
                 taken += 1
         return taken
+
+    def _chosen(self) -> tuple[Path, bytes] | None:
+        """The oldest that waits, counted as sent; None where nothing waits or the day allows no more."""
+        with alone(self.place):
+            limits = self.limits()
+            waiting = self._fresh(limits) if limits is not None else []
+            if limits is None or not waiting:
+                return None
+            content = waiting[0].read_bytes()
+            day, spent = self._spent()
+            if spent + len(content) > limits.bytes_a_day:
+                return None
+            # counted before it is sent: a line that breaks has cost what it carried
+            _exchange(self.place / SPENT, sealed({"day": day, "bytes": spent + len(content)}))
+            return waiting[0], content
 
     def _fresh(self, limits: Limits) -> list[Path]:
         """What waits and is not too old; the rest is removed, with what a killed process left half written."""
@@ -374,7 +402,9 @@ class Queue:
         """The day, and the bytes that were sent in it."""
         day = int(self.clock() // DAY_S)
         told = _sealed(self.place / SPENT, {"day", "bytes"})
-        if told is None or not all(type(v) is int for v in told.values()) or told["day"] < day:
+        if told is None or not all(type(v) is int for v in told.values()):
+            return day, 0
+        if not day <= told["day"] <= day + MOST_AHEAD:
             return day, 0
         return told["day"], told["bytes"]
 

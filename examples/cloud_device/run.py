@@ -511,7 +511,7 @@ def _refusals(content: bytes, who: Mapping[str, str]) -> int:
     """How many of four spoiled payloads are refused: of another engine or tokenizer, cut, and with a bit flipped."""
     tries = [
         (content, {**who, "engine": "0" * 64}), (content, {**who, "tokenizer": "0" * 64}),
-        (content[:-9], who), (content[:3] + bytes([content[3] ^ 1]) + content[4:], who),
+        (content[:-9], who), (content[:-20] + bytes([content[-20] ^ 1]) + content[-19:], who),
     ]  # fmt: skip
     refused = 0
     for given, asked in tries:

@@ -108,6 +108,11 @@ def arrays(**changed):
 TOLD = {"form": uplink.FORM, "length": "49", **WHO}
 
 
+def payload(held, told):
+    """A payload whose bytes are those that it says."""
+    return save(held, metadata={**told, "data": uplink._data_digest(save(held))})
+
+
 @pytest.mark.parametrize(
     ("word", "content"),
     [
@@ -115,14 +120,15 @@ TOLD = {"form": uplink.FORM, "length": "49", **WHO}
         ("longer than it may be", struct.pack("<Q", 1 << 60) + b"{}"),
         ("cannot be read", struct.pack("<Q", 2) + b"{,"),
         ("what it is", struct.pack("<Q", 2) + b"[]"),
-        ("no payload", save(arrays(), metadata={**TOLD, "form": "effc uplink 9"})),
-        ("harmed", save(arrays(), metadata={**TOLD, "length": "many"})),
-        ("outside", save(arrays(), metadata={**TOLD, "length": "3"})),
-        ("harmed", save(arrays(scale=None), metadata=TOLD)),
-        ("harmed", save(arrays(tokens=np.ones((1, 4, 2), "f4")), metadata=TOLD)),
-        ("harmed", save(arrays(scale=np.ones((1, 3), "f2")), metadata=TOLD)),
-        ("no number", save(arrays(scale=np.full((1, 4), np.nan, "f2")), metadata=TOLD)),
-        ("no integers", save(arrays(**{"index": np.full((1, 4), 0.5, "f4")}), metadata=TOLD)),
+        ("no payload", payload(arrays(), {**TOLD, "form": "effc uplink 9"})),
+        ("harmed", payload(arrays(), {**TOLD, "length": "many"})),
+        ("outside", payload(arrays(), {**TOLD, "length": "3"})),
+        ("harmed", payload(arrays(scale=None), TOLD)),
+        ("harmed", payload(arrays(tokens=np.ones((1, 4, 2), "f4")), TOLD)),
+        ("harmed", payload(arrays(scale=np.ones((1, 3), "f2")), TOLD)),
+        ("no number", payload(arrays(scale=np.full((1, 4), np.nan, "f2")), TOLD)),
+        ("not those that were packed", save(arrays(), metadata={**TOLD, "data": "0" * 64})),
+        ("no integers", payload(arrays(**{"index": np.full((1, 4), 0.5, "f4")}), TOLD)),
     ],
 )  # fmt: skip
 def test_what_is_no_payload_is_refused_with_the_reason(word, content):
@@ -134,13 +140,16 @@ def test_what_is_no_payload_is_refused_with_the_reason(word, content):
 @settings(max_examples=200, deadline=None)
 @given(place=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans())
 def test_a_harmed_payload_is_refused_or_has_numbers_in_their_places(place, value, cut):
-    content = bytearray(uplink.pack(tokens(), WHO))
+    packed = uplink.pack(tokens(), WHO)
+    content = bytearray(packed)
     place %= len(content)
     content[place] = value
     try:
         found = uplink.read(bytes(content[:place] if cut else content), WHO)
     except DeltaError:
         return
+    (size,) = struct.unpack_from("<Q", packed)
+    assert not cut and (place < 8 + size or content == packed)  # what is harmed in the data is seen
     assert np.isfinite(found.tokens).all() and found.index.max() < found.length
     found.spread()
 
@@ -247,6 +256,30 @@ def test_a_day_has_its_bytes_and_the_next_day_more(tmp_path):
     assert up.send(got.append) == 0
     up.clock.now += 3 * uplink.DAY_S
     assert up.send(got.append) == 1
+
+
+def test_a_clock_that_was_far_ahead_does_not_stop_it_for_good(tmp_path):
+    up, got = queue(tmp_path, bytes_a_day=10), []
+    up.clock.now += 80 * 365 * uplink.DAY_S
+    up.put(bytes(10))
+    assert up.send(got.append) == 1
+    up.clock.now -= 80 * 365 * uplink.DAY_S
+    up.put(bytes(10))
+    assert up.send(got.append) == 1
+
+
+def test_a_line_that_is_slow_keeps_nobody_from_adding(tmp_path):
+    up, got = queue(tmp_path, days=1.0), []
+    up.put(b"one")
+
+    def slow(content):
+        got.append(content)
+        if len(got) == 1:
+            assert up.put(b"two")
+            with pytest.raises(DeltaError, match="another process"):
+                up.send(got.append)  # but nobody sends the same twice
+
+    assert up.send(slow) == 2 and got == [b"one", b"two"]
 
 
 def test_a_line_that_breaks_costs_its_bytes_too(tmp_path):
