@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from effc import bounded, diffusion, package, paths
+from effc import bounded, correction, diffusion, package, paths
 from effc.errors import PackageError, UsageError
 
 Json = dict[str, Any]
@@ -35,6 +35,11 @@ def arrange(out: Path, manifest: package.Manifest, place: Path) -> None:
     if not entries:
         raise UsageError(
             f"{out} has no engine for {TARGET}", hint=f"compile with --target {TARGET}"
+        )
+    if correction.read(out, TARGET) is not None:
+        raise UsageError(
+            f"{out} has a table by which effc's sampler puts its predictions right, and diffusers has no such thing",
+            hint="compile without `correct: true` for this layout",
         )
     where: dict[str, list[str]] = {}
     for entry in entries:

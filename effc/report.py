@@ -19,7 +19,7 @@ from effc.errors import PackageError
 from effc.machine import cpu_features
 from effc.package import dump
 from effc.passes import CANONICAL
-from effc.report_numbers import curve_words, gate_words, size_words, whole_words
+from effc.report_numbers import block_words, curve_words, gate_words, size_words, whole_words
 
 Json = dict[str, Any]
 
@@ -147,6 +147,8 @@ def _passes(content: Mapping[str, Any]) -> list[str]:
                     lines.append(f"          {curve_words(note)}")
                 if name.endswith("/gates"):
                     lines.append(f"          {gate_words(note)}")
+                if name.endswith("/blocks"):
+                    lines.append(f"          {block_words(note)}")
                 if name.endswith("/whole"):
                     lines.append(f"          {whole_words(note)}")
                 if name.endswith("/sizes"):

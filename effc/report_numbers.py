@@ -83,6 +83,17 @@ def whole_words(whole: Any) -> str:
     return f"left whole, since in multiples of {whole['align']} too little of them would go: {', '.join(names)}{more}"
 
 
+def block_words(blocks: Any) -> str:
+    """`7 blocks learned in 61 s, 55 s foretold; 2 taken from before`"""
+    seconds, foretold = (
+        sum(b[word] for b in blocks if not b["resumed"]) for word in ("seconds", "predicted_s")
+    )
+    names = {b["block"] for b in blocks}
+    resumed = {b["block"] for b in blocks if b["resumed"]}
+    more = f"; {len(resumed)} taken from before" if resumed else ""
+    return f"{len(names)} blocks learned in {seconds:.0f} s, {foretold:.0f} s foretold{more}"
+
+
 def size_words(sizes: Any) -> list[str]:
     """What the groups of a pruned graph bought, a line for every kind, and all of them together.
 

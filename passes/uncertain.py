@@ -39,10 +39,20 @@ from effc.passes.base import Pass, Stats
 
 aten = torch.ops.aten
 OUTPUTS = ("uts_token_score", "uts_index", "uts_tokens", "uts_sample_score")
+SCORE = "uts.score"
+"""What the module of a score is called in the graph."""
 LEAST = 1e-12
 """Of a variance, where a channel does not move on calibration data."""
 STRIDE = 997.0
 """How far neighbours of a drawn projection lie apart before only the fraction counts."""
+
+
+def unsteady(graph: Graph) -> set[str]:
+    """Outputs that hang on the last bit of a graph's values: which of tokens with nearly equal scores come out.
+
+    Of scores that are drawn by the token, all of them.
+    """
+    return set(OUTPUTS) if f"{SCORE}.drawn" in graph.tensors() else set(OUTPUTS[1:3])
 
 
 class Energy(nn.Module):
@@ -224,7 +234,7 @@ class UncertainTokens(Pass):
         if self.score == "entropy":
             value = self._logits(graph)
         module = self._module(graph, x, stats)
-        (scores,) = splice(graph, end, module, [value], "uts.score", scope=x)
+        (scores,) = splice(graph, end, module, [value], SCORE, scope=x)
         length = int(x.meta["val"].shape[1])
         count = math.ceil(self.ratio * length)
         top = insert(graph, end, aten.topk.default, [scores, count, 1, self.keep == "high"])
