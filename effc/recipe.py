@@ -858,7 +858,9 @@ def _plain(error: Any) -> str:
     """pydantic's complaint in our words."""
     kind, given = error["type"], error.get("input")
     context = error.get("ctx", {})
-    if kind == "literal_error":
+    if kind == "union_tag_invalid":
+        given, context = context["tag"], {"expected": context["expected_tags"]}
+    if kind in ("literal_error", "union_tag_invalid"):
         words = str(context.get("expected", "")).replace(" or ", ", ").replace("'", "")
         words = words.replace("False", "false")
         guess = nearest(str(given), words.split(", ")) if isinstance(given, str) else None

@@ -267,11 +267,13 @@ def test_transformers_is_left_alone_where_it_is_loaded():
 
 
 @pytest.mark.slow
-def test_an_encoder_writes_no_text():
+def test_an_encoder_answers_a_text_with_its_outputs():
     from kit import made
 
-    ran = cli("run", made().out, "--prompt", "the cat")
-    assert_letter(ran, "UsageError", 2, "holds a")
+    ran = cli("run", made().out, "--prompt", "the cat", "--json", "-")
+    assert ran.code == 0, ran.err
+    (answer,) = json.loads(ran.out)["outputs"]["last_hidden_state"]
+    assert np.isfinite(answer).all() and len(answer) >= 2
 
 
 def test_positions_do_not_count_padding():

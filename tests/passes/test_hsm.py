@@ -852,7 +852,7 @@ def test_a_recipe_says_its_terms_by_word_or_with_options():
         ([INSERT, {**TUNE, "terms": []}, "harden-hsm"], "nothing behind it trains it"),
         ([INSERT, {**TUNE, "terms": ["hms"]}], r"passes\[1\].terms\[0\]: 'hms' is not one of hsm, l2-sp"),
         ([INSERT, {**TUNE, "terms": [{"term": "hsm", "milestones": 1}]}], "unknown key 'milestones'"),
-        ([INSERT, {**TUNE, "terms": [{"term": "hsm", "milestone": 2}]}], r"terms\[0\].milestone"),
+        ([INSERT, {**TUNE, "terms": [{"term": "hsm", "milestone": 2}]}], r"terms\[0\].hsm.milestone"),
         ([{**INSERT, "mode": "papper"}], "did you mean 'paper'"),
         ([{**INSERT, "rank": 1.5}], "rank"),
         ([{**INSERT, "rank": 0}], "rank"),
