@@ -34,7 +34,7 @@ ROUNDS = 4
 SPEEDS = (1.0, 20.0)
 LOSS = 0.02
 PIECE = 16384
-"""Bytes that a line carries at once; each may be lost, and the connection with it."""
+"""Bytes that a line carries at once at most; what it carries may be lost, and the connection with it."""
 EVERY_S = 0.025
 IDLE_S = 4.0
 SEED = 0
@@ -177,6 +177,9 @@ def rounds(place: Path, ends: tuple[Path, Path], mbit: float, count: int) -> lis
             )
             words = ("bytes", "broken", "make", "fetch", "take")
             print(mbit, number, {k: round(found[-1][k], 2) for k in words}, flush=True)
+            assert row["release"] == number
+    there, back = ({json.dumps(row["served"]) for row in found[first::2]} for first in (0, 1))
+    assert len(there) == len(back) == 1 and there != back  # the device answers as the release does
     return found
 
 
