@@ -504,7 +504,8 @@ def tune(
     from effc import compiler, recipe
     from effc.report_numbers import curve_words
 
-    chosen = [f"source.encoder={json.dumps(encoder)}"] if encoder is not None else []
+    typed = os.path.abspath(encoder) if encoder is not None and os.path.exists(encoder) else encoder
+    chosen = [f"source.encoder={json.dumps(typed)}"] if typed is not None else []
     made = recipe.read(recipe_, [*chosen, *(set_ or ())], data_place=data_place)
     with terminal() as progress:
         found = compiler.tune(made, out, progress=progress, max_ram_bytes=_size_of(max_ram))

@@ -691,9 +691,13 @@ class _Reader:
         path = Path(text)
         if not path.parts or path.is_absolute():
             return text
+        places = [place for place in (self.data_place, self.base) if place is not None]
+        for place in places:
+            if os.path.exists(place / path):
+                return str(place / path)
         first = path.parts[0]
         names = (first, first.rpartition("#")[0], first.rpartition(":")[0])
-        for place in filter(None, (self.data_place, self.base)):
+        for place in places:
             if any(name and os.path.exists(place / name) for name in names):
                 return str(place / path)
         return text

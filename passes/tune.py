@@ -130,9 +130,21 @@ class Tune(Pass):
                 "tune: `apart` says what samples of `beside` must not be like, and there are none",
                 hint="name files: `beside`, or leave `apart` out",
             )
+        if self.patience is not None and not self.held:
+            raise PreconditionError(
+                "tune: `patience` waits for what held-out samples say, and there are none",
+                hint="held: 128, or leave `patience` out",
+            )
+        names: list[str] = []
         for graph in program:
             if self.takes(graph.role):
                 _refuse_integers(graph)
+                names += self.trained(graph)
+        if idle := [word for word, _ in self.rates if not any(fnmatchcase(n, word) for n in names)]:
+            raise PreconditionError(
+                f"tune: no tensor that is trained has a name like {idle[0]!r}, which `rates` names",
+                hint=f"names are such as {', '.join(names[:3])}",
+            )
 
     def trained(self, graph: Graph) -> list[str]:
         """Names of the tensors that are trained: parameters of the model, and what passes made of them, that match."""

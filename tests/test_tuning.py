@@ -153,6 +153,21 @@ def test_attention_is_of_float32_where_products_are_of_bfloat16():
     assert torch.equal(InGraph(graph, [])(feeds)["output"], wanted)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"patience": 2, "held": 0}, "waits for what held-out"),
+        ({"rates": {"encoder.*": 0.1}}, "no tensor that is trained has a name like 'encoder"),
+    ],
+)
+def test_what_would_say_nothing_is_refused(options, words):
+    program = effc.trace(net(), {"input": torch.ones(2, 6)})
+    rates = tuple(options.pop("rates", {}).items())
+    with pytest.raises(PreconditionError, match=words) as caught:
+        effc.apply(Tune(**options, rates=rates), program, train=effc.trainer(program, inputs(2)))
+    assert caught.value.hint
+
+
 def test_only_tensors_that_match_are_trained():
     program = effc.trace(net(), {"input": torch.ones(2, 6)})
     worse = harmed(program)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tasks  # the folder above has what examples of tasks share
+import task_runs  # the folder above has what examples of tasks share
 
 SPEAKERS = {
     "Chandler": "could it be", "Joey": "how you doing", "Monica": "i know", "Phoebe": "oh no no",
@@ -82,7 +82,7 @@ def encoder(place: Path, hidden: int = 32) -> Path:
         *IRONY,
         *(p for all_ in FEELINGS.values() for p in all_),
     )
-    return tasks.tiny_encoder(place, phrases, hidden)
+    return task_runs.tiny_encoder(place, phrases, hidden)
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ what it takes. `--full` trains on `$EFFC_DATA/cer/meld` over MiniLM-L6-v2 of the
 speakers of MELD and of EmoryNLP beside, for an hour or more; a run that was stopped goes on with the same `--work`. Its
 model is chosen on a part of train, and the file for validation is only measured.
 
-`metrics` are weighted F1; what else is written stands in `examples/tasks.py`.
+`metrics` are weighted F1; what else is written stands in `examples/task_runs.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import tasks  # noqa: E402  the folder above has what examples of tasks share
+import task_runs  # noqa: E402  the folder above has what examples of tasks share
 
 TINY = ["source.options={size: 16}", "passes.0.precision=f32", "passes.0.dropout=0.05",
         'passes.0.rates={"encoder.*": 0.5}', "passes.0.lr=0.005", "calib.samples=16",
@@ -44,11 +44,11 @@ def prepared(kind: str, work: Path) -> tuple[Path, Path]:
     """Folder of the conversations, and of the encoder."""
     asked = KINDS[kind]
     if kind != "full":
-        made = tasks.beside(HERE, "made")
+        made = task_runs.beside(HERE, "made")
         made.write(work / "train.csv", asked["train"], 0)
         made.write(work / "valid.csv", asked["valid"], 1)
         return work, made.encoder(work / "encoder", asked["hidden"])
-    root = tasks.data_root(HERE)
+    root = task_runs.data_root(HERE)
     if root is None or not (root / "cer").is_dir():
         raise SystemExit("there is no cer in $EFFC_DATA")
     try:
@@ -60,9 +60,9 @@ def prepared(kind: str, work: Path) -> tuple[Path, Path]:
     return work, Path(get_model_path())
 
 
-EXAMPLE = tasks.Example(
+EXAMPLE = task_runs.Example(
     task="cer", score="weighted F1", folder=HERE, kinds=KINDS, prepared=prepared, valid="valid.csv"
 )
 
 if __name__ == "__main__":
-    raise SystemExit(tasks.main(EXAMPLE, "Emotions of conversations, in int8."))
+    raise SystemExit(task_runs.main(EXAMPLE, "Emotions of conversations, in int8."))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tasks  # the folder above has what examples of tasks share
+import task_runs  # the folder above has what examples of tasks share
 
 PHONES = ("nova", "mate", "pixel", "edge", "note pro")
 PARTS = ("camera", "screen", "battery", "sound", "price tag")
@@ -95,7 +95,7 @@ def write(file: Path, count: int, seed: int) -> Path:
 def encoder(place: Path, hidden: int = 32) -> Path:
     """A transformers directory of a tiny BERT, with a tokenizer that knows the words."""
     phrases = (*PHONES, *PARTS, *OPINIONS, *FILLERS, *OTHERS)
-    return tasks.tiny_encoder(place, phrases, hidden)
+    return task_runs.tiny_encoder(place, phrases, hidden)
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import tasks  # noqa: E402  the folder above has what examples of tasks share
+import task_runs  # noqa: E402  the folder above has what examples of tasks share
 
 TINY = ["source.options={inner: 16}", "passes.0.precision=f32", "passes.0.dropout=0.05",
         'passes.0.rates={"encoder.*": 0.5}', "passes.0.lr=0.01", "passes.0.batch=8", "calib.samples=16"]  # fmt: skip
@@ -38,22 +38,22 @@ def prepared(kind: str, work: Path) -> tuple[Path, Path]:
     """Folder of the dialogues, and of the encoder."""
     asked = KINDS[kind]
     if kind != "full":
-        made = tasks.beside(HERE, "made")
+        made = task_runs.beside(HERE, "made")
         made.write(work / "train.json", asked["train"], 0)
         made.write(work / "valid.json", asked["valid"], 1)
         return work, made.encoder(work / "encoder", asked["hidden"])
-    root = tasks.data_root(HERE)
+    root = task_runs.data_root(HERE)
     if root is None or not (root / "diaasq" / "zh").is_dir():
         raise SystemExit("there is no diaasq/zh in $EFFC_DATA")
     place = work / "encoder"
     if not place.is_dir():
-        tasks.beside(HERE, "encoder").write(place, root / "encoders")
+        task_runs.beside(HERE, "encoder").write(place, root / "encoders")
     return root / "diaasq" / "zh", place
 
 
-EXAMPLE = tasks.Example(
+EXAMPLE = task_runs.Example(
     task="diaasq", score="micro F1", folder=HERE, kinds=KINDS, prepared=prepared, valid="valid.json"
 )
 
 if __name__ == "__main__":
-    raise SystemExit(tasks.main(EXAMPLE, "Quadruples from dialogues, in int8."))
+    raise SystemExit(task_runs.main(EXAMPLE, "Quadruples from dialogues, in int8."))
