@@ -5,7 +5,7 @@ loss + weight / 2 · Σ ‖w − w₀‖²        over all tensors that are trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from effc.ir.program import Graph
-from effc.train.terms import Live, Own
+from effc.train.terms import Course, Live
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +28,13 @@ class Anchor:
         return AnchorCourse(self.weight, graph.tensors())
 
 
-class AnchorCourse:
+class AnchorCourse(Course):
     """One training of one graph."""
 
     word = "l2-sp"
 
     def __init__(self, weight: float, start: Mapping[str, Tensor]) -> None:
         self.weight, self.start = weight, {n: t.detach() for n, t in start.items()}
-
-    def owns(self) -> Mapping[str, Own]:
-        return {}
-
-    def stands(self, step: int, live: Live) -> dict[str, Tensor]:
-        return {}
-
-    def judged(self, step: int, live: Live) -> dict[str, Tensor]:
-        return {}
-
-    def is_ready(self, step: int) -> bool:
-        return True
-
-    def marks(self) -> Collection[int]:
-        return ()
 
     def losses(self, step: int, live: Live) -> dict[str, Tensor]:
         return {"l2-sp": self.weight / 2 * self._far(live)}

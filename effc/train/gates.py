@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from effc.ir.program import Graph
 from effc.nn.rank1 import MIX, SIZE, SLOPE
-from effc.train.terms import Live, Own
+from effc.train.terms import Course, Live
 
 WORD = "gates"
 BINS = 10
@@ -28,31 +27,13 @@ def begin(graph: Graph) -> list[GatesCourse]:
     return [GatesCourse(found)] if any(found.values()) else []
 
 
-class GatesCourse:
+class GatesCourse(Course):
     """One training of one graph."""
 
     word = WORD
 
     def __init__(self, parts: dict[str, list[str]]) -> None:
         self.parts = parts
-
-    def owns(self) -> dict[str, Own]:
-        return {}
-
-    def stands(self, step: int, live: Live) -> dict[str, Tensor]:
-        return {}
-
-    def judged(self, step: int, live: Live) -> dict[str, Tensor]:
-        return {}
-
-    def is_ready(self, step: int) -> bool:
-        return True
-
-    def marks(self) -> set[int]:
-        return set()
-
-    def losses(self, step: int, live: Live) -> dict[str, Tensor]:
-        return {}
 
     def told(self, step: int, live: Live) -> dict[str, Any]:
         found: dict[str, Any] = {}

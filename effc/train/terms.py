@@ -29,33 +29,33 @@ class Own:
 
 
 class Course(Protocol):
-    """A term in one training of one graph."""
+    """A term in one training of one graph; one that inherits says only what it does."""
 
     word: str
 
     def owns(self) -> Mapping[str, Own]:
         """Tensors with a rate of their own, whose gradient is clipped by itself."""
-        ...
+        return {}
 
     def stands(self, step: int, live: Live) -> dict[str, Tensor]:
         """What stands in the graph in a step, and behind the last in what comes out, by the names of tensors."""
-        ...
+        return {}
 
     def judged(self, step: int, live: Live) -> dict[str, Tensor]:
         """What stands there where held-out samples judge; nothing where that is the same."""
-        ...
+        return {}
 
     def is_ready(self, step: int) -> bool:
         """Whether what is trained may come out as it is behind so many steps."""
-        ...
+        return True
 
     def marks(self) -> Collection[int]:
         """Steps behind which the curve is to have a point, beside those that it has anyway."""
-        ...
+        return ()
 
     def losses(self, step: int, live: Live) -> dict[str, Tensor]:
         """What is added to the loss, by name."""
-        ...
+        return {}
 
     def told(self, step: int, live: Live) -> dict[str, Any]:
         """What a curve shows of it: numbers, and histograms as lists of counts."""
