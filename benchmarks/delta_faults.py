@@ -286,12 +286,12 @@ def torn(w: World, count: int, usual: dict[str, float]) -> None:
     store = w.store("torn")
     for _ in range(count):
         words = act_until_apply(w, store)
+        filled = store / "slots" / device.record_of(store).spare
         process, _ = begun(device.apply, store, *words)
         time.sleep(w.rng.uniform(0, usual["apply"]))
         process.kill()
         process.join()
-        spare = store / "slots" / device.record_of(store).spare
-        files = [p for p in spare.rglob("*") if p.is_file()] + [*store.glob(".*.part")]
+        files = [p for p in filled.rglob("*") if p.is_file()] + [*store.glob(".*.part")]
         harmed = [p for p in files if w.rng.random() < 0.7]
         for place in (*harmed, store / w.rng.choice(device.RECORDS)):
             os.truncate(place, w.rng.randrange(place.stat().st_size + 1))
