@@ -107,6 +107,8 @@ def in_steps(run: Run, first: int) -> Run:
     """A run that reads the `first` tokens alone, and gives what comes of the rest behind their cache."""
 
     def stepped(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        split = (*TOKENS, KEEP)
+
         def part(start: int, stop: int) -> dict[str, Array]:
             return {
                 "input_ids": feeds["input_ids"][:, start:stop],
@@ -115,9 +117,9 @@ def in_steps(run: Run, first: int) -> Run:
                 KEEP: np.arange(stop - start),
             }
 
-        given = {name: value for name, value in feeds.items() if name.startswith(f"{PAST}.")}
+        given = {name: value for name, value in feeds.items() if name not in split}
         past = carried(run({**given, **part(0, first)}))
-        return run({**past, **part(first, feeds["input_ids"].shape[1])})
+        return run({**given, **past, **part(first, feeds["input_ids"].shape[1])})
 
     return stepped
 

@@ -10,7 +10,7 @@ What a request is about comes from an engine of its own, which lies in the packa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -26,13 +26,17 @@ Json = dict[str, Any]
 KINDS = ("classifier", "encoder")
 """Packages that answer a text in one run."""
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+Tell = Callable[[Sequence[str]], dict[str, Array]]
+"""Of texts `intuition` [texts, clusters]."""
 
 
 class Chain(AbstractContextManager["Chain"]):
     """The engines of a package that texts alone are enough for; `open` makes one."""
 
-    def __init__(self, links: Sequence[tuple[OpenEngine, Processor]], stack: ExitStack) -> None:
-        self._links, self._stack = links, stack
+    def __init__(
+        self, engine: OpenEngine, processor: Processor, tell: Tell | None, stack: ExitStack
+    ) -> None:
+        self._engine, self._processor, self._tell, self._stack = engine, processor, tell, stack
 
     @classmethod
     def open(
@@ -50,50 +54,59 @@ class Chain(AbstractContextManager["Chain"]):
         place = Path(out)
         manifest = package.read(place)
         entry = entry_of(place, manifest, target)
-        told = any(port.name == INPUT for port in entry.inputs)
         strange = [p.name for p in entry.inputs if p.name not in (*TOKENS, INPUT)]
         if strange or not entry.inputs:
             raise UsageError(
                 f"{place}: the engine takes {(strange or ['nothing'])[0]!r}, which texts do not bring",
                 hint="effc.Engine.open(OUT) takes arrays",
             )
-        folders = [place]
-        words = [manifest.label(entry)]
-        if told:
-            teller = manifest.engine(entry.target, ROLE)
-            if teller is None:
-                raise UsageError(
-                    f"{place} takes {INPUT!r} beside a text, and has nothing that says what a text is about",
-                    hint="compile with source.embedder: DIR, or feed effc.Engine.open(OUT) an array of that name",
-                )
-            folders.insert(0, place / ROLE)
-            words.insert(0, manifest.label(teller))
-            _refuse_other(place, entry.inputs, teller.outputs)
         with ExitStack() as stack:
-            links = []
-            for folder, word in zip(folders, words, strict=True):
-                engine = stack.enter_context(Engine.open(place, word, threads=threads))
-                names = [port.name for port in engine.inputs if port.name != INPUT]
-                config = bounded.read_json(folder / "config.json", PackageError)
-                links.append((engine, Processor(folder, config, names)))
-            return cls(links, stack.pop_all())
+            tell = teller(stack, place, manifest, entry, threads)
+            own = _opened(stack, place, place, manifest.label(entry), threads)
+            return cls(*own, tell, stack.pop_all())
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Array]:
         """The outputs of the engine by name, a row for each text; `intuition` among them where it is worked out."""
         if not texts:
             raise UsageError("there is no text", hint='--prompt "a warm film"')
-        made: dict[str, Array] = {}
-        for engine, processor in self._links:
-            feeds = processor.encode(list(texts))
-            told = {name: made[name] for name in made if name == INPUT}
-            made |= engine({**feeds, **told})
-        return made
+        told = self._tell(texts) if self._tell is not None else {}
+        return told | self._engine({**self._processor.encode(list(texts)), **told})
 
     def close(self) -> None:
         self._stack.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def teller(
+    stack: ExitStack, place: Path, manifest: package.Manifest, entry: package.EngineEntry, threads: int | None
+) -> Tell | None:  # fmt: skip
+    """What says of texts what they are about, as `entry` takes it; None where it takes nothing of the kind.
+
+    Raises UsageError where the package has nothing that says so, and PackageError where that is for another engine.
+    """
+    if not any(port.name == INPUT for port in entry.inputs):
+        return None
+    found = manifest.engine(entry.target, ROLE)
+    if found is None:
+        raise UsageError(
+            f"{place} takes {INPUT!r} beside a text, and has nothing that says what a text is about",
+            hint="compile with source.embedder: DIR, or feed effc.Engine.open(OUT) an array of that name",
+        )
+    _refuse_other(place, entry.inputs, found.outputs)
+    engine, processor = _opened(stack, place, place / ROLE, manifest.label(found), threads)
+    return lambda texts: {INPUT: engine(processor.encode(list(texts)))[INPUT]}
+
+
+def _opened(
+    stack: ExitStack, place: Path, folder: Path, word: str, threads: int | None
+) -> tuple[OpenEngine, Processor]:
+    """An engine of a package, and what makes its inputs of texts."""
+    engine = stack.enter_context(Engine.open(place, word, threads=threads))
+    names = [port.name for port in engine.inputs if port.name != INPUT]
+    config = bounded.read_json(folder / "config.json", PackageError)
+    return engine, Processor(folder, config, names)
 
 
 def _refuse_other(place: Path, taken: Sequence[Any], given: Sequence[Any]) -> None:

@@ -271,7 +271,8 @@ def run(
             )  # fmt: skip
         made: list[_Made] = []
         for target in recipe.targets:
-            for lab in labs.values():
+            for role in (*source.beside, *source.main):  # what a model is told, before its metric
+                lab = labs[role]
                 spent = sum(of.found.seconds for of in made)
                 left = time_budget_s - spent if time_budget_s is not None else None
                 made.append(_made(lab, target, left, replays=decisions is not None))
@@ -279,6 +280,12 @@ def run(
                     for of in labs.values():
                         of.finish()
                     raise _refusal(lab, made[-1])
+                if role == intuition.ROLE:
+                    for of in labs.values():
+                        of.tellers[target] = made[-1].built.first
+        made.sort(
+            key=lambda of: (recipe.targets.index(of.built.target), [*labs].index(of.built.role))
+        )
         told = _first_and_others(made)
         built = [_moved(of.built, of.work, stage) for of in made]
         samples = next(iter(labs.values())).samples

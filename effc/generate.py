@@ -94,11 +94,12 @@ def tokens(
     context: int | None,
     counts: Counts | None = None,
     dtype: str = "float32",
+    beside: Mapping[str, Array] | None = None,
 ) -> Generator[list[int | None], Iterable[int] | None, None]:
     """One token a prompt and step; None for those that have ended. Raises UsageError where a prompt does not fit.
 
-    `cache` is heads and head size of every layer, `dtype` the type of what is in it. An `ends` token ends its prompt
-    and is given too. Whoever sends rows ends those.
+    `cache` is heads and head size of every layer, `dtype` the type of what is in it, `beside` what the engine takes at
+    every step, a row for each prompt. An `ends` token ends its prompt and is given too. Whoever sends rows ends those.
     """
     counts = counts if counts is not None else Counts()
     _refuse(prompts, context)
@@ -118,7 +119,7 @@ def tokens(
         length = ids.shape[1]
         found = engine({
             "input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, length),
-            KEEP: np.array([length - 1]), **past,
+            KEEP: np.array([length - 1]), **past, **(beside or {}),
         })  # fmt: skip
         chosen = choose(found["logits"][:, -1], sampling, draw)
         past = carried(found)

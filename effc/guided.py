@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from effc.errors import CalibrationError
 from effc.intuition import INPUT, Array, Intuition
 from effc.processor import Pooling, Processor
 
+Run = Callable[[Mapping[str, Any]], Mapping[str, Array]]
 TOGETHER = 32
 """Texts that are embedded in one batch."""
 
@@ -39,7 +40,7 @@ def guided(model: nn.Module, names: Sequence[str]) -> Guided:
     """The module of a model that takes inputs of those `names`, and `intuition`, as its signature says."""
 
     def forward(self: Guided, **named: Tensor) -> Any:
-        return self.model(**{name: named[name] for name in names})
+        return self.model(**{n: value for n, value in named.items() if n != INPUT})
 
     made: Guided = type("Guided", (Guided,), {"forward": signed(forward, (*names, INPUT))})(model)
     return made
@@ -80,6 +81,12 @@ class Scorer(nn.Module):
             score = functional.softmax(score / self.temperature, -1)
         return {INPUT: score}
 
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The same of arrays."""
+        with torch.no_grad():
+            made = self(**{name: torch.from_numpy(array) for name, array in feeds.items()})
+        return {INPUT: made[INPUT].numpy()}
+
 
 def scorer(
     encoder: nn.Module, pooling: Pooling, clusters: Intuition, names: Sequence[str]
@@ -115,9 +122,9 @@ def pooled(mode: str, hidden: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedder:
-    """A frozen sentence encoder and centroids: the module, what makes inputs of texts, the sha256 of the weights."""
+    """A frozen sentence encoder and centroids: what runs it, what makes inputs of texts, the sha256 of the weights."""
 
-    module: Scorer
+    run: Run
     processor: Processor
     digest: str
 
@@ -125,10 +132,7 @@ class Embedder:
         """Scores [texts, clusters]."""
         found: list[Array] = []
         for first in range(0, len(texts), TOGETHER):
-            feeds = self.processor.encode(texts[first : first + TOGETHER])
-            with torch.no_grad():
-                made = self.module(**{name: torch.from_numpy(a) for name, a in feeds.items()})
-            found.append(made[INPUT].numpy())
+            found.append(self.run(self.processor.encode(texts[first : first + TOGETHER]))[INPUT])
         return np.concatenate(found)
 
 
@@ -144,6 +148,12 @@ class Teller:
         """sha256 over all that decides what is told of a text."""
         parts = self.clusters.digest + (self.embedder.digest if self.embedder is not None else "")
         return hashlib.sha256(parts.encode()).hexdigest()
+
+    def by(self, run: Run) -> Teller:
+        """The same with another runtime of the encoder, such as the engine that was made of it."""
+        if self.embedder is None:
+            return self
+        return replace(self, embedder=replace(self.embedder, run=run))
 
     def __call__(self, texts: Sequence[str]) -> Array:
         """Scores [texts, clusters]. Raises CalibrationError where nobody embeds texts."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from effc import bounded, causal, diffusion, layout_pipeline, package, paths
 from effc.engine import refuse
 from effc.errors import PackageError, UsageError
+from effc.intuition import INPUT
 from effc.processor import Processor, whole
 from effc.table import unknown
 
@@ -115,6 +116,11 @@ def _engine(out: Path, manifest: package.Manifest) -> package.EngineEntry:
     for entry in sorted(own, key=lambda entry: entry.role != causal.DECODE):
         shapes = {port.name: port.shape for port in entry.inputs}
         past = shapes.get(f"{causal.PAST}.0.key")
+        if INPUT in shapes:
+            raise UsageError(
+                f"{out} is told what a request is about, which these tools do not work out",
+                hint="compile without source.intuition",
+            )
         if "int8" in (p.dtype for p in entry.inputs if p.name.startswith(f"{causal.PAST}.")):
             raise UsageError(
                 f"{out} has a cache of integers, which these tools do not carry",

@@ -5,11 +5,12 @@ Compile, verify and bench ask the same questions; here is where each is answered
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +248,16 @@ def of_engine(
     threads: int,
     step: Step = silent,
     samples: Samples | None = None,
+    teller: Lowered | None = None,
 ) -> metrics.Samples:
-    """Per-sample results of an engine."""
-    with opened(lowered, threads) as engine:
-        return metric.measure(Counted(_pieced(engine, samples), step), source.processor)
+    """Per-sample results of an engine; `teller` is that which says what texts are about, where it is compiled too."""
+    processor = source.processor
+    with ExitStack() as stack:
+        if teller is not None and processor is not None and processor.teller is not None:
+            own, processor = processor.teller, copy.copy(processor)
+            processor.teller = own.by(stack.enter_context(opened(teller, threads)))
+        engine = stack.enter_context(opened(lowered, threads))
+        return metric.measure(Counted(_pieced(engine, samples), step), processor)
 
 
 class _Pieced:

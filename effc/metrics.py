@@ -567,7 +567,11 @@ class Perplexity:
         losses: list[Array] = []
         owners: list[Array] = []
         for ids, documents in self.windows(processor):
-            scores = _logits(run(processor.pad([ids])))[0, :-1].astype(np.float64)
+            feeds = processor.pad([ids])
+            if processor.teller is not None:
+                text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+                feeds = processor.told(feeds, [text])
+            scores = _logits(run(feeds))[0, :-1].astype(np.float64)
             top = scores.max(axis=-1)
             total = np.log(np.exp(scores - top[:, None]).sum(axis=-1)) + top
             losses.append(total - scores[np.arange(len(ids) - 1), ids[1:]])

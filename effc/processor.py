@@ -6,7 +6,7 @@ The same files travel with the engine, so a package is measured exactly as the m
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,6 +111,8 @@ class Teller(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+    def by(self, run: Callable[[Mapping[str, Any]], Mapping[str, Array]]) -> Teller: ...
 
     def __call__(self, texts: Sequence[str]) -> Array: ...
 

@@ -22,6 +22,7 @@ from effc.calib import data
 from effc.calib.calibrator import fitted
 from effc.calib.data import Batch, Record
 from effc.errors import CalibrationError, EffcError
+from effc.intuition import INPUT
 from effc.processor import stack
 from effc.recipe import CalibSpec
 from effc.room import Room
@@ -151,7 +152,12 @@ class Samples:
         if processor is not None and processor.cache:
             ids = np.resize(self.tokens(), (batch, length)).astype(np.int64)
             found = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-            return causal.complete(found, processor.cache, past)
+            more = {
+                n: np.resize(a, (batch, *a.shape[1:]))
+                for n, a in self.example().items()
+                if n == INPUT
+            }
+            return {**causal.complete(found, processor.cache, past), **more}
         if isinstance(processor, Task):
             return processor.shaped(batch, length, self.tokens())
         feeds: dict[str, Array] = {}

@@ -266,20 +266,6 @@ def from_directory(
         processor.gives_bytes = True
         model = Pixels(model, *processor.affine(inputs["pixel_values"].shape[1]))
         inputs = {"pixel_values": ((inputs["pixel_values"] + 1) * 127.5).round().to(torch.uint8)}
-    beside: dict[str, Source] = {}
-    if centroids is not None:
-        if processor.kind == "causal-lm" and cache:
-            raise SourceError(
-                f"{path} takes its cache, and is not told what requests are about beside it",
-                hint="set source.cache: false, or leave source.intuition out",
-            )
-        teller, beside = _teller(centroids, embedder)
-        processor.teller = teller
-        model = guided(model, tuple(inputs))
-        draw = torch.Generator().manual_seed(0)
-        size = len(teller.clusters.centroids)
-        inputs = {**inputs, intuition.INPUT: torch.rand(EXAMPLE_BATCH, size, generator=draw)}
-        dims = {**dims, intuition.INPUT: {0: "batch"}}
     if processor.kind == "causal-lm" and cache:
         processor.cache = tuple(causal.shapes(model.config))
         inputs, dims = cached.example(inputs, processor.cache)
@@ -291,6 +277,15 @@ def from_directory(
             f"{path} is no causal language model with a cache, and has one graph",
             hint="leave source.roles out",
         )
+    beside: dict[str, Source] = {}
+    if centroids is not None:
+        teller, beside = _teller(centroids, embedder)
+        processor.teller = teller
+        model = guided(model, [cached.parameter(name) for name in inputs])
+        draw = torch.Generator().manual_seed(0)
+        size = len(teller.clusters.centroids)
+        inputs = {**inputs, intuition.INPUT: torch.rand(EXAMPLE_BATCH, size, generator=draw)}
+        dims = {**dims, intuition.INPUT: {0: "batch"}}
     named = tuple(roles) or ("main",)
     links = [Link(**link) for link in causal.links(len(processor.cache))] if roles else []
     if beside:
@@ -331,7 +326,7 @@ def _teller(file: Path, directory: Path | None) -> tuple[Teller, dict[str, Sourc
         width = source.module(**inputs)["last_hidden_state"].shape[-1]
     clusters.scores(np.ones((1, width * len(processor.pooling.modes))))  # refuses another size
     module = scorer(source.module, processor.pooling, clusters, tuple(inputs))
-    made = Embedder(module=module, processor=processor, digest=source.digest)
+    made = Embedder(run=module.run, processor=processor, digest=source.digest)
     teller = Teller(clusters=clusters, embedder=made)
     graph = dataclasses.replace(
         source, modules={"main": module}, outputs={}, digest=teller.digest, centroids=file

@@ -72,6 +72,8 @@ class Lab:
     """What speaks against a module of a pass on a target, where a search has found something."""
     beside: dict[str, Lowered] = field(default_factory=dict)
     """Engines of other targets, which every further one is timed beside."""
+    tellers: dict[str, Lowered] = field(default_factory=dict)
+    """By target, the engine that tells this one what texts are about: the metric is of both."""
     _tried: dict[Any, Trial] = field(default_factory=dict)
     _whole: dict[Any, Built | None] = field(default_factory=dict)
     """Unpruned engines; None where there is none to be had."""
@@ -209,7 +211,9 @@ class Lab:
         if self._reference is None:
             model = key_of("metric", **self._model, **names)
             self._reference = self._samples(model, lambda step: self._of_model(step))
-        engine = self._key("metric", lowered, **names)
+        teller = self.tellers.get(lowered.target)
+        told = {"teller": self._engine(teller)} if teller is not None else {}
+        engine = self._key("metric", lowered, **names, **told)
         mine = self._samples(engine, lambda step: self._of_engine(lowered, step))
         compared = metrics.compare(self.metric, self._reference, mine)
         return {**dataclasses.asdict(compared), "data": described}
@@ -230,7 +234,7 @@ class Lab:
         calls = self._calls
         return measure.of_engine(
             self.source, lowered, self.metric, self.threads, lambda done, _: step(done, calls),
-            self.samples,
+            self.samples, self.tellers.get(lowered.target),
         )  # fmt: skip
 
     def _samples(self, key: str, make: Callable[[Any], metrics.Samples]) -> metrics.Samples:

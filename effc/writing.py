@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from effc import bounded, causal, diffusion, package
+from effc import bounded, causal, chain, diffusion, package
 from effc.backends.base import Port
 from effc.engine import Engine, entry_of
 from effc.errors import PackageError, SourceError, UsageError
 from effc.generate import Counts, Sampling, Texts, tokens
+from effc.intuition import ROLE
 from effc.processor import Processor
 from effc.progress import peak_mb
 
@@ -38,21 +39,18 @@ def write(
     manifest = package.read(out)
     entry = entry_of(out, manifest, target)
     cache = _cache(out, manifest.kind, entry.inputs, entry.outputs)
-    roles = [e.role for e in manifest.engines if e.target == entry.target]
-    if len(roles) > 1 and set(roles) != set(causal.ROLES):
-        raise PackageError(f"{out} has engines for {', '.join(roles)}", hint=package.UNHARMED)
+    own = {e.role: e for e in manifest.engines if e.target == entry.target and e.role != ROLE}
+    if len(own) > 1 and set(own) != set(causal.ROLES):
+        raise PackageError(f"{out} has engines for {', '.join(own)}", hint=package.UNHARMED)
     config = bounded.read_json(out / "config.json", PackageError)
     processor = Processor(out, config)
     ids = [_ids(processor, prompt, chat) for prompt in prompts]
     _check_vocabulary(out, processor, ids, entry.outputs)
     counts, texts = Counts(), Texts(processor.tokenizer, len(ids), sampling.stop)
     with ExitStack() as stack:
-        words = (
-            [f"{role}/{entry.target}" for role in causal.ROLES]
-            if len(roles) > 1
-            else [entry.target]
-        )
+        words = [manifest.label(own[r]) for r in (causal.ROLES if len(own) > 1 else own)]
         engines = [stack.enter_context(Engine.open(out, word, threads=threads)) for word in words]
+        tell = chain.teller(stack, out, manifest, entry, threads)
 
         def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
             engine = engines[-1] if feeds["input_ids"].shape[1] == 1 else engines[0]
@@ -63,6 +61,7 @@ def write(
             ends=_ends(out, processor, config),
             pad=processor.tokenizer.pad_token_id or 0, context=processor.max_length, counts=counts,
             dtype=next(p.dtype for p in entry.inputs if p.name.startswith(f"{causal.PAST}.")),
+            beside=tell(prompts) if tell is not None else None,
         )  # fmt: skip
         done: Iterable[int] | None = None
         while True:

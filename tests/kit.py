@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,6 +60,16 @@ def save_encoder(place: Path, *, seed: int = 0, **changes: Any) -> Path:
     (place / "README.md").write_text("A model of random numbers.\n", encoding="utf-8")
     (place / "LICENSE").write_text("Do with it what you like.\n", encoding="utf-8")
     return place
+
+
+def embeddings(source: Any, texts: Any) -> Any:
+    """Embeddings by hand [texts, size]: every text alone, the mean of its vectors."""
+    rows = []
+    for text in texts:
+        feeds = {n: torch.from_numpy(a) for n, a in source.processor.encode([text]).items()}
+        with torch.no_grad():
+            rows.append(source.module(**feeds)["last_hidden_state"][0].mean(0).numpy())
+    return np.stack(rows)
 
 
 def save_tokenizer(place: Path) -> None:

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import effc
-from effc import compiler, intuition, package, plan, recipe
+from effc import compiler, engine, intuition, measure, package, plan, recipe
 from effc.chain import Chain
 from effc.errors import CalibrationError, PackageError, PreconditionError, SourceError, UsageError
 from effc.guided import pooled
 from effc.processor import Pooling
 from effc.progress import Progress
 from effc.source import load
-from kit import WORDS, cli, forge, save_encoder, save_tokenizer, write_sentences
+from kit import WORDS, cli, embeddings, forge, save_encoder, save_tokenizer, write_sentences
 
 EXPERTS = 6
 TEXTS = ["the cat sat on the mat", "rain", "we saw them go home then"]
@@ -36,14 +36,8 @@ def places(tmp_path_factory):
     save_tokenizer(place / "classifier")
     encoder = load({"transformers": str(save_encoder(place / "encoder", seed=2))})
     prompts = write_sentences(place / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    feeds = [
-        {n: torch.from_numpy(a) for n, a in encoder.processor.encode([t]).items()} for t in prompts
-    ]
-    with torch.no_grad():
-        rows = [encoder.module(**f)["last_hidden_state"][0].mean(0).numpy() for f in feeds]
-    intuition.fit(np.stack(rows), EXPERTS, embedder="encoder", temperature=0.1).write(
-        place / "c.safetensors"
-    )
+    rows = embeddings(encoder, prompts)
+    intuition.fit(rows, EXPERTS, embedder="encoder", temperature=0.1).write(place / "c.safetensors")
     return {
         "transformers": str(place / "classifier"), "intuition": str(place / "c.safetensors"),
         "embedder": str(place / "encoder"),
@@ -73,11 +67,11 @@ def out(places, tmp_path_factory):
 def test_texts_alone_are_enough(out, places):
     source = load(places)
     feeds = source.processor.encode(TEXTS)
-    with Chain.open(out) as chain, effc.Engine.open(out, "main") as engine:
+    with Chain.open(out) as chain, effc.Engine.open(out, "main") as own:
         found = chain(TEXTS)
         np.testing.assert_allclose(found["intuition"], feeds["intuition"], atol=1e-6)
-        np.testing.assert_allclose(found["logits"], engine(feeds)["logits"], atol=1e-6)
-        other = engine({**feeds, "intuition": feeds["intuition"][::-1].copy()})["logits"]
+        np.testing.assert_allclose(found["logits"], own(feeds)["logits"], atol=1e-6)
+        other = own({**feeds, "intuition": feeds["intuition"][::-1].copy()})["logits"]
     assert np.abs(other - found["logits"]).max() > 2e-5  # what texts are about counts
 
 
@@ -113,6 +107,58 @@ def test_the_package_holds_its_clusters_and_what_embeds(out, places):
         "intuition", "intuition", "main", "intuition",
     )  # fmt: skip
     assert {p.role for p in manifest.passes if p.name == "attach-rank1"} == {"main"}
+
+
+class Told:
+    """A metric that keeps what engines were fed."""
+
+    def measure(self, run, processor):
+        feeds = processor.encode(TEXTS)
+        return feeds["intuition"], run(feeds)["logits"]
+
+
+def test_a_metric_is_of_the_engine_that_tells_and_of_the_one_that_answers(out, places, tmp_path):
+    source, manifest = load(places), package.read(out)
+    main, teller = (engine.lowered(out, e) for e in manifest.engines)
+    told, logits = measure.of_engine(source.only("main"), main, Told(), 1, teller=teller)
+    with Chain.open(out, threads=1) as chain:
+        np.testing.assert_allclose(chain(TEXTS)["logits"], logits, atol=1e-6)
+    own, _ = measure.of_engine(source.only("main"), main, Told(), 1)
+    np.testing.assert_allclose(told, own, atol=1e-6)
+    # one that tells something else is seen
+    elsewhere = {**places, "embedder": str(save_encoder(tmp_path / "other", seed=7))}
+    other = load(elsewhere)
+    asked = recipe.build({"source": elsewhere, "bench": False, "gate": False})
+    effc.compile(asked, tmp_path / "OUT")
+    wrong = engine.lowered(tmp_path / "OUT", package.read(tmp_path / "OUT").engines[1])
+    told, changed = measure.of_engine(source.only("main"), main, Told(), 1, teller=wrong)
+    np.testing.assert_allclose(told, other.processor.encode(TEXTS)["intuition"], atol=1e-6)
+    assert np.abs(changed - logits).max() > 1e-5
+
+
+def test_a_compile_measures_with_both(places, tmp_path, monkeypatch):
+    file = tmp_path / "texts.tsv"
+    file.write_text("".join(f"{w} {v}\t{i % 3}\n" for i, (w, v) in enumerate(itertools.pairwise(WORDS))))  # fmt: skip
+    tellers = []
+    whole = measure.of_engine
+
+    def watched(*given):
+        tellers.append(given[6])
+        return whole(*given)
+
+    monkeypatch.setattr(measure, "of_engine", watched)
+    asked = {
+        "source": places, "calib": {"file": str(file), "samples": 8}, "metric": {"accuracy": str(file)},
+        "passes": [
+            {"pass": "attach-rank1", "sizes": [2, 3]},
+            {"pass": "quantize", "graphs": ["intuition"]},
+        ],
+        "bench": False, "gate": False,
+    }  # fmt: skip
+    effc.compile(recipe.build(asked), tmp_path / "OUT")
+    assert [t.role for t in tellers] == ["intuition"]
+    assert any(site.int8 for site in tellers[0].sites)
+    assert [e.role for e in package.read(tmp_path / "OUT").engines] == ["main", "intuition"]
 
 
 def test_run_answers_texts(out, tmp_path):

@@ -11,7 +11,7 @@ from effc.compiler import trace_source
 from effc.errors import CalibrationError, RecipeError, SourceError
 from effc.samples import Samples
 from effc.source import load
-from kit import WORDS, save_encoder, save_tokenizer, write_sentences
+from kit import WORDS, embeddings, save_encoder, save_tokenizer, write_sentences
 
 EXPERTS = 6
 
@@ -29,22 +29,12 @@ def places(tmp_path):
     embedder = save_encoder(tmp_path / "embedder", seed=2)
     prompts = write_sentences(tmp_path / "prompts.txt").read_text(encoding="utf-8").splitlines()
     encoder = load({"transformers": str(embedder)})
-    embeddings = _embedded(encoder, prompts)
-    intuition.fit(embeddings, EXPERTS, embedder="embedder").write(tmp_path / "c.safetensors")
+    rows = embeddings(encoder, prompts)
+    intuition.fit(rows, EXPERTS, embedder="embedder").write(tmp_path / "c.safetensors")
     return {
         "transformers": str(tmp_path / "classifier"), "intuition": str(tmp_path / "c.safetensors"),
         "embedder": str(embedder),
     }  # fmt: skip
-
-
-def _embedded(source, texts):
-    """Embeddings by hand: every text alone, the mean of its vectors."""
-    rows = []
-    for text in texts:
-        feeds = {n: torch.from_numpy(a) for n, a in source.processor.encode([text]).items()}
-        with torch.no_grad():
-            rows.append(source.module(**feeds)["last_hidden_state"][0].mean(0).numpy())
-    return np.stack(rows)
 
 
 def labelled(file):
@@ -57,9 +47,9 @@ def test_texts_bring_their_scores_along(places):
     source = load(places)
     texts = ["the cat sat on the mat", "rain"]
     feeds = source.processor.encode(texts)
-    embeddings = _embedded(load({"transformers": places["embedder"]}), texts)
+    rows = embeddings(load({"transformers": places["embedder"]}), texts)
     centroids = intuition.read(places["intuition"]).centroids
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(feeds["intuition"], unit @ centroids.T, atol=1e-5)
 
 
