@@ -329,12 +329,26 @@ def _told(place: int, points: At) -> Iterator[tuple[str, Html]]:
         found = [At(t)[term][key].raw for t in told]
         name, title = f"told-{place}-{count}", f"{term}: {key}"
         counts = [v for v in found if isinstance(v, list) and all(type(n) is int for n in v)]
-        if len(counts) == len(found):
+        if len(counts) == len(found) and key.endswith("by cluster"):
+            yield title, _clusters(name, title, counts[-1])
+        elif len(counts) == len(found):
             desc = "How many lie where from 0, at the foot, to 1, at every point of the training."
             yield title, charts.columns(name, title, desc, counts)
         elif all(v is None or type(v) in (int, float) for v in found):
             desc = "At every point of the training."
             yield title, charts.curve(name, title, desc, {"engine": found})
+
+
+def _clusters(name: str, title: str, counts: list[int]) -> Html:
+    """How many requests are of each cluster, the fullest first."""
+    order = sorted(range(len(counts)), key=lambda place: -counts[place])
+    rows = [
+        Bar(label=f"cluster {n}", value=counts[n], words=f"{counts[n]} of {sum(counts)}")
+        for n in order[:MOST_BARS]
+    ]
+    return charts.bars(
+        name, title, "Held-out samples by the cluster that they are nearest to.", rows
+    )
 
 
 def _whole(passes: At) -> Iterator[tuple[At, str]]:

@@ -155,7 +155,7 @@ class Tuner:
         folder = self.cache.root / "train" / key[:32] if self.cache.root and is_kept else None
         run = fit(
             module, _loss(pass_, self.teacher, self._task(pass_)), drawn, _schedule(pass_), held=held,
-            folder=folder, progress=progress, courses=_courses(pass_, graph),
+            folder=folder, progress=progress, courses=_courses(pass_, graph, held),
             precision=pass_.precision, score=score, shares=_shares(pass_, module),
         )  # fmt: skip
         tensors = module.tensors()
@@ -242,7 +242,7 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
         drawn, held = _of_batches(pass_, [Example(feeds=tensors_for(graph, b)) for b in given])
         run = fit(
             module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held,
-            courses=_courses(pass_, graph), precision=pass_.precision, shares=_shares(pass_, module),
+            courses=_courses(pass_, graph, held), precision=pass_.precision, shares=_shares(pass_, module),
         )  # fmt: skip
         stats.notes["curve"] = _curve(run)
         return module.tensors()
@@ -260,9 +260,9 @@ def _beside(task: Task | None, pass_: Tune, held: Sequence[Record]) -> list[Reco
     return [Record(item=i) for file in pass_.beside for i in task.beside(Path(file), judged)]
 
 
-def _courses(pass_: Tune, graph: Graph) -> list[Course]:
+def _courses(pass_: Tune, graph: Graph, held: Sequence[Example] = ()) -> list[Course]:
     own = terms.begin(pass_.terms, graph, pass_.steps, _schedule(pass_).rate)
-    return [*own, *gates.begin(graph)]
+    return [*own, *gates.begin(graph, (example.feeds for example in held))]
 
 
 def _curve(run: Run) -> list[dict[str, Any]]:

@@ -109,6 +109,16 @@ def test_the_package_holds_its_clusters_and_what_embeds(out, places):
     assert {p.role for p in manifest.passes if p.name == "attach-rank1"} == {"main"}
 
 
+def test_the_report_says_which_clusters_samples_are_of(out):
+    told = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    (curve,) = [n for p in told["passes"] for k, n in p["notes"].items() if k.endswith("curve")]
+    counts = curve[-1]["told"]["gates"]["requests by cluster"]
+    assert len(counts) == EXPERTS and sum(counts) > 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    fullest = counts.index(max(counts))
+    assert f"cluster {fullest}" in page and f"{max(counts)} of {sum(counts)}" in page
+
+
 class Told:
     """A metric that keeps what engines were fed."""
 

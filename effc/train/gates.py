@@ -2,29 +2,40 @@
 
     share       ω = σ(100 w)        of the router in the gates of an adapter; the rest is the intuition's
     strength    σ(100 v)            what an adapter's change is multiplied by
+    requests    how many held-out samples are nearest to each cluster
 
 It adds nothing to the loss and changes nothing; the formulas are in `effc/nn/rank1.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from effc.intuition import INPUT
 from effc.ir.program import Graph
 from effc.nn.rank1 import MIX, SIZE, SLOPE
 from effc.train.terms import Course, Live
 
 WORD = "gates"
 BINS = 10
+REQUESTS = "requests by cluster"
 PARTS = {"share of the router": MIX, "strength": SIZE}
 
 
-def begin(graph: Graph) -> list[GatesCourse]:
-    """The course of a graph with experts; none for one without gates of that kind."""
+def begin(graph: Graph, held: Iterable[Mapping[str, Tensor]] = ()) -> list[GatesCourse]:
+    """The course of a graph with experts; none for one without gates of that kind. `held` are inputs by name."""
     found = {part: [n for n in graph.tensors() if n.endswith(word)] for part, word in PARTS.items()}
-    return [GatesCourse(found)] if any(found.values()) else []
+    if not any(found.values()):
+        return []
+    scores = [feeds[INPUT] for feeds in held if INPUT in feeds]
+    nearest = (
+        torch.cat(scores).argmax(-1).bincount(minlength=scores[0].shape[-1]) if scores else None
+    )
+    return [GatesCourse(found, nearest.tolist() if nearest is not None else [])]
 
 
 class GatesCourse(Course):
@@ -32,11 +43,11 @@ class GatesCourse(Course):
 
     word = WORD
 
-    def __init__(self, parts: dict[str, list[str]]) -> None:
-        self.parts = parts
+    def __init__(self, parts: dict[str, list[str]], nearest: list[int]) -> None:
+        self.parts, self.nearest = parts, nearest
 
     def told(self, step: int, live: Live) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {REQUESTS: self.nearest} if self.nearest else {}
         for part, names in self.parts.items():
             values = [live[name].detach().float() * SLOPE for name in names if name in live]
             if not values:
