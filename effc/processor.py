@@ -200,7 +200,7 @@ class Processor:
     def token_ids(self, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
         """The tokens of each text with the model's marks around them, cut to the model's length."""
         begin = self.bos_id if self.kind == "causal-lm" else None
-        limit = self._limit(max_length)
+        limit = self.limit(max_length)
         rows = [list(ids) for ids in self._encoded(list(texts), max_length=limit)["input_ids"]]
         if begin is not None:
             rows = [ids if ids[:1] == [begin] else [begin, *ids][:limit] for ids in rows]
@@ -221,7 +221,7 @@ class Processor:
         encoded = self._encoded(
             [list(words) for words in sentences],
             is_split_into_words=True,
-            max_length=self._limit(None),
+            max_length=self.limit(None),
         )
         places: list[dict[int, int]] = []
         for i in range(len(sentences)):
@@ -244,7 +244,8 @@ class Processor:
                 hint="calibrate with an .npz of ready inputs, or repair the tokenizer files",
             ) from error
 
-    def _limit(self, max_length: int | None) -> int:
+    def limit(self, max_length: int | None = None) -> int:
+        """How many tokens of a text are kept."""
         return min(n for n in (max_length, self.max_length, LONGEST) if n)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Array]:

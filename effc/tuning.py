@@ -32,6 +32,7 @@ from effc.machine import installed
 from effc.passes.base import Pass, Stats, Trainer
 from effc.passes.pipeline import options_of
 from effc.passes.tune import Tune
+from effc.processor import Processor
 from effc.recipe import CalibSpec
 from effc.samples import Samples
 from effc.source import Source
@@ -208,6 +209,8 @@ class Tuner:
 
         def example(chosen: Sequence[Record]) -> Example:
             inputs = tensors_for(graph, samples.of_records(graph.role, chosen))
+            if pass_.task == "answer" and chosen[0].text is not None:
+                _refuse_cut(inputs, self.source.processor, spec.max_length)
             if task is not None:
                 wanted = task.wanted([r.item for r in chosen])
                 return Example(
@@ -275,6 +278,19 @@ def _schedule(pass_: Tune) -> Schedule:
         clip=pass_.clip, seed=pass_.seed, check_every=pass_.every or max(1, min(50, pass_.steps // 8)),
         patience=pass_.patience,
     )  # fmt: skip
+
+
+def _refuse_cut(
+    inputs: Mapping[str, Tensor], processor: Processor | None, most: int | None
+) -> None:
+    """Raise TuneError where a text is as long as is read: its last token, the answer, may be gone."""
+    mask = mask_of(inputs)
+    limit = processor.limit(most) if processor is not None else None
+    if limit is not None and mask is not None and int(mask.sum(1).max()) >= limit:
+        raise TuneError(
+            f"a sample is cut to {limit} tokens, and its answer, the last of them, may be gone",
+            hint="raise `max_length`, or leave long samples out of the file",
+        )
 
 
 def _shares(pass_: Tune, module: InGraph) -> list[float]:

@@ -9,7 +9,7 @@ from test_generate import PROMPTS, saved
 import effc
 from effc import intuition, metrics, package, recipe
 from effc.causal import ROLES, complete
-from effc.errors import UsageError
+from effc.errors import TuneError, UsageError
 from effc.source import load
 from kit import cli, embeddings, save_encoder, write_sentences
 
@@ -123,6 +123,20 @@ def test_tools_that_do_not_work_it_out_are_refused(out, tmp_path):
     ran = cli("package", out, "--layout", "onnxruntime-genai", "-o", tmp_path / "genai")
     assert ran.code == UsageError.exit_code and "what a request is about" in ran.err
     assert not (tmp_path / "genai").exists()
+
+
+def test_an_answer_that_may_be_cut_off_is_not_trained_on(spec, tmp_path):
+    texts = write_sentences(tmp_path / "texts.txt")
+    tune = {"pass": "tune", "task": "answer", "distill": 0, "steps": 1, "held": 2, "max_length": 6}
+    asked = {
+        "source": {"transformers": spec["transformers"], "cache": False}, "bench": False, "gate": False,
+        "passes": [{"pass": "attach-lora", "rank": 2}, {**tune, "file": str(texts)}],
+    }  # fmt: skip
+    with pytest.raises(TuneError, match="cut to 6 tokens") as error:
+        effc.compile(recipe.build(asked), tmp_path / "OUT")
+    assert "max_length" in error.value.hint and not (tmp_path / "OUT").exists()
+    asked["passes"][1]["max_length"] = 90
+    effc.compile(recipe.build(asked), tmp_path / "OUT")
 
 
 def test_without_who_embeds_a_prompt_is_refused(spec, tmp_path):
