@@ -9,7 +9,7 @@ change are sent.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def _side(root: Path) -> _Side:
     if strange := [name for name in engines if not name.endswith(".onnx")]:
         raise DeltaError(
             f"{strange[0]} is an engine whose weights have no place in the file",
-            hint="deltas are for targets ort, onnx and openvino",
+            hint="deltas are for targets ort, onnx and openvino; effc delta refit is for tensorrt",
         )
     return _Side(
         manifest=manifest, text=text, contents=contents,
@@ -151,19 +151,18 @@ def _compare(before: _Side, after: _Side) -> None:
         if a != b:
             raise DeltaError(f"the new package has {what}", hint=FROZEN)
     for name, known in before.weights.items():
-        if known != after.weights[name] or _skeleton(before, name) != _skeleton(after, name):
+        graphs = {skeleton(side.contents, known.tensors.values()) for side in (before, after)}
+        if known != after.weights[name] or len(graphs) > 1:
             raise DeltaError(f"{name} is another graph in the new package", hint=FROZEN)
 
 
-def _skeleton(side: _Side, engine: str) -> str:
-    """sha256 of the bytes of an engine that are no weights."""
-    every = tuple(
-        Entry(tensor=t, encoding="", payload=b"") for t in side.weights[engine].tensors.values()
-    )
+def skeleton(contents: Mapping[str, Array], tensors: Iterable[codec.Tensor]) -> str:
+    """sha256 of the bytes of files that are none of these tensors."""
+    every = tuple(Entry(tensor=t, encoding="", payload=b"") for t in tensors)
     blank = Packet(
         base="", target="", counter=0, graph="", error=0, entries=every, texts=(), vectors=()
     )
-    return device.graph_of({**side.contents}, blank)
+    return device.graph_of(contents, blank)
 
 
 def _bytes(side: _Side, tensor: codec.Tensor) -> bytes:
