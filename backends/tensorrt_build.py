@@ -112,23 +112,10 @@ def build(
 
     Raises LoweringError with every node that the parser refuses, or with the builder's own first reason.
     """
-    trt, said_by = library(), Log()
+    said_by = Log()
     logger = said_by.logger()
     with _hushed() as aside:
-        try:
-            builder = trt.Builder(logger)
-        except TypeError as error:  # enterprise TensorRT without a driver
-            why = " ".join(said_by.errors) or str(error)
-            raise BackendUnavailable(
-                f"TensorRT {trt.__version__} makes no builder here: {_first(why)}",
-                hint="pip install 'effc[tensorrt]' for TensorRT-RTX, which builds without a GPU",
-            ) from error
-        flags = trt.NetworkDefinitionCreationFlag
-        typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-        network = builder.create_network(typed)
-        parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(path)):
-            raise _refused(parser, places or {})
+        builder, network, _parser = _parsed(path, said_by, logger, places or {})
         config = builder.create_builder_config()
         config.progress_monitor = monitor = _monitor(step)
         _configure(config, plan)
@@ -148,6 +135,40 @@ def build(
             hint="leave the part out of 16 bit with `exclude`, or choose other compute capabilities",
         )
     return Built(engine=memoryview(made), layers=network.num_layers)
+
+
+def _parsed(
+    path: Path, said_by: Log, logger: Any, places: Mapping[str, str]
+) -> tuple[Any, Any, Any]:
+    """A builder, the network of an ONNX file, and the parser, which holds the network's weights."""
+    trt = library()
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # enterprise TensorRT without a driver
+        why = " ".join(said_by.errors) or str(error)
+        raise BackendUnavailable(
+            f"TensorRT {trt.__version__} makes no builder here: {_first(why)}",
+            hint="pip install 'effc[tensorrt]' for TensorRT-RTX, which builds without a GPU",
+        ) from error
+    flags = trt.NetworkDefinitionCreationFlag
+    typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+    network = builder.create_network(typed)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise _refused(parser, places)
+    return builder, network, parser
+
+
+def unknown_weights(path: Path, names: Sequence[str]) -> list[str]:
+    """Names by which no weight of an ONNX file's network can be exchanged, as the library sees it, without a GPU.
+
+    Raises BackendUnavailable where there is no library, LoweringError where its parser refuses the file.
+    """
+    said_by = Log()
+    logger = said_by.logger()
+    with _hushed():
+        _builder, network, _parser = _parsed(path, said_by, logger, {})
+        return [name for name in names if not network.mark_weights_refittable(name)]
 
 
 def _monitor(step: Step) -> Any:

@@ -1078,6 +1078,41 @@ def delta_make(
     _write_json(json_, made.numbers)
 
 
+@delta.command("refit")
+def delta_refit(
+    old: Annotated[Path, typer.Argument(help="The package whose engine takes other weights.")],
+    new: Annotated[
+        Path, typer.Argument(help="The same, compiled of new weights with --decisions.")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help="Weights to write (.safetensors).")
+    ],
+    key: Annotated[Path, typer.Option("--key", help="Private key to sign with.")],
+    release: Annotated[
+        int, typer.Option("--release", min=1, help="Number of the release, above all before.")
+    ],
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Write the weights that changed of a TensorRT engine that was built with `weights: refittable`.
+
+    \b
+    Example:
+      effc delta refit OLD NEW --release 1 --key release.key -o weights.safetensors
+    """
+    _outside(json_, old, new)
+    _outside(str(out), old, new, option="-o")
+    from effc.delta import refit
+
+    made = refit.made(old, new, release=release)
+    told = refit.told(old, made)
+    _write("-o", str(out), refit.written(made, key))
+    for line in refit.lines(told):
+        _say(line, json_)
+    _say(f"{out} is ready", json_)
+    _write_json(json_, told)
+
+
 @delta.command("init")
 def delta_init(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Directory to make.")],

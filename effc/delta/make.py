@@ -8,9 +8,8 @@ change are sent.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,19 @@ from typing import Any
 import numpy as np
 
 from effc import package, paths, scratch
-from effc.delta import codec, device, packet, rate, weights
+from effc.delta import codec, device, packet, rate, steps, weights
 from effc.delta.codec import Array
 from effc.delta.packet import Entry, Packet, Text, Vector
 from effc.delta.rate import Candidate, Part, Unit
-from effc.delta.weights import Coded, Weights
+from effc.delta.weights import Weights
 from effc.errors import DeltaError
 from effc.plain import sealed
 
 LOOKED_AT = 64
 """Elements of an output that a test vector has."""
 TOLERANCE = 0.02
-LOOSE = 1.3
-"""How much larger what is compared may be than what is sent, as that is packed tight."""
+LOOSE = 1.05
+"""How much larger than a budget what is chosen at first may be, as naming it may take less than is reckoned."""
 FROZEN = "compile the new weights with the same recipe and --decisions OLD/decisions.json"
 
 
@@ -78,28 +77,32 @@ def make(
     _compare(before, after)
     bare = _Bare(before, after, counter, inputs)
     if before.text == after.text:
-        return _made(bare, (), 0.0, signer, mirror)
+        return _built(bare, (), 0.0, signer).kept(mirror)
     if budget is None and not max_error:
-        return _made(bare, _exact(before, after), 0.0, signer, mirror)
+        return _built(bare, _exact(before, after), 0.0, signer).kept(mirror)
     units = _units(before, after, importance or {})
     change = sum(unit.candidates[0].error for unit in units)
     room = float("inf") if budget is None else LOOSE * budget
     beside = 0  # bytes that are no payloads, as far as is known
-    tight = functools.cache(_tight)
     while True:
         chosen = rate.allocate(units, most_bytes=room, most_error=(max_error or 0) ** 2 * change)
+        parts = [part for way in chosen for part in way.parts]
+        if not all(part.is_tight for part in parts):
+            units = [rate.tightened(*each) for each in zip(units, chosen, strict=True)]
+            continue  # what that saves is room for more
         left = sum(way.error for way in chosen)
-        parts = [tight(part) for way in chosen for part in way.parts]
         size = sum(len(part.payload) for part in parts)
-        if budget is None or not parts or size + beside <= budget:
+        is_least = not parts or room <= 0  # what has to be sent is left
+        if budget is None or is_least or size + beside <= budget:
             error = float(np.sqrt(left / change)) if change else 0.0
-            found = _made(bare, parts, error, signer, None)
-            beside = len(found.content) - size
-            if budget is None or len(found.content) <= budget:
-                return _made(bare, parts, error, signer, mirror) if mirror else found
-            if not parts or room <= 0:
+            found = _built(bare, parts, error, signer)
+            made = found.made
+            beside = len(made.content) - size
+            if budget is None or len(made.content) <= budget:
+                return found.kept(mirror)
+            if is_least:
                 raise DeltaError(
-                    f"{len(found.content)} bytes are needed to send nothing but manifest, tests and what has no error",
+                    f"{len(made.content)} bytes are needed to send nothing but manifest, tests and what has no error",
                     hint="give a larger --budget",
                 )
         spent = sum(way.bytes for way in chosen)
@@ -131,7 +134,7 @@ def _side(root: Path) -> _Side:
     if strange := [name for name in engines if not name.endswith(".onnx")]:
         raise DeltaError(
             f"{strange[0]} is an engine whose weights have no place in the file",
-            hint="deltas are for targets ort, onnx and openvino",
+            hint="deltas are for targets ort, onnx and openvino; effc delta refit is for tensorrt",
         )
     return _Side(
         manifest=manifest, text=text, contents=contents,
@@ -148,23 +151,18 @@ def _compare(before: _Side, after: _Side) -> None:
         if a != b:
             raise DeltaError(f"the new package has {what}", hint=FROZEN)
     for name, known in before.weights.items():
-        if known != after.weights[name] or _skeleton(before, name) != _skeleton(after, name):
+        graphs = {skeleton(side.contents, known.tensors.values()) for side in (before, after)}
+        if known != after.weights[name] or len(graphs) > 1:
             raise DeltaError(f"{name} is another graph in the new package", hint=FROZEN)
 
 
-def _skeleton(side: _Side, engine: str) -> str:
-    """sha256 of the bytes of an engine that are no weights."""
-    every = tuple(
-        Entry(tensor=t, encoding="", payload=b"") for t in side.weights[engine].tensors.values()
-    )
+def skeleton(contents: Mapping[str, Array], tensors: Iterable[codec.Tensor]) -> str:
+    """sha256 of the bytes of files that are none of these tensors."""
+    every = tuple(Entry(tensor=t, encoding="", payload=b"") for t in tensors)
     blank = Packet(
         base="", target="", counter=0, graph="", error=0, entries=every, texts=(), vectors=()
     )
-    return device.graph_of({**side.contents}, blank)
-
-
-def _tight(part: Part) -> Part:
-    return replace(part, payload=codec.tightened(part.payload))
+    return device.graph_of(contents, blank)
 
 
 def _bytes(side: _Side, tensor: codec.Tensor) -> bytes:
@@ -181,7 +179,7 @@ def _exact(before: _Side, after: _Side) -> list[Part]:
         for tensor in known.tensors.values():
             old, new = _bytes(before, tensor), _bytes(after, tensor)
             if old != new:  # engines may share a tensor in one file
-                found[tensor.file, tensor.offset] = _tight(rate.exact(tensor, old, new))
+                found[tensor.file, tensor.offset] = rate.exact(tensor, old, new).tightened()
     return [found[place] for place in sorted(found)]
 
 
@@ -190,19 +188,16 @@ def _units(before: _Side, after: _Side, importance: Mapping[str, Array | float])
     found = []
     for known in before.weights.values():
         for coded in known.coded:
-            held = [
-                known.tensors[n]
-                for n in (coded.codes, coded.scale, coded.zero)
-                if n in known.tensors
-            ]
+            held = [known.tensors[n] for n in coded.names if n in known.tensors]
             places = {(t.file, t.offset) for t in held}
             sent = {(t.file, t.offset) for t in held if _bytes(before, t) != _bytes(after, t)}
             if sent & seen:  # by another engine, or with a zero point that two weights share
                 continue
-            unit = _coded_unit(known, coded, before, after, importance.get(coded.codes, 1.0))
-            if unit is not None:
-                seen |= places
-                found.append(unit)
+            if len(held) < len(coded.names):
+                continue
+            olds, news = ({t.name: _bytes(side, t) for t in held} for side in (before, after))
+            seen |= places
+            found.append(steps.unit(known, coded, olds, news, importance.get(coded.codes, 1.0)))
         for name, tensor in known.tensors.items():
             old, new = _bytes(before, tensor), _bytes(after, tensor)
             if old == new or _at(known, name) in seen:
@@ -220,56 +215,6 @@ def _units(before: _Side, after: _Side, importance: Mapping[str, Array | float])
 def _at(known: Weights, name: str) -> tuple[str, int]:
     tensor = known.tensors.get(name)
     return (tensor.file, tensor.offset) if tensor else (name, -1)
-
-
-def _coded_unit(
-    known: Weights, coded: Coded, before: _Side, after: _Side, weight: Array | float
-) -> Unit | None:
-    """The ways to send a weight in codes; None where its type is none of ours."""
-    names = [n for n in (coded.codes, coded.scale, coded.zero) if n]
-    if not all(n in known.tensors for n in names):
-        return None
-    try:
-        low, high = weights.code_range(known, coded.codes)
-    except KeyError:
-        return None
-    olds, news = ({n: _bytes(side, known.tensors[n]) for n in names} for side in (before, after))
-    tensor = known.tensors[coded.codes]
-    if olds == news:
-        return Unit(name=tensor.name, candidates=(Candidate(error=0.0),))
-    old_codes, scale, zero = _grid(known, coded, olds)
-    new_codes, new_scale, new_zero = _grid(known, coded, news)
-    target = (new_codes - new_zero) * new_scale
-    h = np.broadcast_to(np.asarray(weight, np.float64), target.shape)
-    exact_place = target / np.where(scale == 0, 1, scale) + zero
-    ways = [Candidate(error=_error(target, (old_codes - zero) * scale, h))]
-    near = np.clip(np.rint(exact_place), low, high).astype(np.int64)
-    left, gone = (h * (target - (codes - zero) * scale) ** 2 for codes in (near, old_codes))
-    gain = np.where(near == old_codes, 0.0, gone - left).reshape(-1)
-    first = np.argsort(-gain, kind="stable")  # what lowers the error most is sent first
-    for count in rate.counts(int((gain > 0).sum())):
-        codes = old_codes.copy()
-        codes.reshape(-1)[first[:count]] = near.reshape(-1)[first[:count]]
-        part = rate.exact(tensor, olds[coded.codes], weights.bytes_of(known, coded.codes, codes))
-        ways.append(Candidate(error=_error(target, (codes - zero) * scale, h), parts=(part,)))
-    every = [rate.exact(known.tensors[n], olds[n], news[n]) for n in names if olds[n] != news[n]]
-    ways.append(Candidate(error=0.0, parts=tuple(every)))
-    return Unit(name=tensor.name, candidates=tuple(ways))
-
-
-def _grid(known: Weights, coded: Coded, content: Mapping[str, bytes]) -> tuple[Array, Array, Array]:
-    """Codes, and a scale and a zero point for each."""
-    shape = known.tensors[coded.codes].shape
-    codes = weights.array(known, coded.codes, content[coded.codes])
-    scale = weights.spread(weights.array(known, coded.scale, content[coded.scale]), coded, shape)
-    if coded.zero is None:
-        return codes, scale, np.zeros(shape, np.int64)
-    zero = weights.array(known, coded.zero, content[coded.zero])
-    return codes, scale, weights.spread(zero, coded, shape)
-
-
-def _error(target: Array, made: Array, weight: Array) -> float:
-    return float((weight * (target - made) ** 2).sum())
 
 
 # the file
@@ -312,9 +257,23 @@ class _Bare:
         return contents, device.slot_texts(told)[0]
 
 
-def _made(
-    bare: _Bare, parts: Sequence[Part], error: float, signer: Any, mirror: Path | None
-) -> Made:
+@dataclass(frozen=True, kw_only=True)
+class _Built:
+    """A delta with the files and the manifest of its target."""
+
+    made: Made
+    contents: dict[str, Array]
+    text: str
+
+    def kept(self, mirror: Path | None) -> Made:
+        """The delta, its target written where it is asked for."""
+        if mirror is not None:
+            with package.staged(mirror) as stage:
+                _write(stage.package, self.contents, self.text)
+        return self.made
+
+
+def _built(bare: _Bare, parts: Sequence[Part], error: float, signer: Any) -> _Built:
     entries = tuple(
         Entry(tensor=p.tensor, encoding=p.encoding, payload=p.payload)
         for p in sorted(parts, key=lambda p: (p.tensor.file, p.tensor.offset))
@@ -341,9 +300,6 @@ def _made(
             ]
         found = replace(found, vectors=tuple(vectors))
     content = packet.written(found, signer)
-    if mirror is not None:
-        with package.staged(mirror) as stage:
-            _write(stage.package, contents, text)
     full = sum(bare.before.contents[name].size for name in sorted(bare.patched))
     numbers = {
         "bytes": len(content), "full_bytes": full, "share": len(content) / full if full else 0.0,
@@ -351,7 +307,8 @@ def _made(
         "tensors": len(entries),
         "encodings": {w: sum(e.encoding == w for e in entries) for w in sorted({e.encoding for e in entries})},
     }  # fmt: skip
-    return Made(packet=found, content=content, numbers=numbers)
+    made = Made(packet=found, content=content, numbers=numbers)
+    return _Built(made=made, contents=contents, text=text)
 
 
 def _text(name: str, old: bytes, new: bytes) -> Text:

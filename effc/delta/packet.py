@@ -171,13 +171,17 @@ def check_signature(content: bytes, keys: Sequence[str]) -> None:
     if len(content) < len(MAGIC) + 4 + SIGNATURE or content[: len(MAGIC)] != MAGIC:
         raise DeltaError("the file is no delta, or one of another version", hint=HARMED)
     message = CONTEXT + hashlib.sha256(memoryview(content)[:-SIGNATURE]).digest()
+    check_signed(message, content[-SIGNATURE:].hex(), keys)
+
+
+def check_signed(message: bytes, signature: str, keys: Sequence[str]) -> None:
+    """Raise DeltaError where none of the trusted keys has made a signature, in hex, of a message."""
     for word in keys:
         try:
-            ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(word)).verify(
-                content[-SIGNATURE:], message
-            )
+            key = ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(word))
+            key.verify(bytes.fromhex(signature), message)
             return
-        except InvalidSignature:
+        except (InvalidSignature, ValueError):
             continue
     raise DeltaError("the signature is by none of the trusted keys", hint=HARMED)
 

@@ -11,7 +11,7 @@ leaves of the budget is filled with what fits, on the hull or not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from effc.delta import codec
 from effc.delta.codec import Array, Tensor
+from effc.errors import DeltaError
 
 MOST_SHARE = 0.04
 """Of elements that `topk` is tried with."""
@@ -29,11 +30,17 @@ RANKS = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A tensor and how it is sent."""
+    """A tensor and how it is sent; `is_tight` where its payload has no fewer bytes to be found."""
 
     tensor: Tensor
     encoding: str
     payload: bytes
+    is_tight: bool = False
+
+    def tightened(self) -> Part:
+        if self.is_tight:
+            return self
+        return replace(self, payload=codec.tightened(self.encoding, self.payload), is_tight=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,14 @@ class Unit:
     candidates: tuple[Candidate, ...]
 
 
+def tightened(unit: Unit, chosen: Candidate) -> Unit:
+    """The unit with the payloads of one of its ways as they are sent in the end."""
+    tight = replace(chosen, parts=tuple(part.tightened() for part in chosen.parts))
+    return replace(
+        unit, candidates=tuple(tight if way is chosen else way for way in unit.candidates)
+    )
+
+
 def lossy(tensor: Tensor, change: Array, weight: Array) -> Iterator[tuple[str, bytes]]:
     """Every lossy encoding of `change` [n], as its word and payload."""
     for bits in (8, 4, 2):
@@ -77,11 +92,19 @@ def lossy(tensor: Tensor, change: Array, weight: Array) -> Iterator[tuple[str, b
 
 
 def counts(most: int) -> list[int]:
-    """Numbers of elements to try, each a quarter of the one before, so that any budget has one near."""
+    """Numbers of elements to try, each half of the one before, so that any budget has one near."""
     found = [most] if most else []
-    while found and found[-1] >= 4 * FEWEST:
-        found.append(found[-1] // 4)
+    while found and found[-1] >= 2 * FEWEST:
+        found.append(found[-1] // 2)
     return found
+
+
+def largest(values: Array, count: int) -> Array:
+    """Places of the `count` largest [n]; of equal ones the first, as neighbours are named in fewer bytes."""
+    edge = np.partition(values, values.size - count)[values.size - count]
+    found = values > edge
+    found[np.flatnonzero(values == edge)[: count - int(found.sum())]] = True
+    return np.flatnonzero(found)
 
 
 def _factors(matrix: Array, rank: int) -> tuple[Array, Array]:
@@ -100,7 +123,7 @@ def floats(tensor: Tensor, old: bytes, new: bytes, weight: Array | float = 1.0) 
     kind = codec.FLOATS[tensor.dtype]
     target = np.frombuffer(new, kind).astype(np.float64)
     change = (target - np.frombuffer(old, kind)).astype(np.float32)
-    h = np.broadcast_to(np.asarray(weight, np.float64), tensor.shape).reshape(-1)
+    h = weighed(tensor.name, weight, tensor.shape).astype(np.float64).reshape(-1)
     ways = [Candidate(error=float((h * change.astype(np.float64) ** 2).sum()))]
     for encoding, payload in lossy(tensor, change, h):
         made = np.frombuffer(codec.decode(tensor, encoding, payload, old), kind)
@@ -108,6 +131,18 @@ def floats(tensor: Tensor, old: bytes, new: bytes, weight: Array | float = 1.0) 
         ways.append(Candidate(error=float((h * (target - made) ** 2).sum()), parts=(part,)))
     ways.append(Candidate(error=0.0, parts=(exact(tensor, old, new),)))
     return Unit(name=tensor.name, candidates=tuple(ways))
+
+
+def weighed(name: str, weight: Array | float, shape: tuple[int, ...]) -> Array:
+    """The importance of each element. Raises DeltaError where it was given in another shape."""
+    given = np.asarray(weight)
+    try:
+        return np.broadcast_to(given, shape)
+    except ValueError as error:
+        raise DeltaError(
+            f"the importance of {name!r} is {list(given.shape)}, which does not go with {list(shape)}",
+            hint="give one number, or an array of that shape",
+        ) from error
 
 
 def exact(tensor: Tensor, old: bytes, new: bytes) -> Part:

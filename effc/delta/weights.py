@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from effc.backends import onnx_file
+from effc.delta import codec
 from effc.delta.codec import Array, Tensor
 from effc.errors import DeltaError
 
@@ -27,13 +28,24 @@ _FOUR_BITS = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 @dataclass(frozen=True, kw_only=True)
 class Coded:
-    """A weight in codes: value = (code − zero) · scale, along `axis` or in blocks of it. Names of initialisers."""
+    """A weight in codes: value = (code − zero) · scale, along `axis` or in blocks of it. Names of initialisers.
+
+    `bits` is 0 where the type of the codes says how wide they are; else they lie as MatMulNBits reads them,
+    [rows, blocks, bytes], with a scale for each block and around the middle where there is no zero point. `others` are
+    scales and zero points by which the same codes are read elsewhere: what moves one must move all.
+    """
 
     codes: str
     scale: str
     zero: str | None
     axis: int
     block: int
+    bits: int = 0
+    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.codes, self.scale, self.zero, *self.others) if name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +144,21 @@ _PRODUCTS = {"MatMulIntegerToFloat": (1, 3, 5), "DynamicQuantizeMatMul": (1, 2, 
 
 def _coded(model: onnx.ModelProto, tensors: dict[str, Tensor]) -> Iterator[Coded]:
     """Weights in codes whose scale is constant, each once, and no scale that two weights share."""
-    found = {
-        each.codes: each
-        for each in reversed([*_read_as_codes(model)])
-        if each.codes in tensors and each.scale in tensors
-    }
-    scales = [each.scale for each in found.values()]
-    yield from (found[codes] for codes in sorted(found) if scales.count(found[codes].scale) == 1)
+    found: dict[str, Coded] = {}
+    for each in _read_as_codes(model):
+        if each.codes not in tensors or each.scale not in tensors:
+            continue
+        first = found.setdefault(each.codes, each)
+        first, other = (each, first) if each.bits and not first.bits else (first, each)
+        beside = dict.fromkeys([*first.others, *other.names[1:], *other.others])
+        others = tuple(name for name in beside if name not in (first.scale, first.zero))
+        found[each.codes] = replace(first, others=others)
+    scales = [name for each in found.values() for name in {each.scale, *each.others}]
+    yield from (
+        each
+        for _, each in sorted(found.items())
+        if all(scales.count(name) == 1 for name in (each.scale, *each.others))
+    )
 
 
 def _read_as_codes(model: onnx.ModelProto) -> Iterator[Coded]:
@@ -153,12 +173,22 @@ def _read_as_codes(model: onnx.ModelProto) -> Iterator[Coded]:
         elif node.op_type in _PRODUCTS:
             codes, scale, zero = (_named(inputs, place) for place in _PRODUCTS[node.op_type])
             yield Coded(codes=codes or "", scale=scale or "", zero=zero, axis=-1, block=0)
+        elif node.op_type == "MatMulNBits":
+            bits = told.get("bits", 4)
+            yield Coded(
+                codes=inputs[1], scale=inputs[2], zero=_named(inputs, 3), axis=-1,
+                block=told["block_size"], bits=bits if bits in _MIDDLES and not _named(inputs, 4) else -1,
+            )  # fmt: skip
+        elif node.op_type == "GatherBlockQuantized":
+            table = made[inputs[0]].input[0] if _made_by(made, inputs[0], "Reshape") else inputs[0]
+            yield Coded(codes=table, scale=inputs[2], zero=_named(inputs, 3), axis=-1, block=0)
         elif node.op_type == "Mul":
             rows = [_rows(made, name) for name in inputs]
             for row, size in (rows, rows[::-1]):  # rows of a table, and a scale for each of them
-                if row and size and row[1] and _made_by(made, size[0], "Unsqueeze"):
-                    wide = made[size[0]]
-                    yield Coded(codes=row[0], scale=wide.input[0], zero=None, axis=0, block=0)
+                if row and size and row[1] and not size[1]:
+                    wide = _made_by(made, size[0], "Unsqueeze")  # or folded, where it is small
+                    scale = made[size[0]].input[0] if wide else size[0]
+                    yield Coded(codes=row[0], scale=scale, zero=None, axis=0, block=0)
 
 
 def _named(inputs: Sequence[str], place: int) -> str | None:
@@ -171,8 +201,12 @@ def _made_by(made: Mapping[str, onnx.NodeProto], name: str, kind: str) -> bool:
 
 def _rows(made: Mapping[str, onnx.NodeProto], name: str) -> tuple[str, bool] | None:
     """What a value is rows of, and whether they were codes; None where it is no rows."""
+    if _made_by(made, name, "Sub"):  # of a table that MatMulNBits reads as well, around the middle
+        name = made[name].input[0]
     cast = _made_by(made, name, "Cast")
     name = made[name].input[0] if cast else name
+    if cast and _made_by(made, name, "Reshape"):
+        name = made[name].input[0]
     if not _made_by(made, name, "Gather") or any(a.i for a in made[name].attribute):
         return None
     return made[name].input[0], cast
@@ -180,49 +214,76 @@ def _rows(made: Mapping[str, onnx.NodeProto], name: str) -> tuple[str, bool] | N
 
 # numbers of bytes, and back
 
-
-def array(weights: Weights, name: str, content: bytes) -> Array:
-    """The numbers of a tensor in its shape, float64 for floats and int64 for codes. Raises KeyError for other types."""
-    kind, shape = weights.kinds[name], weights.tensors[name].shape
-    if kind in _FOUR_BITS:
-        packed = np.frombuffer(content, np.uint8)
-        found = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[: math.prod(shape)]
-        signed = found.astype(np.int64)
-        return np.where(
-            (signed > 7) & (kind == onnx.TensorProto.INT4), signed - 16, signed
-        ).reshape(shape)
-    if kind in _FLOATS:
-        return np.frombuffer(content, _FLOATS[kind]).astype(np.float64).reshape(shape)
-    return np.frombuffer(content, _INTEGERS[kind][0]).astype(np.int64).reshape(shape)
-
-
 _INTEGERS: dict[int, tuple[str, int, int]] = {
     onnx.TensorProto.INT8: ("<i1", -128, 127),
     onnx.TensorProto.UINT8: ("<u1", 0, 255),
     onnx.TensorProto.INT32: ("<i4", -(2**31), 2**31 - 1),
 }
+_MIDDLES = {4: 8, 8: 128}
+"""What MatMulNBits takes for 0, by its bits, where it has no zero points."""
 
 
-def code_range(weights: Weights, name: str) -> tuple[int, int]:
-    """The least and the greatest code of a tensor. Raises KeyError where its type is none of codes."""
-    kind = weights.kinds[name]
+def code_range(weights: Weights, coded: Coded) -> tuple[int, int]:
+    """The least and the greatest code of a weight. Raises KeyError where what it is written in is none of ours."""
+    if coded.bits:
+        return 0, 2 * _MIDDLES[coded.bits] - 1
+    kind = weights.kinds[coded.codes]
     if kind in _FOUR_BITS:
         return (-8, 7) if kind == onnx.TensorProto.INT4 else (0, 15)
     return _INTEGERS[kind][1:]
 
 
-def bytes_of(weights: Weights, name: str, codes: Array) -> bytes:
+def grid(
+    weights: Weights, coded: Coded, content: Mapping[str, bytes]
+) -> tuple[Array, Array, Array]:
+    """The codes of a weight, and a scale and a zero point for each. Raises KeyError where a type is none of ours."""
+    if coded.bits:
+        return _blocks(weights, coded, content)
+    codes = _array(weights, coded.codes, content)
+    scale = _spread(_array(weights, coded.scale, content), coded, codes.shape)
+    if coded.zero is None:
+        return codes, scale, np.broadcast_to(np.int8(0), codes.shape)
+    return codes, scale, _spread(_array(weights, coded.zero, content), coded, codes.shape)
+
+
+def bytes_of(weights: Weights, coded: Coded, codes: Array) -> bytes:
     """Codes as they lie in the file."""
-    kind = weights.kinds[name]
-    if kind not in _FOUR_BITS:
-        return codes.astype(_INTEGERS[kind][0]).tobytes()
-    flat = (codes.reshape(-1) & 15).astype(np.uint8)
-    padded = np.zeros(-(-flat.size // 2) * 2, np.uint8)
-    padded[: flat.size] = flat
-    return (padded[::2] | padded[1::2] << 4).tobytes()
+    kind = weights.kinds[coded.codes]
+    if coded.bits == 4 or kind in _FOUR_BITS:
+        return codec.paired(codes.reshape(-1).astype(np.int8).view(np.uint8)).tobytes()
+    return codes.astype(_INTEGERS[kind][0]).tobytes()
 
 
-def spread(scale: Array, coded: Coded, shape: tuple[int, ...]) -> Array:
+def _blocks(
+    weights: Weights, coded: Coded, content: Mapping[str, bytes]
+) -> tuple[Array, Array, Array]:
+    """The same of what MatMulNBits reads: [rows, blocks, block]; each row of packed zero points ends with its byte."""
+    rows, blocks, _ = weights.tensors[coded.codes].shape
+    codes = _unpacked(content[coded.codes], coded.bits).reshape(rows, blocks, coded.block)
+    scale = _array(weights, coded.scale, content).reshape(rows, blocks, 1)
+    zero = np.full((rows, blocks), _MIDDLES[coded.bits], np.uint8)
+    if coded.zero is not None:
+        if weights.kinds[coded.zero] != onnx.TensorProto.UINT8:
+            raise KeyError(coded.zero)
+        zero = _unpacked(content[coded.zero], coded.bits).reshape(rows, -1)[:, :blocks]
+    return codes, np.broadcast_to(scale, codes.shape), np.broadcast_to(zero[..., None], codes.shape)
+
+
+def _unpacked(content: bytes, bits: int) -> Array:
+    found = np.frombuffer(content, np.uint8)
+    return codec.halves(found) if bits == 4 else found
+
+
+def _array(weights: Weights, name: str, content: Mapping[str, bytes]) -> Array:
+    kind, shape = weights.kinds[name], weights.tensors[name].shape
+    if kind in _FOUR_BITS:
+        found = _unpacked(content[name], 4)[: math.prod(shape)].reshape(shape)
+        return (found ^ 8).astype(np.int8) - 8 if kind == onnx.TensorProto.INT4 else found
+    written = _FLOATS.get(kind) or _INTEGERS[kind][0]
+    return np.frombuffer(content[name], written).reshape(shape)
+
+
+def _spread(scale: Array, coded: Coded, shape: tuple[int, ...]) -> Array:
     """A scale or zero point for each code."""
     if coded.block:
         repeated = np.repeat(scale, coded.block, axis=coded.axis)

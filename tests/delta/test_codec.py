@@ -25,17 +25,93 @@ def pair(shape, seed=0, dtype="float32"):
     return old, (old + 0.01 * draw.normal(size=shape)).astype(dtype)
 
 
-@given(st.integers(0, 2**32), st.sampled_from([1, 2, 4, 8]), st.integers(1, 200))
-@settings(max_examples=40)
-def test_exact_encodings_lose_nothing(seed, width, count):
+@given(st.integers(0, 2**32), st.sampled_from([1, 2, 4, 8]), st.integers(1, 900), st.floats(0, 1))
+@settings(max_examples=60)
+def test_exact_encodings_lose_nothing(seed, width, count, share):
     draw = np.random.default_rng(seed)
     old, new = (draw.integers(0, 256, count * width, np.uint8).tobytes() for _ in range(2))
-    near = (
-        np.frombuffer(old, f"<u{width}") + draw.integers(0, 3, count).astype(f"<u{width}")
-    ).tobytes()
+    steps = draw.integers(0, 3, count) * (draw.random(count) < share)
+    near = (np.frombuffer(old, f"<u{width}") + steps.astype(f"<u{width}")).tobytes()
     shape = tensor((count,), "", width)
     for wanted in (old, new, near):
         assert codec.decode(shape, *codec.exact(shape, old, wanted), old) == wanted
+
+
+def codes(share, bits=8, far=0.0, count=40_000, seed=0):
+    """Codes, what comes of them where that share goes a step, and the bytes that the entropy of the steps has."""
+    draw = np.random.default_rng(seed)
+    step = draw.choice([-1, 1], count) * (draw.random(count) < share)
+    step = np.where(draw.random(count) < far, draw.integers(-40, 40, count), step)
+    old = draw.integers(40, 200, count) if bits == 8 else draw.integers(1, 15, count)
+    found = np.unique(step, return_counts=True)[1] / count
+    sides = (old.astype("u1"), (old + step).astype("u1"))
+    if bits == 4:
+        sides = tuple(side[::2] | side[1::2] << 4 for side in sides)
+    return *(side.tobytes() for side in sides), float(-(found * np.log2(found)).sum()) * count / 8
+
+
+@pytest.mark.parametrize(
+    ("word", "how"),
+    [
+        ("gaps", {"share": 0.01}),
+        ("gaps", {"share": 0.003, "count": 300_000}),
+        ("gaps", {"share": 0.01, "bits": 4}),
+        ("steps8", {"share": 0.3}),
+        ("steps8", {"share": 0.7, "far": 0.01}),
+        ("steps4", {"share": 0.3, "bits": 4}),
+    ],
+)
+def test_codes_that_go_a_step_take_little_more_than_their_entropy(word, how):
+    old, new, entropy = codes(**how)
+    shape = tensor((len(old),), "", 1)
+    encoding, payload = codec.exact(shape, old, new)
+    assert encoding == word
+    assert codec.decode(shape, encoding, payload, old) == new
+    assert len(payload) < 1.3 * entropy + 60
+    tight = codec.tightened(encoding, payload)
+    assert len(tight) <= len(payload) and codec.decode(shape, encoding, tight, old) == new
+
+
+@given(
+    st.binary(max_size=80), st.sampled_from(codec.EXACT), st.sampled_from([1, 2, 4]), st.integers()
+)
+@settings(max_examples=200)
+def test_any_exact_payload_decodes_or_is_refused(content, encoding, width, seed):
+    cuts = abs(seed) % 40
+    whole = cuts.to_bytes(4, "little") + content if encoding == "gaps" else content
+    try:
+        made = codec.decode(
+            tensor((24 // width,), "", width), encoding, codec.packed(whole), bytes(24)
+        )
+    except DeltaError:
+        return
+    assert len(made) == 24
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content"),
+    [
+        ("gaps", b""),
+        ("gaps", b"\2\0\0\0" + bytes(3)),
+        ("gaps", b"\1\0\0\0\x18\1"),
+        ("gaps", b"\xff\xff\xff\xff" + bytes(8)),
+        ("steps8", bytes(5)),
+        ("steps8", b"\3" + bytes(5)),
+        ("steps8", bytes(7)),
+        ("steps4", bytes(11)),
+        ("steps9", bytes(6)),
+        ("ints", bytes(23)),
+        ("", bytes(24)),
+    ],
+)
+def test_a_payload_that_says_too_little_or_names_what_is_not_there_is_refused(encoding, content):
+    with pytest.raises(DeltaError):
+        codec.decode(tensor((24,), "", 1), encoding, codec.packed(content), bytes(24))
+
+
+def test_steps_are_of_single_bytes():
+    with pytest.raises(DeltaError, match="does not fit"):
+        codec.decode(tensor((6,)), "steps8", codec.packed(bytes(6)), bytes(24))
 
 
 @pytest.mark.parametrize("shape", [(1,), (63,), (64, 65), (7, 300), (3, 4, 5)])

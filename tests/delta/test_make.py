@@ -142,6 +142,12 @@ def test_what_is_left_of_a_budget_is_filled_with_what_fits():
         assert [c.error for c in chosen] == errors
 
 
+def test_the_largest_are_found_and_of_equal_ones_the_first():
+    values = np.array([3, 1, 2, 3, 2, 2], "f4")
+    found = [rate.largest(values, count).tolist() for count in (1, 2, 3, 4, 6)]
+    assert found == [[0], [0, 3], [0, 2, 3], [0, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+
+
 def test_the_hull_leaves_out_what_never_pays():
     ways = [rate.Candidate(error=10.0), way(100, 9), way(200, 2), way(250, 3), way(400, 0)]
     assert [w.error for w in rate.hull(ways)] == [10, 2, 0]
