@@ -85,7 +85,7 @@ FULL = (
 PLANS = {
     "smoke": Plan(
         crowded=32, epochs=2, day=32, passes=128, stream=16, test=8, rounds=1, steps=2, batch=8,
-        successive=(1, 1, 1), share=0.8, calibrated=20, stages=(Stage(arms=(SHOWN, WHOLE), domains=("dusk",)),),
+        successive=(1, 1, 1), share=0.95, calibrated=20, stages=(Stage(arms=(SHOWN, WHOLE), domains=("ink",)),),
     ),
     "fast": Plan(
         crowded=1500, epochs=3, day=600, passes=30000, stream=100, test=80, rounds=2, steps=100, calibrated=60,
