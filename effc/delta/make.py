@@ -62,16 +62,22 @@ def make(
     max_error: float | None = None,
     inputs: Mapping[str, Array] | None = None,
     importance: Mapping[str, Array | float] | None = None,
+    encodings: Sequence[str] | None = None,
     mirror: Path | None = None,
 ) -> Made:
     """The delta from one package to another, and with `mirror` the package that a device will hold.
 
     Lossless where neither `budget` (bytes of the whole file) nor `max_error` is given. `max_error` is the share of
-    the change that may be left, √(Σ h·left² ÷ Σ h·change²). `importance` has h by the name of an initialiser, and
-    `inputs` feeds the test vectors. Raises DeltaError where the packages do not fit or the budget is too small.
+    the change that may be left, √(Σ h·left² ÷ Σ h·change²). `importance` has h by the name of an initialiser,
+    `encodings` are those that may be used for numbers, all where not given, and `inputs` feeds the test vectors. Raises
+    DeltaError where the packages do not fit or the budget is too small.
     """
     if max_error is not None and not 0 <= max_error < 1:
         raise DeltaError(f"{max_error} is no share of an error", hint="--max-error 0.1")
+    if strange := sorted(set(encodings or ()) - {*codec.LOSSY, *codec.EXACT}):
+        raise DeltaError(
+            f"{strange[0]!r} is no encoding", hint=f"one of {', '.join((*codec.EXACT, *codec.LOSSY))}"
+        )
     signer = packet.private_key(key)
     before, after = _side(old), _side(new)
     _compare(before, after)
@@ -81,6 +87,8 @@ def make(
     if budget is None and not max_error:
         return _built(bare, _exact(before, after), 0.0, signer).kept(mirror)
     units = _units(before, after, importance or {})
+    if encodings is not None:
+        units = [_only(unit, encodings) for unit in units]
     change = sum(unit.candidates[0].error for unit in units)
     room = float("inf") if budget is None else LOOSE * budget
     beside = 0  # bytes that are no payloads, as far as is known
@@ -210,6 +218,13 @@ def _units(before: _Side, after: _Side, importance: Mapping[str, Array | float])
                     Unit(name=name, candidates=(Candidate(error=0.0, parts=(rate.exact(tensor, old, new),)),))
                 )  # fmt: skip
     return [unit for unit in found if unit.candidates[0].error or unit.candidates[0].parts]
+
+
+def _only(unit: Unit, encodings: Sequence[str]) -> Unit:
+    """A unit with the ways that are made of these encodings alone; one that has no other way than one stays so."""
+    first, *more = unit.candidates
+    held = [way for way in more if all(part.encoding in encodings for part in way.parts)]
+    return replace(unit, candidates=(first, *held))
 
 
 def _at(known: Weights, name: str) -> tuple[str, int]:

@@ -65,6 +65,22 @@ def test_the_share_that_is_left_out_is_no_more_than_was_asked(world, most):
     assert np.linalg.norm(got - new) < 3 * most * np.linalg.norm(old - new)
 
 
+def test_a_delta_is_made_of_the_encodings_that_may_be_used(world):
+    free = make.make(world.old, world.new, key=world.key, counter=1, budget=4000)
+    few = make.make(
+        world.old, world.new, key=world.key, counter=1, budget=4000, encodings=("topk", "ints")
+    )
+    assert (
+        set(few.numbers["encodings"])
+        <= {"topk", "ints"}
+        < set(free.numbers["encodings"]) | {"topk", "ints"}
+    )
+    assert len(few.content) <= 4000 and few.packet.error > free.packet.error
+    with pytest.raises(DeltaError, match="'q3' is no encoding") as refused:
+        make.make(world.old, world.new, key=world.key, counter=1, budget=4000, encodings=("q3",))
+    assert "q4" in refused.value.hint
+
+
 def test_a_budget_that_takes_nothing_is_refused(world):
     with pytest.raises(DeltaError, match="needed to send nothing") as refused:
         make.make(world.old, world.new, key=world.key, counter=1, budget=300)

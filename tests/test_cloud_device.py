@@ -1,0 +1,208 @@
+"""The example of a device and its cloud: what a student is shown, what is asked for, and what numbers are made into."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from effc.delta.uplink import Tokens
+
+PLACE = Path(__file__).resolve().parent.parent / "examples" / "cloud_device"
+NAMES = [file.stem for file in PLACE.glob("*.py")]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Modules of the example by name; other examples have some of the same names."""
+    monkeypatch.syspath_prepend(str(PLACE))
+    for name in NAMES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+def lessons_of(example, **how):
+    world, arms, lessons = (example(name) for name in ("world", "arms", "lessons"))
+    draw = torch.Generator().manual_seed(0)
+    day = lessons.Known(
+        tokens=torch.randn(4, world.PLACES, 3, generator=draw), queries=torch.ones(4, 2, 3, dtype=torch.long),
+        answers=torch.zeros(4, 2, dtype=torch.long), shapes=torch.zeros(4, world.PLACES),
+    )  # fmt: skip
+    made = lessons.Lessons(arms.Arm(**how), day, 64, 0)
+    index = np.array([[5, 9, 30, 2], [0, 48, 7, 8]])
+    tokens = np.arange(1, 25, dtype=np.float32).reshape(2, 4, 3)
+    made.received.append(
+        Tokens(length=world.PLACES, index=index, tokens=tokens, score=np.zeros(2),
+               beside={"queries": np.arange(12).reshape(2, 2, 3)})
+    )  # fmt: skip
+    return made, index, tokens
+
+
+def test_half_of_the_pictures_are_whole_and_made_of_the_last_that_were_sent(example):
+    made, index, tokens = lessons_of(example)
+    feeds = made.taught(0).feeds
+    which = feeds["queries"][:, 0, 0].numpy() // 6
+    whole = feeds["sent"].bool().all(1)
+    assert 16 < int(whole.sum()) < 48
+    for row, of in enumerate(which):
+        real = np.isin(np.arange(49), index[of])
+        assert (feeds["real"][row].numpy() == real).all()
+        found = feeds["tokens"][row].numpy()
+        assert (found[index[of]] == tokens[of]).all()
+        rest = {tuple(token) for token in found[~real]}
+        assert rest == ({tuple(t) for t in tokens[of, 2:]} if whole[row] else {(0.0, 0.0, 0.0)})
+        assert (feeds["sent"][row].numpy() == (real | bool(whole[row]))).all()
+
+
+def test_nothing_is_made_up_where_it_is_not_asked_for_and_the_same_step_is_the_same_batch(example):
+    made, *_ = lessons_of(example, filled=False)
+    feeds = made.taught(3).feeds
+    assert not feeds["sent"].bool().all(1).any() and (feeds["sent"] == feeds["real"]).all()
+    made, *_ = lessons_of(example)
+    first, again, other = (made.taught(step).feeds["tokens"] for step in (3, 3, 4))
+    assert (first == again).all() and not (first == other).all()
+
+
+def test_the_teacher_is_asked_about_what_was_sent_alone(example):
+    made, *_ = lessons_of(example)
+    asked = {}
+    cloud = example("cloud").Cloud(
+        made.arm, None, lambda **feeds: asked.update(feeds) or {}, made, 1
+    )
+    feeds = made.taught(0).feeds
+    cloud.taught_by(feeds)
+    assert set(asked) == {"tokens", "queries", "sent"} and (asked["sent"] == feeds["real"]).all()
+
+
+def model(place, weight, codes):
+    make, info = onnx.helper, onnx.helper.make_tensor_value_info
+    held = [onnx.numpy_helper.from_array(np.array(v, t), n) for n, v, t in
+            (("w", weight, "f4"), ("c", codes, "i1"), ("same", [7], "i8"))]  # fmt: skip
+    graph = make.make_graph(
+        [make.make_node("Identity", ["x"], ["y"])],
+        "g",
+        [info("x", 1, [1])],
+        [info("y", 1, [1])],
+        held,
+    )
+    place.mkdir()
+    onnx.save(make.make_model(graph), place / "model.onnx")
+    return place
+
+
+def test_an_open_loop_adds_changes_to_whatever_is_held(example, tmp_path):
+    held = model(tmp_path / "held", [1.0, 2.0], [120, -3])
+    old, new = (
+        model(tmp_path / "old", [0.0, 5.0], [0, 4]),
+        model(tmp_path / "new", [0.5, 5.0], [20, 3]),
+    )
+    example("unit").added(held, old, new, tmp_path / "out")
+    found = {
+        t.name: onnx.numpy_helper.to_array(t).tolist()
+        for t in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer
+    }
+    assert found == {"w": [1.5, 2.0], "c": [127, -4], "same": [7]}
+
+
+def unit(seed, before, *after, curve=(), domain="dusk"):
+    rounds = [
+        {"accuracy_before": b, "accuracy_after": a, "domain": domain, "curve": curve,
+         "accuracy": {domain: {"all": a}}}
+        for b, a in zip((before, *after), after, strict=False)
+    ]  # fmt: skip
+    return {"seed": seed, "rounds": rounds}
+
+
+def test_what_is_recovered_is_over_seeds_that_both_have(example):
+    summary = example("summary")
+    units = {"dusk": {
+        "akd": [unit(0, 0.3, 0.6, 0.8), unit(1, 0.4, 0.8), unit(2, 0.2, 0.7)],
+        "labels": [unit(0, 0.3, 0.9), unit(1, 0.4, 0.9)],
+    }}  # fmt: skip
+    assert summary.recovered(units, "akd") == pytest.approx((0.5 + 0.4) / (0.6 + 0.5))
+    assert summary.recovered(units, "random") is None
+    assert "low" not in summary.recovery(units, "akd")  # two seeds tell no interval
+    units["dusk"]["labels"].append(unit(2, 0.2, 0.8))
+    found = summary.recovery(units, "akd")
+    assert found["share"] == pytest.approx(1.4 / 1.7)
+    assert found["low"] < found["share"] < found["high"]
+    nothing = {"dusk": {"akd": [unit(0, 0.3, 0.6)], "labels": [unit(0, 0.3, 0.3)]}}
+    assert summary.recovered(nothing, "akd") is None
+
+
+def test_how_soon_counts_the_seconds_of_rounds_that_were_not_enough(example):
+    summary = example("summary")
+    whole = unit(0, 0.5, 1.0, curve=[(0, 0.0, 0.5), (25, 3.0, 1.0)])
+    slow = unit(0, 0.5, 0.8, 0.97, curve=[(0, 0.0, 0.5), (25, 2.0, 0.8)])
+    slow["rounds"][1]["curve"] = [(0, 0.0, 0.8), (25, 4.0, 0.96), (50, 8.0, 0.97)]
+    assert summary.until(whole, whole) == 3.0
+    assert summary.until(slow, whole) == 6.0
+    slow["rounds"].pop()
+    assert summary.until(slow, whole) is None
+    assert summary.until(unit(0, 0.5, 0.5), whole) is None
+
+
+def test_backward_transfer_is_what_later_domains_did_to_earlier_ones(example):
+    summary = example("summary")
+
+    def rounds(*rows):
+        names = ("dusk", "dusk", "ink")
+        return {"rounds": [
+            {"domain": n, "accuracy": {"day": {"all": 0.9}, "dusk": {"all": d}, "ink": {"all": i}}}
+            for n, (d, i) in zip(names, rows, strict=True)
+        ]}  # fmt: skip
+
+    assert summary._backward(rounds((0.5, 0.1), (0.8, 0.1), (0.6, 0.9))) == pytest.approx(-0.2)
+    assert summary._backward({"rounds": rounds((0.5, 0), (0.8, 0), (0.6, 1))["rounds"][:2]}) == 0.0
+
+
+def test_features_of_a_model_are_no_way_from_its_own_and_some_from_anothers(example):
+    cloud, models, lessons, world = (example(n) for n in ("cloud", "models", "lessons", "world"))
+    scenes = world.drawn(world.DOMAINS["dusk"], 4, 0)
+    torch.manual_seed(0)
+    known = lessons.Known(
+        tokens=torch.randn(4, 49, models.FEATURES), answers=torch.from_numpy(scenes.answers),
+        queries=torch.from_numpy(scenes.queries), shapes=torch.from_numpy(scenes.shapes),
+    )  # fmt: skip
+    own, other = models.Answerer(32, 1).eval(), models.Answerer(48, 1).eval()
+    same, far = cloud.apart(own, own, known), cloud.apart(own, other, known)
+    assert same["features"] == pytest.approx(0, abs=1e-6) and same["answers"] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert far["features"] > 0.05 and far["answers"] > 0.001
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("--arms akdd", "invalid choice"),
+        ("--domains day", "invalid choice"),
+        ("--seeds 0", "1 or more"),
+        ("--stages 9", "--stages: 1 to"),
+        ("--stages 1 --arms akd", "of their own"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(example, capsys, words, what):
+    with pytest.raises(SystemExit):
+        example("run").parsed(words.split())
+    assert what in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_what_is_measured_and_units_are_named_once(example):
+    run, plans, arms = (example(n) for n in ("run", "plans", "arms"))
+    full = plans.PLANS["full"]
+    given, kind = run.parsed(["--arms", "akd", "open", "--domains", "shifts", "--seeds", "2"])
+    assert kind == "full"
+    (stage,) = run.asked(given, full).stages
+    assert [*stage.units()] == [("shifts", a, s) for s in (0, 1) for a in ("akd", "open")]
+    assert run.asked(run.parsed(["--stages", "3"])[0], full).stages == full.stages[2:3]
+    assert run.asked(run.parsed([])[0], full) == full
+    assert full.measured() == run.asked(given, full).measured()
+    assert len(full.courses("shifts")) == 10 and full.courses("ink") == ("ink",) * 3
+    measured = {arm for stage in full.stages for arm in stage.arms}
+    assert measured == set(arms.EVERY)
