@@ -26,6 +26,7 @@ from effc.calib.calibrator import tensors_for
 from effc.calib.data import Record
 from effc.checkpoint import AGAIN, Checkpoint, Made, apart
 from effc.errors import TuneError
+from effc.intuition import INPUT
 from effc.ir.program import Graph, Program
 from effc.ir.show import graph_digest
 from effc.machine import installed
@@ -265,7 +266,18 @@ def _beside(task: Task | None, pass_: Tune, held: Sequence[Record]) -> list[Reco
 
 def _courses(pass_: Tune, graph: Graph, held: Sequence[Example] = ()) -> list[Course]:
     own = terms.begin(pass_.terms, graph, pass_.steps, _schedule(pass_).rate)
-    return [*own, *gates.begin(graph, (example.feeds for example in held))]
+    return [*own, *gates.begin(graph, _nearest(held))]
+
+
+def _nearest(held: Sequence[Example]) -> list[int]:
+    """How many samples are nearest to each cluster; nothing where nobody says what they are about."""
+    scores = [example.feeds[INPUT] for example in held if INPUT in example.feeds]
+    if not scores:
+        return []
+    counts: list[int] = (
+        torch.cat(scores).argmax(-1).bincount(minlength=scores[0].shape[-1]).tolist()
+    )
+    return counts
 
 
 def _curve(run: Run) -> list[dict[str, Any]]:

@@ -76,7 +76,8 @@ def make(
         raise DeltaError(f"{max_error} is no share of an error", hint="--max-error 0.1")
     if strange := sorted(set(encodings or ()) - {*codec.LOSSY, *codec.EXACT}):
         raise DeltaError(
-            f"{strange[0]!r} is no encoding", hint=f"one of {', '.join((*codec.EXACT, *codec.LOSSY))}"
+            f"{strange[0]!r} is no encoding",
+            hint=f"one of {', '.join((*codec.EXACT, *codec.LOSSY))}",
         )
     signer = packet.private_key(key)
     before, after = _side(old), _side(new)

@@ -9,13 +9,11 @@ It adds nothing to the loss and changes nothing; the formulas are in `effc/nn/ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from effc.intuition import INPUT
 from effc.ir.program import Graph
 from effc.nn.rank1 import MIX, SIZE, SLOPE
 from effc.train.terms import Course, Live
@@ -26,16 +24,12 @@ REQUESTS = "requests by cluster"
 PARTS = {"share of the router": MIX, "strength": SIZE}
 
 
-def begin(graph: Graph, held: Iterable[Mapping[str, Tensor]] = ()) -> list[GatesCourse]:
-    """The course of a graph with experts; none for one without gates of that kind. `held` are inputs by name."""
+def begin(graph: Graph, nearest: Sequence[int] = ()) -> list[GatesCourse]:
+    """The course of a graph with experts; none for one without gates. `nearest` counts held-out samples by cluster."""
     found = {part: [n for n in graph.tensors() if n.endswith(word)] for part, word in PARTS.items()}
     if not any(found.values()):
         return []
-    scores = [feeds[INPUT] for feeds in held if INPUT in feeds]
-    nearest = (
-        torch.cat(scores).argmax(-1).bincount(minlength=scores[0].shape[-1]) if scores else None
-    )
-    return [GatesCourse(found, nearest.tolist() if nearest is not None else [])]
+    return [GatesCourse(found, list(nearest))]
 
 
 class GatesCourse(Course):

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from effc.delta.codec import EXACT
 from effc.train.akd import Distillation
 
 ALL = Distillation(answers=1.0, logits=1.0, features=0.5, replay=1.0, sure=0.6)
@@ -73,7 +74,7 @@ ARMS = {
     "l2-sp": Arm(how=Distillation(answers=1.0, logits=1.0, features=0.5, sure=0.6), anchor=0.05),
     "tent": Arm(trains="norms", alone=True, lr=1e-3, budget=0),
     "prompt": Arm(trains="prompt", lr=2e-2),
-    "top-k": Arm(encodings=("topk", "ints"), weighted=False),
+    "top-k": Arm(encodings=("topk", *EXACT), weighted=False),
     "unweighted": Arm(weighted=False),
     "open": Arm(is_open=True),
     "lossless": Arm(budget=0),
