@@ -17,6 +17,7 @@ import typer
 from effc.backends import TARGETS
 from effc.errors import INTERRUPTED, EffcError, UsageError
 from effc.progress import Progress, Step, silent
+from effc.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -268,8 +269,7 @@ METRIC_NAMES = (
     "entity_f1",
     "recall@1",
     "perplexity",
-    "cer",
-    "diaasq",
+    *TASKS,
 )
 Metric = Annotated[
     str | None,
@@ -657,7 +657,8 @@ def run(
         typer.Option("--sampler", help="Another sampler than the package's own."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="What the package of a task does: cer or diaasq.")
+        str | None,
+        typer.Option("--task", help=f"What the package of a task does: {' or '.join(TASKS)}."),
     ] = None,
     file: Annotated[
         Path | None,
@@ -701,7 +702,7 @@ def run(
         if task is None or file is None:
             raise UsageError(
                 "a task is done on a file: --task and --file go together",
-                hint="effc run OUT --task diaasq --file dialogues.json",
+                hint=f"effc run OUT --task {next(iter(TASKS))} --file FILE",
             )
         from effc import solving
 

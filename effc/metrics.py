@@ -23,7 +23,8 @@ from effc.calib import data
 from effc.errors import CalibrationError, EffcError, RecipeError
 from effc.source import Source, import_code
 from effc.table import Table, unknown
-from effc.task import TASKS, Task
+from effc.task import Task
+from effc.tasks import TASKS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LONGEST = 128

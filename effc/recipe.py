@@ -29,7 +29,7 @@ from effc.passes import PASSES
 from effc.passes.base import Pass, of_files
 from effc.source import import_code
 from effc.table import nearest, unknown
-from effc.task import TASKS
+from effc.tasks import TASKS
 
 VERSION = 1
 MOST_BYTES, MOST_VALUES = 1 << 18, 10_000

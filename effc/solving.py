@@ -15,7 +15,8 @@ from effc.engine import Engine
 from effc.errors import PackageError, UsageError
 from effc.progress import Progress
 from effc.table import unknown
-from effc.task import TASKS, Array, Task, opened
+from effc.task import Array, Task, opened
+from effc.tasks import TASKS
 
 Json = dict[str, Any]
 

@@ -37,6 +37,7 @@ from effc.guided import Embedder, Guided, Teller, guided, scorer
 from effc.ir.trace import named_inputs
 from effc.processor import Processor, kind_of, pools, whole
 from effc.table import nearest, unknown
+from effc.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -380,7 +381,7 @@ def task_of(path: Path) -> str | None:
 
 def from_encoder(path: Path, word: str, settings: Mapping[str, Any]) -> Source:
     """A model of a task that is to be trained, over the encoder of a transformers directory. Raises SourceError."""
-    kind = tasks.TASKS[word]
+    kind = TASKS[word]
     config = read_config(path)
     if tasks.own_of(config, path) is not None:
         raise SourceError(

@@ -6,7 +6,7 @@ the encoder with one key more, `effc_source`, so that tokenizers find what they 
 
     effc_source: {task: diaasq, settings: {…}, labels: {…}, decoder: {…}}
 
-`TASKS` has the tasks by word; nobody names one of them otherwise.
+`effc.tasks` has the tasks by word; nobody names one of them otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from effc.calib.data import Batch, Record
 from effc.errors import SourceError, TuneError
 from effc.processor import Processor
-from effc.table import Table, unknown
+from effc.table import unknown
+from effc.tasks import TASKS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,16 +140,6 @@ class Task(Processor):
 
     def loss(self, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
         raise NotImplementedError
-
-
-TASKS = Table(
-    "task",
-    {
-        "cer": "effc.zoo.conversation_task:Conversations",
-        "diaasq": "effc.zoo.dialogue_task:Dialogues",
-    },
-    error=SourceError,
-)
 
 
 def own_of(config: Mapping[str, Any], place: Path) -> Json | None:

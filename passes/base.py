@@ -219,6 +219,10 @@ class Pass:
         """Change the graph in place; give the number of sites changed, 0 where it was left as it was."""
         raise NotImplementedError
 
+    def gives(self, outputs: Sequence[str]) -> tuple[str, ...]:
+        """Names of the outputs of a graph that it has rewritten, of those that it had: the same ones for most."""
+        return tuple(outputs)
+
     def ensures(self, program: Program) -> None:
         """Raise PostconditionError where the pass did not do what it is for."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from effc.errors import PreconditionError
@@ -38,6 +39,9 @@ class DropHead(Pass):
                     hint=f"keep one of {', '.join(graph.outputs)}",
                 )
 
+    def gives(self, outputs: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in outputs if name not in self.outputs)
+
     def rewrite(self, graph: Graph, stats: Stats) -> int:
-        keep_outputs(graph, [name for name in graph.outputs if name not in self.outputs])
+        keep_outputs(graph, self.gives(graph.outputs))
         return len(self.outputs)

@@ -173,10 +173,16 @@ def _stats(
 
 
 def _rewrite(pass_: Pass, graph: Graph, stats: Stats) -> int:
-    version = _fingerprint(graph)
+    version, outputs = _fingerprint(graph), graph.outputs
     sites = pass_.rewrite(graph, stats)
     if sites:
         refresh(graph)
+        if graph.outputs != (told := pass_.gives(outputs)):
+            raise PassError(
+                f"{pass_.name} left graph {graph.role!r} with outputs {', '.join(graph.outputs)}, "
+                f"and says {', '.join(told)}",
+                hint="this is a fault of the pass; its `gives` names those that it adds or drops",
+            )
         if broken := problems(graph):
             raise PassError(
                 f"{pass_.name} left a broken graph: {'; '.join(broken[:5])}",
@@ -234,7 +240,7 @@ def _probed(
 def _apart(
     left: Mapping[str, Tensor], right: Mapping[str, Tensor], feed: Mapping[str, Tensor]
 ) -> Drift:
-    """Drift of what both give as numbers, or both as codes."""
+    """Drift of what both give as numbers, or both as codes; what one gives alone, its pass has said."""
     shared = {
         name: value
         for name, value in left.items()

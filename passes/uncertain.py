@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -226,6 +226,9 @@ class UncertainTokens(Pass):
             x = self._anchor(graph, self.at, "at")
             key = value_key(graph, site_names(graph), x)
             yield Probe(key=key, node=x, collector=Moments())
+
+    def gives(self, outputs: Sequence[str]) -> tuple[str, ...]:
+        return (*outputs, *OUTPUTS)
 
     def rewrite(self, graph: Graph, stats: Stats) -> int:
         x = self._anchor(graph, self.at, "at")

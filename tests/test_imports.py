@@ -23,7 +23,7 @@ LINES = [
     errors sizes heap quiet lean plain
     progress paths scratch
     bounded table stats cache
-    machine schedule
+    machine schedule tasks
     quant diffusion
     dialect correction
     ir nn
@@ -68,6 +68,7 @@ STANDARD_LIBRARY_ONLY = {
     "plain",
     "bounded",
     "table",
+    "tasks",
 }
 
 # Training and the built-in models stand aside: all they may import, and who may import them.

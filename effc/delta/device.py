@@ -37,7 +37,7 @@ import numpy as np
 from effc import bounded, paths
 from effc.backends import OPENERS
 from effc.backends.base import Lowered, Port
-from effc.delta import codec, packet
+from effc.delta import codec, packet, whole
 from effc.delta.codec import HARMED, Array
 from effc.delta.packet import Packet, Vector
 from effc.errors import DeltaError
@@ -264,7 +264,7 @@ def init(store: Path, out: Path, keys: list[str]) -> Record:
         text = _finish(slot, manifest)
         if broken := problems(slot, id_of(text)):
             raise DeltaError(f"{out} is not whole: {broken[0]}", hint="get an unharmed package")
-        _exchange(store / TRUST, dump({"schema": 1, "keys": sorted(keys)}))
+        whole.write(store / TRUST, dump({"schema": 1, "keys": sorted(keys)}))
         made = Record(sequence=1, slot=SLOTS[0], id=id_of(text), counter=0, highest=0)
         _write(store, made)
     except OSError as error:
@@ -278,7 +278,7 @@ def _finish(slot: Path, manifest: Mapping[str, Any]) -> str:
     (slot / VOLATILE).write_text(volatile, encoding="utf-8")
     (slot / MANIFEST).write_text(text, encoding="utf-8")
     for place in (*slot.rglob("*"), slot, slot.parent, slot.parent.parent):
-        _sync(place)
+        whole.sync(place)
     return text
 
 
@@ -314,25 +314,7 @@ def _record(store: Path, name: str) -> Record | None:
 
 def _write(store: Path, record: Record) -> None:
     for name in RECORDS:  # one after the other, so that one is whole at any time
-        _exchange(store / name, sealed(asdict(record)))
-
-
-def _exchange(place: Path, text: str) -> None:
-    part = place.with_name(f".{place.name}.part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, place)
-    _sync(place.parent)
-
-
-def _sync(place: Path) -> None:
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        whole.write(store / name, sealed(asdict(record)))
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ import safetensors
 from safetensors.numpy import load, save
 
 from effc import bounded, paths
+from effc.delta import whole
 from effc.delta.codec import Array
 from effc.delta.device import alone
 from effc.errors import DeltaError
@@ -97,7 +97,7 @@ def calibrate(scores: Array, share: float, *, score: str, engine: str) -> Thresh
 
 def write_threshold(threshold: Threshold, file: Path) -> None:
     """Write it as JSON that holds its own sha256."""
-    _exchange(file, sealed({"schema": 1, **asdict(threshold)}))
+    _write(file, sealed({"schema": 1, **asdict(threshold)}))
 
 
 def read_threshold(file: Path, *, engine: str) -> Threshold:
@@ -306,7 +306,7 @@ class Queue:
                 f"{self.place} cannot be made: {error.strerror}", hint="name another directory"
             ) from error
         with alone(self.place):
-            _exchange(self.place / SETTINGS, sealed({"schema": 1, **asdict(limits)}))
+            _write(self.place / SETTINGS, sealed({"schema": 1, **asdict(limits)}))
 
     def opt_out(self) -> None:
         """From now on nothing is kept, and what waits is gone."""
@@ -345,7 +345,7 @@ class Queue:
                 file.unlink()
             number = max((_number(file) for file in waiting), default=0) + 1
             stamp = f"{int(self.clock() * 1000):015d}-{number:012d}{SUFFIX}"
-            _exchange(self.place / stamp, content)
+            _write(self.place / stamp, content)
             return True
 
     def waiting(self) -> list[Path]:
@@ -384,7 +384,7 @@ class Queue:
             if spent + len(content) > limits.bytes_a_day:
                 return None
             # counted before it is sent: a line that breaks has cost what it carried
-            _exchange(self.place / SPENT, sealed({"day": day, "bytes": spent + len(content)}))
+            _write(self.place / SPENT, sealed({"day": day, "bytes": spent + len(content)}))
             return waiting[0], content
 
     def _fresh(self, limits: Limits) -> list[Path]:
@@ -424,17 +424,11 @@ def _sealed(file: Path, names: set[str]) -> dict[str, Any] | None:
     return None
 
 
-def _exchange(place: Path, content: str | bytes) -> None:
-    """Write a file whole, by one rename. Raises DeltaError where the disk refuses it."""
-    part = place.with_name(f".{place.name}.part")
+def _write(place: Path, content: str | bytes) -> None:
+    """Write a file whole. Raises DeltaError where the disk refuses it."""
     try:
-        with part.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, place)
+        whole.write(place, content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise DeltaError(
             f"{place} cannot be written: {error.strerror}", hint="free some disk space"
         ) from error

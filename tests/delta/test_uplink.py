@@ -1,6 +1,7 @@
 """Tokens go up compactly, to who knows whose they are, when their owner allows it and a line is there."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -322,7 +323,7 @@ def test_a_disk_that_refuses_is_an_error_with_a_next_step(tmp_path, monkeypatch)
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(uplink.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DeltaError, match="No space") as refused:
         up.put(b"x")
     assert refused.value.hint and not up.waiting() and not list(up.place.glob(".*.part"))

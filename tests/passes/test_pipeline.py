@@ -13,7 +13,16 @@ from effc.calib.probe import Probe
 from effc.dialect import Dialect
 from effc.errors import CalibrationError, PassError, PostconditionError, PreconditionError
 from effc.ir.check import Drift
-from effc.ir.edit import insert, is_constant, rebind, refresh, replace, tensor_name, tensor_of
+from effc.ir.edit import (
+    add_output,
+    insert,
+    is_constant,
+    rebind,
+    refresh,
+    replace,
+    tensor_name,
+    tensor_of,
+)
 from effc.passes.base import Pass, PassRecord
 from effc.passes.pipeline import apply, run
 from effc.quant.scheme import Scheme
@@ -168,6 +177,30 @@ def test_an_edit_that_is_not_counted_is_caught(program):
     with pytest.raises(PassError, match="says it changed nothing but edited graph 'main'"):
         apply(Silent(), program)
     assert ops(program) == ["linear", "relu"]
+
+
+def test_an_output_that_a_pass_does_not_say_it_adds_or_drops_is_caught(program):
+    """What one side gives alone cannot be compared, so nobody would notice that it is gone."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Adds(Pass):
+        name = "adds"
+        told: bool = False
+
+        def gives(self, outputs):
+            return (*outputs, "more") if self.told else super().gives(outputs)
+
+        def rewrite(self, graph, stats):
+            add_output(graph, "more", next(n for n in graph.nodes if n.op == "call_function"))
+            return 1
+
+    with pytest.raises(
+        PassError, match="adds left graph 'main' with outputs output, more, and says output"
+    ) as refused:
+        apply(Adds(), program, probes=probes(8, 4))
+    assert "`gives`" in refused.value.hint and program.only().outputs == ("output",)
+    apply(Adds(told=True), program, probes=probes(8, 4))
+    assert program.only().outputs == ("output", "more")
 
 
 def test_a_changed_weight_that_is_not_counted_is_caught(program):
