@@ -1511,14 +1511,21 @@ def _arms_of_cloud(domain: str, arms: Json, found: Json) -> list[str]:
 def _shifted(found: Json) -> list[str]:
     lines: list[str] = []
     for arm, told in found["shifts"].items():
-        rows = [["before", *(f"{v:.3f}" for v in told["before"].values())]]
+        drifts = told["drift"] or [None] * len(told["course"])
+        rows = [["before", *(f"{v:.3f}" for v in told["before"].values()), ""]]
         rows += [
-            [f"{i}, {domain}", *(f"{row[d]:.3f}" for d in told["before"])]
-            for i, (domain, row) in enumerate(zip(told["course"], told["matrix"], strict=True), 1)
+            [
+                f"{i}, {domain}",
+                *(f"{row[d]:.3f}" for d in told["before"]),
+                "" if off is None else f"{off:.3f}",
+            ]
+            for i, (domain, row, off) in enumerate(
+                zip(told["course"], told["matrix"], drifts, strict=True), 1
+            )
         ]
         lines += [
             f"### Three shifts, one after the other: {arm}, {told['seeds']} seeds", "",
-            *table(["round", *told["before"]], rows),
+            *table(["round", *told["before"], "off the cloud's"], rows),
             f"Backward transfer {_with_ends(told['backward_transfer'])}; of all domains behind the last round "
             f"{_with_ends(told['last'])}.", "",
         ]  # fmt: skip

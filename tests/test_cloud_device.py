@@ -1,6 +1,8 @@
 """The example of a device and its cloud: what a student is shown, what is asked for, and what numbers are made into."""
 
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -206,3 +208,38 @@ def test_what_is_asked_for_is_what_is_measured_and_units_are_named_once(example)
     assert len(full.courses("shifts")) == 10 and full.courses("ink") == ("ink",) * 3
     measured = {arm for stage in full.stages for arm in stage.arms}
     assert measured == set(arms.EVERY)
+
+
+@pytest.mark.slow
+def test_shifts_one_after_the_other_and_arms_of_every_kind_are_measured_and_shown(tmp_path):
+    state, file, html = tmp_path / "state", tmp_path / "found.json", tmp_path / "found.html"
+    words = ["--smoke", "--state", state, "--json", file, "--html", html]
+    run = [sys.executable, PLACE / "run.py", *words]
+
+    def measured(*more):
+        ran = subprocess.run([*run, *more], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(file.read_text(encoding="utf-8")), ran.stdout
+
+    found, _ = measured("--arms", "akd", "open", "--domains", "shifts")
+    closed, opened = (found["shifts"][arm] for arm in ("akd", "open"))
+    assert closed["course"] == ["dusk", "ink", "frost"] and set(closed["before"]) == {
+        "day",
+        *closed["course"],
+    }
+    assert len(closed["matrix"]) == len(closed["drift"]) == len(opened["drift"]) == 3
+    assert found["closed_less_open"]["seeds"] == 1
+    assert found["faults"] == {"injected": 5, "survived": 5} and found["mirror_equal"]
+    found, said = measured(
+        "--arms", "akd", "tent", "prompt", "top-k", "all tokens", "--domains", "ink"
+    )
+    arms = found["arms"]["ink"]
+    assert (
+        arms["tent"]["up_share"] == arms["tent"]["down_share"] == 0 < arms["prompt"]["down_share"]
+    )
+    assert arms["all tokens"]["taken"] == arms["akd"]["taken"] > 0
+    assert arms["all tokens"]["up_share"] > 3 * arms["akd"]["up_share"] > 0
+    page = html.read_text(encoding="utf-8")
+    assert page.count("<svg") >= 3 and "top-k" in page and "<script" not in page
+    _, again = measured("--arms", "akd", "--domains", "ink")
+    assert "akd, ink" in said and "akd, ink" not in again  # it was there
