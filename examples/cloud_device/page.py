@@ -51,7 +51,7 @@ def drawn(found: Json) -> str:
     if found["shifts"]:
         parts.append(_section("Three shifts, one after the other", *_shifts(found)))
     title = tag("title", "A device and its cloud")
-    head = tag("head", tag("meta", charset="utf-8"), title, tag("style", Html(STYLE)))
+    head = tag("head", Html('<meta charset="utf-8">'), title, tag("style", Html(STYLE)))
     return "<!doctype html>\n" + tag("html", head, tag("body", *parts), lang="en")
 
 
