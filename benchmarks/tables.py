@@ -1414,6 +1414,129 @@ def linked() -> list[str]:
     return lines
 
 
+def kept_fresh() -> list[str]:
+    lines = ["## A device kept fresh from a cloud (benchmarks/cloud_device.py)", ""]
+    for found in results("cloud_device"):
+        plan, most = found["plan"], found["arms"]
+        shown = [arms["akd"] for arms in most.values() if "akd" in arms]
+        lines += [
+            "Answers to questions about drawn shapes and words of their captions, "
+            f"{found['parameters'] / 1e6:.1f} million parameters in int8, {plan['rounds']} rounds of {plan['stream']} "
+            f"pictures in a domain that the student was not trained for, {found['data']['n']} test pictures. "
+            "Accuracy is the engine's behind the last round. `recovered` is the gain over that of training on every "
+            "label, by seeds that both have; differences are paired over seeds with Student's interval of 95 %. Bytes "
+            "up are of the pictures as JPEG of quality 75, bytes down of the engine's weights in every round; "
+            "signatures, manifests and tests count. What arms are is in examples/cloud_device/arms.py. "
+            + circumstances(found),
+            "",
+            f"Of what labels give, akd recovered {_recovery(found['recovered']['akd'])} over {', '.join(most)}, with "
+            f"at most {max(a['up_share_most'] for a in shown):.2%} up and "
+            f"{max(a['down_share_most'] for a in shown):.2%} down in a round. {found['faults']['survived']:,} of "
+            f"{found['faults']['injected']:,} spoiled releases were refused while the engine answered on, and the "
+            f"device was {'' if found['mirror_equal'] else 'NOT '}its cloud's mirror in every closed round.",
+            "",
+        ]
+        for domain, arms in most.items():
+            lines += [f"### {domain}", "", *_arms_of_cloud(domain, arms, found)]
+        lines += _shifted(found)
+    return lines
+
+
+def _recovery(found: Json) -> str:
+    if found["share"] is None:
+        return "—"
+    ends = f" [{found['low']:.3f}, {found['high']:.3f}]" if "low" in found else ""
+    return f"{found['share']:.3f}{ends}"
+
+
+def _with_ends(found: Json | None) -> str:
+    """A mean with its interval, where it has one."""
+    if found is None:
+        return ""
+    ends = f" [{found['low']:+.4f}, {found['high']:+.4f}]" if "low" in found else ""
+    return f"{found['mean']:+.4f}{ends}"
+
+
+def _arms_of_cloud(domain: str, arms: Json, found: Json) -> list[str]:
+    above, ahead = found["above_chance"][domain], found["ahead"][domain]
+    soon = found["soon"].get(domain, {})
+    rows = [
+        [
+            name, str(a["seeds"]), f"{_mean(a['before']):.3f} → {_mean(a['accuracy']):.3f}",
+            "—" if a["recovered"] is None else f"{a['recovered']:.3f}",
+            f"{a['source_after'] - a['source_before']:+.3f}",
+            f"{a['up_share']:.2%}", f"{a['down_share']:.2%}", f"{a['left']:.2f}", _with_ends(ahead.get(name)),
+            _with_ends(above.get(name)),
+        ]
+        for name, a in arms.items()
+    ]  # fmt: skip
+    heads = [
+        "seeds",
+        "accuracy",
+        "recovered",
+        "by day",
+        "up",
+        "down",
+        "change left",
+        "akd is ahead",
+        "above chance",
+    ]
+    lines = table(["arm", *heads], rows)
+    if "akd" not in arms:
+        return lines
+    own = arms["akd"]
+    near = own["apart"]
+    lines += [
+        f"What was trained in akd would take {own['fp16_share']:.2%} of the weights a round in float16, or "
+        f"{own['zlib_share']:.2%} through zlib, to a device that runs adapters beside its weights. From teacher to "
+        f"student, 1 − CKA of the last features went from {near['before']['features']:.3f} to "
+        f"{near['after']['features']:.3f}, and KL of answers from {near['before']['answers']:.3f} to "
+        f"{near['after']['answers']:.3f} (the float student).", "",
+    ]  # fmt: skip
+    told = [
+        f"{name} {each['seconds']:.1f}"
+        if each["seconds"] is not None
+        else f"{name} only in {each['reached']} of {each['seeds']} seeds"
+        for name, each in soon.items()
+        if name in ("akd", "all tokens", "random", "labels")
+    ]
+    if told:
+        lines += [
+            "Seconds of a processor in the cloud until the float student had nine tenths of what labels gave it, "
+            f"looked at every 25 steps: {', '.join(told)}.", "",
+        ]  # fmt: skip
+    return lines
+
+
+def _shifted(found: Json) -> list[str]:
+    lines: list[str] = []
+    for arm, told in found["shifts"].items():
+        drifts = told["drift"] or [None] * len(told["course"])
+        rows = [["before", *(f"{v:.3f}" for v in told["before"].values()), ""]]
+        rows += [
+            [
+                f"{i}, {domain}",
+                *(f"{row[d]:.3f}" for d in told["before"]),
+                "" if off is None else f"{off:.3f}",
+            ]
+            for i, (domain, row, off) in enumerate(
+                zip(told["course"], told["matrix"], drifts, strict=True), 1
+            )
+        ]
+        lines += [
+            f"### Three shifts, one after the other: {arm}, {told['seeds']} seeds", "",
+            *table(["round", *told["before"], "off the cloud's"], rows),
+            f"Backward transfer {_with_ends(told['backward_transfer'])}; of all domains behind the last round "
+            f"{_with_ends(told['last'])}.", "",
+        ]  # fmt: skip
+    if found["closed_less_open"]:
+        lines += [
+            f"The closed loop is {_with_ends(found['closed_less_open'])} ahead of the open one, over all domains.",
+            "",
+        ]
+    return lines
+
+
 PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     minilm: ("minilm",),
     models: ("models",),
@@ -1451,6 +1574,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     deltas: ("delta",),
     delta_faults: ("delta_faults",),
     linked: ("delta_link",),
+    kept_fresh: ("cloud_device",),
 }
 """The sections of the page, in order, and the results that they are made of; without any a section is left out."""
 

@@ -1,6 +1,9 @@
 """The example of a device and its cloud: what a student is shown, what is asked for, and what numbers are made into."""
 
 import importlib
+import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from effc.delta.uplink import Tokens
 
 PLACE = Path(__file__).resolve().parent.parent / "examples" / "cloud_device"
+BENCHMARKS = PLACE.parent.parent / "benchmarks"
 NAMES = [file.stem for file in PLACE.glob("*.py")]
 
 
@@ -206,3 +210,113 @@ def test_what_is_asked_for_is_what_is_measured_and_units_are_named_once(example)
     assert len(full.courses("shifts")) == 10 and full.courses("ink") == ("ink",) * 3
     measured = {arm for stage in full.stages for arm in stage.arms}
     assert measured == set(arms.EVERY)
+
+
+def measured(seed, course, gained, tested):
+    """A unit as it lies in a state, whose accuracies rise by `gained` in the domain of every round."""
+    now, rounds = dict.fromkeys(tested, 0.4), []
+    for domain in course:
+        before, now = now[domain], {**now, domain: now[domain] + gained}
+        rounds.append({
+            "domain": domain, "accuracy_before": before, "accuracy_after": now[domain], "source_accuracy": now["day"],
+            "accuracy": {d: {"all": a, "questions": a, "captions": a} for d, a in now.items()},
+            "taken": 5, "of": 10, "bytes_up": 40, "jpeg_bytes": 1000, "bytes_down": 9, "full_bytes": 1000, "left": 0.2,
+            "trained_fp16_bytes": 8, "trained_zlib_bytes": 7, "cloud_s": 3.0, "drift": 0.1 * (len(rounds) + 1),
+            "curve": [[0, 0.0, before], [25, 3.0, now[domain]]],
+        })  # fmt: skip
+    far = {"features": 0.5, "answers": 1.0}
+    return {
+        "seed": seed, "rounds": rounds, "begun": {d: {"all": 0.4} for d in tested}, "cpu_s": 60.0,
+        "apart": {"before": far, "after": far}, "faults": {"injected": 5, "survived": 5}, "mirror_equal": True,
+    }  # fmt: skip
+
+
+def test_what_was_measured_is_told_shown_and_tabled(example, tmp_path, monkeypatch):
+    summary, page, plans = (example(n) for n in ("summary", "page", "plans"))
+    full = plans.PLANS["full"]
+    gains = {
+        "akd": 0.18,
+        "labels": 0.2,
+        "random": 0.1,
+        "all tokens": 0.19,
+        "maha high 8": 0.18,
+        "random high 8": 0.1,
+    }
+    units = {
+        "dusk": {
+            arm: [measured(s, full.courses("dusk"), g + 0.01 * s, ("day", "dusk")) for s in range(3)]
+            for arm, g in gains.items()
+        },
+        "shifts": {
+            arm: [measured(s, full.courses("shifts"), g, ("day", *plans.UNSEEN)) for s in range(2)]
+            for arm, g in (("akd", 0.1), ("open", 0.05))
+        },
+    }  # fmt: skip
+    found = summary.told(units)
+    assert found["recovered_fraction"] == pytest.approx((0.18 + 0.01) / (0.2 + 0.01))
+    assert found["above_chance"]["dusk"]["akd"]["mean"] == pytest.approx(3 * 0.08)
+    assert found["above_chance"]["dusk"]["maha high 8"]["mean"] == pytest.approx(3 * 0.08)
+    assert found["uplink"] == pytest.approx({"maha": 0.97, "random": 0.73})
+    assert (found["bytes_up"], found["bytes_down"], found["full_bytes"]) == (360, 81, 9000)
+    assert found["soon"]["dusk"]["all tokens"] == {"seeds": 3, "reached": 3, "seconds": 9.0}
+    assert found["soon"]["dusk"]["random"]["seconds"] is None
+    assert found["closed_less_open"]["mean"] == pytest.approx((0.3 + 0.3 + 0.4) / 4 / 2)
+    assert found["shifts"]["akd"]["drift"] == pytest.approx([0.1 * i for i in range(1, 11)])
+    shown = page.drawn({**found, "plan": full.measured()})
+    assert shown.count('role="img"') == 1 + 3 + 1 + 2 and "Backward transfer" in shown
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("tables", BENCHMARKS / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert len(tables.kept_fresh()) == 2  # a heading and nothing below it
+    beside = {
+        "cpu": "a",
+        "features": [],
+        "python": "3",
+        "versions": {},
+        "parameters": 5e6,
+        "data": {"n": 8},
+    }
+    text = json.dumps({**found, **beside, "plan": full.measured()})
+    (tmp_path / "cloud_device.json").write_text(text, encoding="utf-8")
+    lines = "\n".join(tables.kept_fresh())
+    assert "| random | 3 | 0.400 → 0.730 | 0.524 |" in lines and "akd recovered 0.905 [" in lines
+    assert "| 10, frost | 0.400 | 0.700 | 0.700 | 0.800 | 1.000 |" in lines
+    assert "+0.1250 [+0.1250, +0.1250] ahead of the open one" in lines
+
+
+@pytest.mark.slow
+def test_shifts_one_after_the_other_and_arms_of_every_kind_are_measured_and_shown(tmp_path):
+    state, file, html = tmp_path / "state", tmp_path / "found.json", tmp_path / "found.html"
+    words = ["--smoke", "--state", state, "--json", file, "--html", html]
+    run = [sys.executable, PLACE / "run.py", *words]
+
+    def run_on(*more):
+        ran = subprocess.run([*run, *more], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(file.read_text(encoding="utf-8")), ran.stdout
+
+    found, _ = run_on("--arms", "akd", "open", "--domains", "shifts")
+    closed, opened = (found["shifts"][arm] for arm in ("akd", "open"))
+    assert closed["course"] == ["dusk", "ink", "frost"] and set(closed["before"]) == {
+        "day",
+        *closed["course"],
+    }
+    assert len(closed["matrix"]) == len(closed["drift"]) == len(opened["drift"]) == 3
+    assert found["closed_less_open"]["seeds"] == 1
+    assert found["faults"] == {"injected": 5, "survived": 5} and found["mirror_equal"]
+    found, said = run_on(
+        "--arms", "akd", "tent", "prompt", "top-k", "all tokens", "--domains", "ink"
+    )
+    arms = found["arms"]["ink"]
+    assert (
+        arms["tent"]["up_share"] == arms["tent"]["down_share"] == 0 < arms["prompt"]["down_share"]
+    )
+    assert arms["all tokens"]["taken"] == arms["akd"]["taken"] > 0
+    assert arms["all tokens"]["up_share"] > 3 * arms["akd"]["up_share"] > 0
+    page = html.read_text(encoding="utf-8")
+    assert page.count("<svg") >= 3 and "top-k" in page and "<script" not in page
+    _, again = run_on("--arms", "akd", "--domains", "ink")
+    assert "akd, ink" in said and "akd, ink" not in again  # it was there

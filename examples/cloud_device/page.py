@@ -15,6 +15,11 @@ from effc.charts import Bar, Html, Span, bars, curve, intervals, join, tag
 
 Json = dict[str, Any]
 TONES = ("engine", "float", "torch", "other", "good")
+SHARES = {
+    "recovered": "Accuracy gained, of what training on every label gains.",
+    "up_share": "Bytes up, of the pictures as JPEG.",
+    "down_share": "Bytes down, of the engine's weights a round.",
+}
 STYLE = """
 :root { --page: #f6f6f4; --card: #fff; --ink: #1c2127; --muted: #57616b; --line: #dedfe1; --track: #e9e9e7;
   --engine: #0b6b6b; --float: #5d6977; --torch: #9a5500; --other: #6f4699; --good: #1a6b3a; }
@@ -51,7 +56,7 @@ def drawn(found: Json) -> str:
     if found["shifts"]:
         parts.append(_section("Three shifts, one after the other", *_shifts(found)))
     title = tag("title", "A device and its cloud")
-    head = tag("head", tag("meta", charset="utf-8"), title, tag("style", Html(STYLE)))
+    head = tag("head", Html('<meta charset="utf-8">'), title, tag("style", Html(STYLE)))
     return "<!doctype html>\n" + tag("html", head, tag("body", *parts), lang="en")
 
 
@@ -82,14 +87,15 @@ def _domain(domain: str, arms: Mapping[str, Json], found: Json) -> Iterator[Html
     yield tag("p", "Accuracy of the engine before the first round and after each.")
     yield from _lined(f"{domain}-rounds", start)
     listed = [name for name in arms if name not in made_of.GRID]
-    yield tag("p", "Bytes up, of the pictures as JPEG, and down, of the engine's weights a round.")
-    for word, key in (("up", "up_share"), ("down", "down_share")):
+    for key, words in SHARES.items():
         rows = [
-            Bar(label=name, value=arms[name][key], words=f"{arms[name][key]:.2%}", tone=tone)
+            Bar(label=name, value=share, words=f"{share:.2%}", tone=tone)
             for name in listed
-            for tone in ["engine" if name == SHOWN else "float"]
+            for share, tone in [(arms[name][key], "engine" if name == SHOWN else "float")]
+            if share is not None
         ]
-        yield tag("figure", bars(f"{domain}-{word}", f"Bytes {word}", "a share for each arm", rows))
+        yield tag("p", words)
+        yield tag("figure", bars(f"{domain}-{key}", words, "a share for each arm", rows))
     ahead = found["ahead"][domain]
     rows = [_span(name, ahead[name]) for name in ahead if name not in made_of.GRID]
     if rows:

@@ -227,11 +227,13 @@ def _successive(units: Sequence[Json]) -> Json:
         {d: float(np.mean([u["rounds"][i]["accuracy"][d]["all"] for u in units])) for d in domains}
         for i in range(len(course))
     ]
+    drifts = [[r.get("drift") for r in u["rounds"]] for u in units]  # units of long ago have none
     return {
         "course": course, "matrix": matrix, "seeds": len(units),
         "before": {d: float(np.mean([u["begun"][d]["all"] for u in units])) for d in domains},
         "backward_transfer": interval([_backward(unit) for unit in units]),
         "last": interval([_mean_of_last(unit) for unit in units]),
+        "drift": None if any(None in each for each in drifts) else np.mean(drifts, 0).tolist(),
         "left": [float(np.mean([u["rounds"][i]["left"] for u in units])) for i in range(len(course))],
     }  # fmt: skip
 

@@ -32,6 +32,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 STREAMS = 5000
 """Where seeds of what devices meet begin, a hundred for each seed of a student."""
 CALIBRATED = 6000
+DRIFTED = 32
+"""Pictures that a device and its cloud are compared on."""
 Answers = Callable[[dict[str, Array]], dict[str, Array]]
 
 
@@ -122,7 +124,7 @@ class Unit:
             **up, "bytes_down": 0 if self.arm.alone else len(made.content),
             "full_bytes": made.numbers["full_bytes"], "left": made.numbers["error"],
             "encodings": made.numbers["encodings"], "make_s": round(time.process_time() - began, 2),
-            "mirror_equal": self.is_mirrored(mirror, domain), **_of(tuned),
+            "mirror_equal": self.is_mirrored(mirror, domain), "drift": self.drift(new, domain), **_of(tuned),
         }  # fmt: skip
 
     # down
@@ -161,6 +163,16 @@ class Unit:
         (engine,) = device.manifest_of(mirror)["engines"]
         own, theirs = self.answers(feeds), device.session(mirror, engine)(feeds)
         return same and all(np.array_equal(own[n], theirs[n]) for n in own)
+
+    def drift(self, new: Path, domain: str) -> float:
+        """How far the device's logits are from those of the engine that the cloud compiled, relative L2."""
+        (engine,) = device.manifest_of(new)["engines"]
+        run, off, size = device.session(new, engine), 0.0, 0.0
+        for feeds in feeds_of(world.drawn(world.DOMAINS[domain], DRIFTED, 79)):
+            own, wanted = (answers(feeds)["logits"] for answers in (self.answers, run))
+            off += float(np.square(own - wanted).sum())
+            size += float(np.square(wanted).sum())
+        return float((off / size) ** 0.5)
 
     # up
 
