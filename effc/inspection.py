@@ -89,8 +89,9 @@ def verify(
         source, samples, original = parts[manifest.engines[0].role]
         with progress.stage("metric") as step:
             found["metric"] = measure.task_metric(
-                source, original.only(), lowered, wanted, threads, step
-            )
+                source, original.only(), lowered, wanted, threads, step,
+                _teller(out, manifest, manifest.engines[0]),
+            )  # fmt: skip
     return found
 
 
@@ -103,6 +104,12 @@ def _whole(out: Path, progress: Progress) -> package.Manifest:
         manifest = package.read(out)
         refuse(out, package.check(out))
     return manifest
+
+
+def _teller(out: Path, manifest: package.Manifest, entry: package.EngineEntry) -> Lowered | None:
+    """The engine of a package that says what texts are about, for an engine that is told; None where there is none."""
+    found = manifest.engine(entry.target, ROLE)
+    return lowered_of(out, found) if found is not None and entry.role != ROLE else None
 
 
 def _lossy(manifest: package.Manifest, entry: package.EngineEntry) -> bool:
@@ -271,7 +278,15 @@ def bench(
     measured = None
     if wanted is not None:
         with progress.stage("metric") as step:
-            measured = measure.task_metric(source, original.only(), lowered, wanted, threads, step)
+            measured = measure.task_metric(
+                source,
+                original.only(),
+                lowered,
+                wanted,
+                threads,
+                step,
+                _teller(out, manifest, entry),
+            )
     spec = BenchSpec(shapes=tuple(shapes), threads=threads, budget_s=budget_s)
     with progress.stage("bench") as step:
         timed = measure.time_engine(

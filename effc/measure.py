@@ -220,10 +220,11 @@ def task_metric(
     metric: metrics.Metric,
     threads: int,
     step: Step = silent,
+    teller: Lowered | None = None,
 ) -> Json:
     """The task metric of model and engine on the same samples, with the interval of their difference."""
     reference = of_model(source, graph, metric, threads, step)
-    mine = of_engine(source, lowered, metric, threads, step)
+    mine = of_engine(source, lowered, metric, threads, step, teller=teller)
     compared = metrics.compare(metric, reference, mine)
     return {**dataclasses.asdict(compared), "data": metrics.describe(metric.file)}
 

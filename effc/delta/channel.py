@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from effc.delta import device
+from effc.delta import device, packet
 from effc.delta.device import Record
 from effc.errors import DeltaError
 from effc.plain import dump
@@ -192,7 +192,7 @@ class _Transfer:
 
     def _write(self, answer: urllib3.BaseHTTPResponse, start: int) -> None:
         told = answer.headers.get("Content-Length", "0")
-        self._expect(start + (int(told) if told.isdecimal() else 0))
+        self._expect(start + packet.number(told))
         with self.part.open("ab") as stream:
             for chunk in answer.stream(CHUNK):
                 self._expect(stream.tell() + len(chunk))

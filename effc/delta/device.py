@@ -423,7 +423,7 @@ def _stage(base: Path, slot: Path, found: Packet) -> None:
     patched = {e.tensor.file for e in found.entries}
     if MANIFEST in patched or patched & {t.name for t in found.texts}:
         raise DeltaError("a file is patched and replaced at once", hint=HARMED)
-    contents = {name: np.memmap(base / name, np.uint8, "r") for name in patched}
+    contents = {name: mapped(base / name) for name in patched}
     if graph_of(contents, found) != found.graph:
         raise DeltaError("the delta is for another graph", hint="have it made from this package")
     texts = {t.name: _text(base, t) for t in found.texts}
@@ -504,18 +504,21 @@ def _reversed(store: Path, record: Record) -> Record:
             f"there is nothing to go back to: {broken[0]}",
             hint="make the store again: effc delta init",
         )
-    return Record(
+    made = Record(
         sequence=record.sequence + 1, slot=record.spare, id=record.other,
         counter=record.other_counter, highest=record.highest,
-        other=record.id, other_counter=record.counter,
     )  # fmt: skip
+    if record.pending:  # what never proved itself is nothing to come back to
+        return made
+    return replace(made, other=record.id, other_counter=record.counter)
 
 
 def start(store: Path) -> tuple[Path, Record]:
     """The slot to serve from, whole. A release that did not prove itself in time, or is harmed, gives way to the other.
 
-    A release that is being taken meanwhile is no hindrance, nor is a disk that cannot be written. Raises DeltaError
-    where neither slot is whole.
+    A release that is being taken meanwhile is no hindrance, nor is a disk that cannot be written: a release that has
+    not proved itself then gives way at once, since nobody could count its starts. Raises DeltaError where neither slot
+    is whole.
     """
     record = record_of(store)
     broken = problems(store / "slots" / record.slot, record.id)
@@ -526,9 +529,29 @@ def start(store: Path) -> tuple[Path, Record]:
     else:
         made = record
     if any(_record(store, name) != made for name in RECORDS):  # also one that is harmed or behind
-        with suppress(DeltaError), alone(store):
+        is_kept = _kept(store, record, made)
+        if not is_kept and made.pending:
+            with suppress(DeltaError):
+                made = _reversed(store, record)
+    return store / "slots" / made.slot, made
+
+
+def _kept(store: Path, record: Record, made: Record) -> bool:
+    """Write the record that follows another; whether the disk took it, or somebody else is changing the store."""
+    try:
+        with alone(store):
             if record_of(store) == record:  # else who changed it meanwhile knows better
                 _write(store, made)
+    except DeltaError as error:
+        return isinstance(error.__cause__, BlockingIOError)
+    return True
+
+
+def _given_up(store: Path) -> tuple[Path, Record]:
+    """The other slot in the place of a release that does not open, also where the disk takes no record of it."""
+    record = record_of(store)
+    made = _reversed(store, record)
+    _kept(store, record, made)
     return store / "slots" / made.slot, made
 
 
@@ -558,8 +581,8 @@ class Live:
         except DeltaError:
             if not record.pending:
                 raise
-            rollback(self._store)  # it opened when it was taken, and does not any more
-            self._run, self._left = self._open(start(self._store)[0]), 0
+            # it opened when it was taken, and does not any more
+            self._run, self._left = self._open(_given_up(self._store)[0]), 0
 
     def _open(self, root: Path) -> Session:
         engines = manifest_of(root)["engines"]
@@ -573,7 +596,7 @@ class Live:
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         run = self._run
         found = run(feeds)
-        if self._left and run is self._run:
+        if self._left and run is self._run and _is_finite(found):
             with self._lock:
                 self._left -= bool(self._left)
                 proved = not self._left
@@ -597,6 +620,16 @@ class Live:
         from effc.delta import channel
 
         return channel.pull(url, self._store, ca=ca, take=self.update)
+
+
+def _is_finite(outputs: Mapping[str, Array]) -> bool:
+    """Whether an answer is one: numbers that are none prove nothing."""
+    return all(np.isfinite(value).all() for value in outputs.values() if value.dtype.kind == "f")
+
+
+def mapped(file: Path) -> Array:
+    """The bytes of a file, read as they are looked at; of one that is empty too, which has no map."""
+    return np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
 
 
 def show(found: Packet) -> dict[str, Any]:

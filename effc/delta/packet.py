@@ -278,3 +278,8 @@ def _sha(value: Any) -> str:
     if not isinstance(value, str) or len(value) != 64 or not _HEX.issuperset(value):
         raise ValueError(f"{value!r} is no sha256")
     return value
+
+
+def number(text: str) -> int:
+    """A whole number that somebody else wrote; 0 for what is none, or is longer than any that is meant."""
+    return int(text) if text.isdecimal() and len(text) < 20 else 0

@@ -136,6 +136,11 @@ def floats(tensor: Tensor, old: bytes, new: bytes, weight: Array | float = 1.0) 
 def weighed(name: str, weight: Array | float, shape: tuple[int, ...]) -> Array:
     """The importance of each element. Raises DeltaError where it was given in another shape."""
     given = np.asarray(weight)
+    if not np.isfinite(given).all() or (given < 0).any():
+        raise DeltaError(
+            f"the importance of {name!r} is not all numbers from 0 on",
+            hint="give what an error counts, such as the diagonal of the Fisher information",
+        )
     try:
         return np.broadcast_to(given, shape)
     except ValueError as error:

@@ -46,7 +46,13 @@ KINDS: dict[int, tuple[str, int]] = {
 }
 """Types of ONNX by their words in safetensors, and their bytes."""
 _WIDTHS = dict(KINDS.values())
-_FINITE = {"F32": "<f4", "F16": "<f2"}
+_NO_NUMBER = {
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E4M3": ("u1", 0x7F),
+}
+"""Bits that are all set in what is no finite number, by type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ def _contents(root: Path, name: str, known: weights.Weights) -> dict[str, Any]:
 
 
 def _weight(name: str, kind: int, shape: tuple[int, ...], values: bytes) -> Weight:
-    if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+    if kind == onnx.TensorProto.INT4:
         return Weight(dtype="I4", shape=shape, values=values)
     if kind not in KINDS:
         raise DeltaError(
@@ -131,9 +137,16 @@ def _weight(name: str, kind: int, shape: tuple[int, ...], values: bytes) -> Weig
             hint="send the package itself",
         )
     word = KINDS[kind][0]
-    if word in _FINITE and not np.isfinite(np.frombuffer(values, _FINITE[word])).all():
+    if not _is_finite(word, values):
         raise DeltaError(f"{name} has values that are no numbers", hint="look at the training")
     return Weight(dtype=word, shape=shape, values=values)
+
+
+def _is_finite(dtype: str, values: bytes) -> bool:
+    if dtype not in _NO_NUMBER:
+        return True
+    kind, bits = _NO_NUMBER[dtype]
+    return not (np.frombuffer(values, kind) & bits == bits).any()
 
 
 def written(refit: Refit, key: Path) -> bytes:
@@ -170,10 +183,11 @@ def _with(content: bytes, old: str, new: str) -> bytes:
     return content.replace(f'"signature":"{old}"'.encode(), f'"signature":"{new}"'.encode(), 1)
 
 
-def read(content: bytes, keys: Sequence[str], *, engine: str, onnx_file: str) -> Refit:
+def read(content: bytes, keys: Sequence[str], *, engine: str, onnx_file: str, above: int) -> Refit:
     """What is in a refit file for the engine and ONNX file with these sha256. Raises DeltaError.
 
-    `keys` are public keys in hex, of which one has signed it; nothing of the file is believed before.
+    `keys` are public keys in hex, of which one has signed it; nothing of the file is believed before. `above` is the
+    release that was put on last, 0 for none: older ones do not come back.
     """
     header, start = _header(content)
     told = header.pop("__metadata__", None)
@@ -202,6 +216,13 @@ def read(content: bytes, keys: Sequence[str], *, engine: str, onnx_file: str) ->
         raise DeltaError(
             f"the file has a header that does not fit it: {error!r}", hint=HARMED
         ) from error
+    if release <= above:
+        raise DeltaError(
+            f"release {release} is not above {above}, which was put on before",
+            hint="have a refit file made with a greater release",
+        )
+    if strange := sorted(n for n, w in found.items() if not _is_finite(w.dtype, w.values)):
+        raise DeltaError(f"{strange[0]} has values that are no numbers", hint=HARMED)
     return Refit(engine=engine, onnx=onnx_file, release=release, weights=found)
 
 

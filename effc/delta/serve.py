@@ -38,7 +38,9 @@ def application(directory: Path) -> Starlette:
     def release(request: Request) -> Response:
         above = request.query_params.get("above", "0")
         file = newest(
-            directory, request.path_params["base"], int(above) if above.isdecimal() else 0
+            directory,
+            request.path_params["base"],
+            packet.number(above),
         )
         if file is None:
             return Response(status_code=404)

@@ -44,6 +44,8 @@ OWN = frozenset({"form", "length", "data"})
 """What a payload says beside whose tokens it has."""
 MOST_PAYLOAD = 64 << 20
 MOST_HEADER = 1 << 20
+MOST_SPREAD = 1 << 28
+"""Numbers that a payload may have where every token is in its place, sent or not."""
 WIDEST = 127
 """The greatest code of a feature in 8 bits, of either sign."""
 LEAST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
@@ -185,8 +187,11 @@ def _data_digest(content: bytes) -> str:
     return hashlib.sha256(content[8 + size :]).hexdigest()
 
 
-def read(content: bytes, who: Mapping[str, str]) -> Tokens:
-    """What is in a payload of `who`. Raises DeltaError for anything else, and for what is of somebody else."""
+def read(content: bytes, who: Mapping[str, str], *, length: int | None = None) -> Tokens:
+    """What is in a payload of `who`, of samples of `length` tokens, of any where None.
+
+    Raises DeltaError for anything else, and for what is of somebody else.
+    """
     told = _metadata(content)
     if told.get("form") != FORM:
         raise DeltaError("this is no payload, or one of another version", hint=AGAIN)
@@ -207,6 +212,10 @@ def read(content: bytes, who: Mapping[str, str]) -> Tokens:
         raise DeltaError(f"the payload is harmed: {error}", hint=AGAIN) from error
     if problem := _problem(found):
         raise DeltaError(f"the payload is harmed: {problem}", hint=AGAIN)
+    if length is not None and found.length != length:
+        raise DeltaError(
+            f"the payload is of samples of {found.length} tokens, and not {length}", hint=AGAIN
+        )
     return found
 
 
@@ -256,6 +265,8 @@ def _problem(tokens: Tokens) -> str | None:
         return f"a place lies outside of {tokens.length} tokens"
     if (np.diff(np.sort(index, axis=1), axis=1) == 0).any():
         return "a place is there twice"
+    if len(index) * tokens.length * features.shape[2] > MOST_SPREAD:
+        return f"spread out it has more than {MOST_SPREAD} numbers"
     if any(array.dtype.kind not in "iu" for array in tokens.beside.values()):
         return "what goes beside the tokens is no integers"
     if not np.isfinite(features).all() or not np.isfinite(score).all():

@@ -186,16 +186,71 @@ def test_a_full_disk_costs_the_update_and_nothing_else(world, monkeypatch):
     store = world.store()
     before = serving(store)
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr(device.shutil, "copyfile", full)
+        patched.setattr(device.shutil, "copyfile", no_room)
         with pytest.raises(DeltaError, match="No space") as refused:
             device.apply(store, world.delta())
     assert "disk" in refused.value.hint
     assert serving(store).id == before.id
     assert device.apply(store, world.delta()).counter == 1
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_release_that_gave_way_does_not_come_back_as_one_that_is_proved(world):
+    store = world.store()
+    before = serving(store).id
+    device.apply(store, world.delta())
+    record = device.rollback(store)
+    assert (record.id, record.other) == (before, "")
+    with pytest.raises(DeltaError, match="nothing to go back to"):
+        device.rollback(store)
+    device.apply(store, world.delta(counter=2))
+    device.confirm(store)
+    assert device.rollback(store).other  # one that was proved does
+    assert device.rollback(store).counter == 2
+
+
+def test_on_a_full_disk_a_release_that_is_not_proved_gives_way_at_once(world, monkeypatch):
+    store = world.store()
+    before = serving(store).id
+    device.apply(store, world.delta())
+    with monkeypatch.context() as patched:
+        patched.setattr(device.whole, "write", no_room)
+        for _ in range(2 * device.TRIES):
+            assert serving(store).id == before
+    assert serving(store).pending  # with room again it is tried, and its starts are counted
+
+
+def test_on_a_full_disk_a_release_that_does_not_open_gives_way(world, monkeypatch):
+    store = world.store()
+    wanted = device.Live(store)({"x": X})["y"]
+    device.apply(store, world.delta())
+    whole = device.session
+
+    def opened(root, engine):
+        if root.name == "b":
+            raise DeltaError("it does not open", hint="")
+        return whole(root, engine)
+
+    monkeypatch.setattr(device, "session", opened)
+    monkeypatch.setattr(device.whole, "write", no_room)
+    # the countdown is written before the disk is full
+    monkeypatch.setattr(
+        device, "start", lambda store: (store / "slots" / "b", device.record_of(store))
+    )
+    assert np.array_equal(device.Live(store)({"x": X})["y"], wanted)
+
+
+def test_answers_that_are_no_numbers_prove_nothing(world):
+    store = world.store()
+    device.apply(store, world.delta())
+    live = device.Live(store)
+    for _ in range(2 * device.PROOFS):
+        assert np.isnan(live({"x": np.full_like(X, np.nan)})["y"]).any()
+    assert device.record_of(store).pending
 
 
 def test_it_serves_while_a_release_is_taken(world):

@@ -81,6 +81,18 @@ def test_a_delta_is_made_of_the_encodings_that_may_be_used(world):
     assert "q4" in refused.value.hint
 
 
+def weighed(world, importance, mirror=None):
+    how = {"budget": 2400, "mirror": mirror, "importance": importance}
+    return make.make(world.old, world.new, key=world.key, counter=1, **how)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_an_importance_that_is_none_is_refused(world, value):
+    with pytest.raises(DeltaError, match="importance of 'second'") as refused:
+        weighed(world, {"second": value})
+    assert refused.value.hint
+
+
 def test_a_budget_that_takes_nothing_is_refused(world):
     with pytest.raises(DeltaError, match="needed to send nothing") as refused:
         make.make(world.old, world.new, key=world.key, counter=1, budget=300)
@@ -110,15 +122,7 @@ def test_what_matters_more_is_sent_first(world):
     off = {}
     for name, importance in (("even", {}), ("second", {"second": 1e6})):
         mirror = world.place / name
-        make.make(
-            world.old,
-            world.new,
-            key=world.key,
-            counter=1,
-            budget=2400,
-            mirror=mirror,
-            importance=importance,
-        )
+        weighed(world, importance, mirror)
         found, wanted = (_tensor(p, "second") for p in (mirror, world.new))
         off[name] = np.linalg.norm(found - wanted)
     assert off["second"] < 0.5 * off["even"]

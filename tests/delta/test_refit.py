@@ -8,6 +8,7 @@ import json
 import shutil
 import struct
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_what_changed_is_there_by_name_in_the_type_of_the_engine(two):
     new = weights(1, 0.01)
     assert set(found) == {n for n, v in new.items() if not np.array_equal(v, weights()[n])}
     assert all(np.array_equal(found[n], new[n]) and found[n].dtype == new[n].dtype for n in found)
-    back = refit.read(content, [word], **digests(place / "old"))
+    back = refit.read(content, [word], **digests(place / "old"), above=0)
     assert back == refit.made(place / "old", place / "new", release=3)
     assert refit.written(back, place / "key") == content
 
@@ -92,12 +93,10 @@ def test_the_same_weights_make_an_empty_file(two):
     place, word = two
     made = refit.made(place / "old", place / "old", release=1)
     content = refit.written(made, place / "key")
-    assert refit.read(content, [word], **digests(place / "old")).weights == {}
+    assert refit.read(content, [word], **digests(place / "old"), above=0).weights == {}
 
 
 def test_tensorrt_knows_the_names_in_the_network_of_the_engine(two):
-    from dataclasses import replace
-
     place, _ = two
     made = refit.made(place / "old", place / "new", release=1)
     told = refit.told(place / "old", made)
@@ -143,7 +142,9 @@ def test_types_of_16_8_and_4_bits_keep_them(tmp_path):
     assert {n: w.dtype for n, w in made.weights.items()} == {
         "brain": "BF16", "four": "I4", "half": "F16", "scale": "F16",
     }  # fmt: skip
-    back = refit.read(refit.written(made, tmp_path / "key"), [word], **digests(tmp_path / "0"))
+    back = refit.read(
+        refit.written(made, tmp_path / "key"), [word], **digests(tmp_path / "0"), above=0
+    )
     assert back == made and back.weights["four"].shape == (32, 32)
     assert len(back.weights["four"].values) == 512
     told = refit.told(tmp_path / "0", made)
@@ -169,7 +170,7 @@ def test_a_spoilt_file_is_refused_with_its_reason(two, word, change):
     place, key = two
     content = refit.written(refit.made(place / "old", place / "new", release=1), place / "key")
     with pytest.raises(DeltaError, match=word) as refused:
-        refit.read(change(content), [key], **digests(place / "old"))
+        refit.read(change(content), [key], **digests(place / "old"), above=0)
     assert refused.value.hint
 
 
@@ -178,10 +179,10 @@ def test_weights_of_another_engine_key_or_onnx_are_refused(two, tmp_path):
     content = refit.written(refit.made(place / "old", place / "new", release=1), place / "key")
     foreign = packet.keygen(tmp_path / "k", tmp_path / "k.pub")
     with pytest.raises(DeltaError, match="none of the trusted"):
-        refit.read(content, [foreign], **digests(place / "old"))
+        refit.read(content, [foreign], **digests(place / "old"), above=0)
     for name in ("engine", "onnx_file"):
         with pytest.raises(DeltaError, match="for another"):
-            refit.read(content, [word], **{**digests(place / "old"), name: "0" * 64})
+            refit.read(content, [word], **{**digests(place / "old"), name: "0" * 64}, above=0)
 
 
 def signed(header, key):
@@ -192,6 +193,31 @@ def signed(header, key):
     bare = struct.pack("<Q", len(text)) + text + bytes(64)
     name = packet.private_key(key).sign(refit._message(bare)).hex()
     return refit._with(bare, refit.UNSIGNED, name)
+
+
+def test_an_older_release_does_not_come_back(two):
+    place, word = two
+    content = refit.written(refit.made(place / "old", place / "new", release=3), place / "key")
+    with pytest.raises(DeltaError, match="release 3 is not above 3") as refused:
+        refit.read(content, [word], **digests(place / "old"), above=3)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("F32", b"\x00\x00\xc0\x7f"),
+        ("F16", b"\x00\xfc"),
+        ("BF16", b"\x80\x7f"),
+        ("F8_E4M3", b"\xff"),
+    ],
+)
+def test_values_that_are_no_numbers_are_refused_also_when_they_are_signed(two, dtype, values):
+    place, word = two
+    made = refit.made(place / "old", place / "new", release=3)
+    spoilt = replace(made, weights={"w": refit.Weight(dtype=dtype, shape=(1,), values=values)})
+    with pytest.raises(DeltaError, match="no numbers"):
+        refit.read(refit.written(spoilt, place / "key"), [word], **digests(place / "old"), above=0)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +241,7 @@ def test_places_that_do_not_fit_are_refused_also_when_they_are_signed(two, line)
     }
     content = signed({"w": line, "__metadata__": told}, place / "key")
     with pytest.raises(DeltaError, match="does not fit") as refused:
-        refit.read(content, [word], **digests(place / "old"))
+        refit.read(content, [word], **digests(place / "old"), above=0)
     assert refused.value.hint
 
 
@@ -247,7 +273,7 @@ def test_the_command_line_writes_one_and_says_what_was_looked_at(two, tmp_path):
     ran = cli("delta", "refit", place / "old", place / "new", "-o", tmp_path / "w", *words)
     assert ran.code == 0, ran.err
     assert "4 weights" in ran.out and ("on a GPU alone" in ran.out or "not checked" in ran.out)
-    found = refit.read((tmp_path / "w").read_bytes(), [word], **digests(place / "old"))
+    found = refit.read((tmp_path / "w").read_bytes(), [word], **digests(place / "old"), above=0)
     assert found.release == 2
     again = cli("delta", "refit", place / "new", place / "old", "-o", tmp_path / "no", *words)
     assert_letter(again, "DeltaError", 14, "for good")

@@ -56,6 +56,15 @@ def test_tokens_go_back_to_their_places():
     assert not wide[~sent].any()
 
 
+def test_samples_of_another_length_or_too_long_to_spread_are_refused():
+    content = uplink.pack(tokens(), WHO)
+    assert uplink.read(content, WHO, length=49).length == 49
+    with pytest.raises(DeltaError, match="of 49 tokens, and not 50"):
+        uplink.read(content, WHO, length=50)
+    with pytest.raises(DeltaError, match="spread out"):  # a few bytes for some gigabytes
+        uplink.pack(replace(tokens(300, 1, 16), length=1 << 16), WHO)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1.0, 6e4])
 def test_features_of_any_size_stay_numbers(scale):
     given_ = replace(tokens(), tokens=tokens().tokens * np.float32(scale))
