@@ -1426,14 +1426,17 @@ def kept_fresh() -> list[str]:
             "Accuracy is the engine's behind the last round. `recovered` is the gain over that of training on every "
             "label, by seeds that both have; differences are paired over seeds with Student's interval of 95 %. Bytes "
             "up are of the pictures as JPEG of quality 75, bytes down of the engine's weights in every round; "
-            "signatures, manifests and tests count. What arms are is in examples/cloud_device/arms.py. "
+            "signatures, manifests and tests count. The encoder is frozen on both sides, and `labels` trains every "
+            "tensor of the answerer behind it and no other, so what can change is a part of those weights: `lossless` "
+            "is what all of the change takes. What arms are is in examples/cloud_device/arms.py. "
             + circumstances(found),
             "",
             f"Of what labels give, akd recovered {_recovery(found['recovered']['akd'])} over {', '.join(most)}, with "
             f"at most {max(a['up_share_most'] for a in shown):.2%} up and "
             f"{max(a['down_share_most'] for a in shown):.2%} down in a round. {found['faults']['survived']:,} of "
-            f"{found['faults']['injected']:,} spoiled releases were refused while the engine answered on, and the "
-            f"device was {'' if found['mirror_equal'] else 'NOT '}its cloud's mirror in every closed round.",
+            f"{found['faults']['injected']:,} spoiled releases were refused while the engine answered on, "
+            f"{found['payloads']['refused']:,} of {found['payloads']['injected']:,} spoiled payloads at the cloud, "
+            f"and the device was {'' if found['mirror_equal'] else 'NOT '}its cloud's mirror in every closed round.",
             "",
         ]
         for domain, arms in most.items():

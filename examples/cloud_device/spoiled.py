@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from unit import Unit
 
 Json = dict[str, Any]
+PAYLOADS = 4
+"""Spoiled payloads that `refused` tries."""
+REASONS = {
+    "flipped bit": "trusted keys", "truncated": "trusted keys", "signed by another": "trusted keys",
+    "wrong base": "is for package", "older release": "is not above",
+}  # fmt: skip
+"""What of the reason must be said of each spoiled release."""
 
 
 def tried(unit: Unit, releases: Sequence[Path]) -> Json:
@@ -51,7 +58,9 @@ def tried(unit: Unit, releases: Sequence[Path]) -> Json:
             reasons[name] = error.what
         again = device.Live(unit.store)(feeds)
         same = all(np.array_equal(wanted[n], again[n]) for n in wanted)
-        survived += reasons[name] != "taken" and same and device.record_of(unit.store) == record
+        survived += (
+            REASONS[name] in reasons[name] and same and device.record_of(unit.store) == record
+        )
     return {"injected": len(spoiled), "survived": survived, "reasons": reasons}
 
 

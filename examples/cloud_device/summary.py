@@ -11,6 +11,7 @@ from typing import Any
 
 import arms as made_of
 import numpy as np
+import spoiled
 import world
 from plans import CHANCE, SHIFTS, SHOWN, WHOLE
 from study import Units
@@ -42,8 +43,13 @@ def told(units: Units) -> Json:
             for arm in made_of.UPLINK if arm in found
         },
         "recovered_fraction": recovered(plain, SHOWN), **total,
-        "mirror_equal": all(unit["mirror_equal"] for unit in every),
+        "mirror_equal": all(
+            unit["mirror_equal"]
+            for found in units.values() for arm, each in found.items() if not made_of.EVERY[arm].is_open
+            for unit in each
+        ),
         "faults": {k: sum(unit["faults"][k] for unit in every) for k in ("injected", "survived")},
+        "payloads": _payloads(every),
         "arms": {
             d: {arm: arm_told(each, found.get(WHOLE, [])) for arm, each in found.items()}
             for d, found in plain.items()
@@ -57,6 +63,12 @@ def told(units: Units) -> Json:
         "shifts": {arm: _successive(each) for arm, each in units.get(SHIFTS, {}).items()},
         "closed_less_open": _paired(units.get(SHIFTS, {}), SHOWN, "open", _mean_of_last),
     }  # fmt: skip
+
+
+def _payloads(units: Sequence[Json]) -> Json:
+    """Spoiled payloads at the cloud's door, and how many it refused."""
+    sent = [r for unit in units for r in unit["rounds"] if r["bytes_up"]]
+    return {"injected": spoiled.PAYLOADS * len(sent), "refused": sum(r["refused"] for r in sent)}
 
 
 def _arms(units: Units) -> list[str]:
@@ -100,18 +112,17 @@ def recovered(units: Units, arm: str) -> float | None:
 def recovery(units: Units, arm: str) -> Json:
     """`recovered`, and an interval of 95 %: seeds are drawn again, in every domain those of the same numbers."""
     found: Json = {"share": recovered(units, arm)}
-    pairs = {d: _both(each.get(arm, []), each.get(WHOLE, [])) for d, each in units.items()}
-    pairs = {d: each for d, each in pairs.items() if each}
-    if found["share"] is None or min(len(each) for each in pairs.values()) < 3:
+    by_seed: dict[int, Array] = {}
+    for each in units.values():
+        for own, whole in _both(each.get(arm, []), each.get(WHOLE, [])):
+            sums = by_seed.setdefault(own["seed"], np.zeros(2))
+            sums += gain(own), gain(whole)
+    if found["share"] is None or len(by_seed) < 3:
         return found
-    draw = np.random.default_rng(0)
-    shares = []
-    for _ in range(DRAWS):
-        sums = np.zeros(2)
-        for each in pairs.values():
-            for i in draw.integers(0, len(each), len(each)):
-                sums += [gain(unit) for unit in each[i]]
-        shares.append(sums[0] / sums[1])
+    every = np.stack([*by_seed.values()])  # a student is the same in every domain
+    draws = np.random.default_rng(0).integers(0, len(every), (DRAWS, len(every)))
+    sums = every[draws].sum(1)
+    shares = sums[:, 0] / sums[:, 1]
     low, high = np.quantile(shares, (0.025, 0.975))
     return {**found, "low": float(low), "high": float(high)}
 
