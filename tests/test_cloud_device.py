@@ -220,7 +220,8 @@ def measured(seed, course, gained, tested):
         rounds.append({
             "domain": domain, "accuracy_before": before, "accuracy_after": now[domain], "source_accuracy": now["day"],
             "accuracy": {d: {"all": a, "questions": a, "captions": a} for d, a in now.items()},
-            "taken": 5, "of": 10, "bytes_up": 40, "refused": 4, "jpeg_bytes": 1000, "bytes_down": 9, "full_bytes": 1000, "left": 0.2,
+            "taken": 5, "of": 10, "bytes_up": 40, "refused": 4, "jpeg_bytes": 1000, "bytes_down": 9,
+            "full_bytes": 1000, "left": 0.2,
             "trained_fp16_bytes": 8, "trained_zlib_bytes": 7, "cloud_s": 3.0, "drift": 0.1 * (len(rounds) + 1),
             "curve": [[0, 0.0, before], [25, 3.0, now[domain]]],
         })  # fmt: skip
