@@ -270,6 +270,7 @@ METRIC_NAMES = (
     "perplexity",
     "cer",
     "diaasq",
+    "lexical-fusion",
 )
 Metric = Annotated[
     str | None,
@@ -657,7 +658,10 @@ def run(
         typer.Option("--sampler", help="Another sampler than the package's own."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="What the package of a task does: cer or diaasq.")
+        str | None,
+        typer.Option(
+            "--task", help="What the package of a task does: cer, diaasq or lexical-fusion."
+        ),
     ] = None,
     file: Annotated[
         Path | None,
