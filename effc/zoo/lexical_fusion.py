@@ -1,8 +1,9 @@
 """A model that finds words which stand for two others of their paragraph (lexical fusion, Liu et al., COLING 2020).
 
 An encoder reads the paragraph character by character, h [batch, L, hidden]. L characters and S sememes of the words
-among them are the nodes x [batch, M, width] of a graph; a character is joined to the sememes of every word that it is
-part of, and everything to itself. Attention runs along the edges (Veličković et al., ICLR 2018), for each of K heads
+among them are the nodes x [batch, M, width] of a graph. A character is joined to the sememes of every word that it is
+part of, to those beside it and to the same character elsewhere, and everything to itself. Attention runs along the
+edges (Veličković et al., ICLR 2018), for each of K heads
 
     z = W x        score[i, j] = LeakyReLU(a · z_i + b · z_j)        x'_i = ELU(Σ_j softmax_j(score, over edges) z_j)
 
@@ -11,9 +12,10 @@ characters,
 
     tag_logits  [batch, L, 5] = MLP g             link_logits [batch, L, L] = [r; 1] U [c; 1]ᵀ,  r, c = MLP g
 
-where rows of links are characters of fusion words, and columns where separation words begin. Where a dictionary has no
-word of a paragraph only the edges of nodes to themselves are left. The paper was at hand in its declared shape alone:
-layout and numbers are ours.
+where rows of links are characters of fusion words, and columns where separation words begin. Most characters of a
+fusion word stand in the words that it is for: whether a character is there twice is told to its node, and a link's
+score has a term for the same character at the beginning of a word, and one for the place behind. The paper was at hand
+in its declared shape alone: layout and numbers are ours.
 """
 
 from __future__ import annotations
@@ -62,12 +64,14 @@ class Links(nn.Module):
             nn.Sequential(nn.Linear(hidden, inner), nn.ReLU()) for _ in range(2)
         )
         self.between = nn.Linear(inner + 1, inner + 1, bias=False)
+        self.first, self.second = (nn.Parameter(torch.zeros(1)) for _ in range(2))
 
-    def forward(self, g: Tensor) -> Tensor:
-        """g [batch, L, hidden] → [batch, L, L]"""
+    def forward(self, g: Tensor, same: Tensor) -> Tensor:
+        """g [batch, L, hidden] and which places have one character [batch, L, L] → [batch, L, L]"""
         row, column = (functional.pad(x(g), (0, 1), value=1.0) for x in (self.row, self.column))
-        found: Tensor = self.between(row) @ column.transpose(1, 2)
-        return found
+        found = self.between(row) @ column.transpose(1, 2)
+        behind = functional.pad(same[..., 1:], (0, 1))
+        return found + self.first * same + self.second * behind
 
 
 class LexicalFusionModel(nn.Module):
@@ -84,7 +88,7 @@ class LexicalFusionModel(nn.Module):
         self.encoder = encoder
         self.sememes = nn.Embedding.from_pretrained(vectors.clone(), freeze=False)
         self.of_character, self.of_sememe = (
-            nn.Linear(hidden, width),
+            nn.Linear(hidden + 1, width),
             nn.Linear(vectors.shape[1], width),
         )
         self.graph = nn.ModuleList([
@@ -99,31 +103,35 @@ class LexicalFusionModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, sememe_ids: Tensor, incidence: Tensor
     ) -> dict[str, Tensor]:
         h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        seen = attention_mask[:, None] > 0
+        same = (input_ids[:, :, None] == input_ids[:, None]) & seen
+        twice = (same.to(torch.int64).sum(-1, keepdim=True) > 1).to(h.dtype)
         # the two layers have biases of their own, which tell the kinds of nodes apart
-        x = torch.cat((self.of_character(h), self.of_sememe(self.sememes(sememe_ids))), 1)
-        edges = joined(incidence)[:, None]
+        characters = self.of_character(torch.cat((h, twice), -1))
+        x = torch.cat((characters, self.of_sememe(self.sememes(sememe_ids))), 1)
+        edges = joined(same | neighbours(seen), incidence)[:, None]
         for layer in self.graph:
             x = layer(x, edges)
         g = h + self.back(x[:, : h.shape[1]])
-        return {"tag_logits": self.tags(g), "link_logits": self.links(g)}
+        return {"tag_logits": self.tags(g), "link_logits": self.links(g, same.to(h.dtype))}
 
 
-def joined(incidence: Tensor) -> Tensor:
-    """The edges [batch, L + S, L + S] of what joins characters and sememes [batch, L, S], and of all to themselves."""
-    characters, sememes = (_itself(incidence, axis) for axis in (1, 2))
-    return torch.cat(
-        (
-            torch.cat((characters, incidence), 2),
-            torch.cat((incidence.transpose(1, 2), sememes), 2),
-        ),
-        1,
-    )
+def joined(characters: Tensor, incidence: Tensor) -> Tensor:
+    """The edges [batch, L + S, L + S] of those among characters [batch, L, L] and to sememes [batch, L, S].
+
+    Sememes are joined to themselves, as characters are.
+    """
+    places = torch.arange(incidence.shape[2], device=incidence.device)
+    sememes = (places[:, None] == places).expand(incidence.shape[0], -1, -1)
+    rows = torch.cat((characters, incidence), 2), torch.cat((incidence.transpose(1, 2), sememes), 2)
+    return torch.cat(rows, 1)
 
 
-def _itself(incidence: Tensor, axis: int) -> Tensor:
-    """Each node of an axis joined to itself [batch, n, n]."""
-    places = torch.arange(incidence.shape[axis], device=incidence.device)
-    return (places[:, None] == places).expand(incidence.shape[0], -1, -1)
+def neighbours(seen: Tensor) -> Tensor:
+    """Each place joined to those beside it that are seen [batch, 1, L], and to itself in any case [batch, L, L]."""
+    places = torch.arange(seen.shape[2], device=seen.device)
+    far = (places[:, None] - places).abs()
+    return ((far == 1) & seen) | (far == 0)
 
 
 def loss(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], settings: Settings) -> Tensor:

@@ -42,6 +42,8 @@ ONE = ("这次{f}已经完成。", "关于{f}的消息很多。", "记者说{f}�
 REST = ("天气很好。", "大家都来了。", "其他情况没有变化。", "会议在下午结束。")
 COMPOSED = {"train": 300, "valid": 60}
 """Triples of characters of those above, put together by chance."""
+POOL = 40
+"""Characters that composed triples are of: few, so that each is met often."""
 WITHOUT = 0.3
 """The share of paragraphs without a fusion."""
 SIZE = 16
@@ -50,12 +52,12 @@ SIZE = 16
 
 def triples(kind: str) -> tuple[str, ...]:
     """Those of a list, and composed ones whose fusion words are in no other list."""
-    characters = sorted({c for rows in TRIPLES.values() for row in rows for c in row if c != " "})
+    characters = sorted({c for rows in TRIPLES.values() for c in "".join(rows) if c != " "})
     used = {row.split()[2] for rows in TRIPLES.values() for row in rows}
     for word, count in COMPOSED.items():
         draw, found = random.Random(word), list(TRIPLES[word])
         while len(found) < count:
-            a, b, c, d = draw.sample(characters, 4)
+            a, b, c, d = draw.sample(characters[:POOL], 4)
             fused = draw.choice((a, b)) + draw.choice((c, d))
             if fused not in used:
                 used.add(fused)

@@ -25,11 +25,11 @@ import task_runs  # noqa: E402  the folder above has what examples of tasks shar
 TINY = ["source.options={dictionary: hownet.txt, vectors: sememe_vector.txt, sememe_size: 16, heads: 2, size: 16,"
         " inner: 32}", "passes.0.dropout=0.05", "passes.0.lr=0.005", "calib.samples=16"]  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
-    "smoke": {"train": 160, "valid": 16, "hidden": 32, "budget_s": 0.2, "set": [
-        *TINY, "gate=false", "bench={shapes: [[1, 32]]}", "passes.0.samples=144", "passes.0.held=16",
-        "passes.0.steps=120", "passes.0.every=60", "passes.0.lr=0.01"]},
-    "fast": {"train": 600, "valid": 100, "hidden": 128, "budget_s": 3.0, "set": [
-        *TINY, "passes.0.samples=540", "passes.0.held=60", "passes.0.steps=400", "passes.0.every=100"]},
+    "smoke": {"train": 360, "valid": 16, "hidden": 32, "budget_s": 0.2, "set": [
+        *TINY, "gate=false", "bench={shapes: [[1, 32]]}", "passes.0.samples=344", "passes.0.held=16",
+        "passes.0.steps=240", "passes.0.every=120", "passes.0.lr=0.01"]},
+    "fast": {"train": 1200, "valid": 100, "hidden": 128, "budget_s": 3.0, "set": [
+        *TINY, "passes.0.samples=1140", "passes.0.held=60", "passes.0.steps=600", "passes.0.every=200"]},
     "full": {"budget_s": 20.0, "set": ["passes.0.samples=100000"]},  # all: the last of the file judge
 }  # fmt: skip
 

@@ -253,8 +253,7 @@ def test_arms_are_units_that_are_counted_once(place, tmp_path, monkeypatch):
     assert set(found["compared"]) == {"rule", "crf", "pipeline"}
     for each in found["compared"].values():
         assert each["pairs"]["low"] <= each["pairs"]["difference"] <= each["pairs"]["high"]
-    monkeypatch.setattr(arms, "_tuned", None)
-    monkeypatch.setattr(arms, "_crf", None)
-    monkeypatch.setattr(arms, "_pipeline", None)
+    for name in ("_tuned", "_crf", "_pipeline"):
+        monkeypatch.setattr(arms, name, lambda *given: pytest.fail("a unit was counted twice"))
     again = arms.measured(place, place / "encoder", tmp_path, sets, seeds=1)
     assert again == found

@@ -20,7 +20,15 @@ from effc.zoo import fusion_view as view
 from effc.zoo import sememes
 from effc.zoo.fusion_files import Span, Truth
 from effc.zoo.fusion_task import Settings
-from effc.zoo.lexical_fusion import MASKED, SLOPE, Attention, LexicalFusionModel, joined, loss
+from effc.zoo.lexical_fusion import (
+    MASKED,
+    SLOPE,
+    Attention,
+    LexicalFusionModel,
+    joined,
+    loss,
+    neighbours,
+)
 from kit import TableEncoder
 
 # Places:  0 1 2 3 4 5 6 7 8 9 10
@@ -353,13 +361,30 @@ def test_attention_runs_along_edges_as_loops_say():
     assert math.exp(MASKED) == 0
 
 
-def test_edges_join_characters_with_their_sememes_and_all_with_themselves():
+def test_edges_join_characters_with_each_other_and_their_sememes():
     incidence = torch.tensor([[[True, False], [False, False], [True, True]]])
-    edges = joined(incidence)[0]
+    edges = joined(neighbours(torch.tensor([[[True, True, False]]])), incidence)[0]
     expected = torch.eye(5, dtype=torch.bool)
-    for character, sememe in ((0, 0), (2, 0), (2, 1)):
-        expected[character, 3 + sememe] = expected[3 + sememe, character] = True
+    for a, b in ((0, 1), (1, 0), (2, 1), (0, 3), (3, 0), (2, 3), (3, 2), (2, 4), (4, 2)):
+        expected[a, b] = True  # the third character is padding, which nobody looks at
     assert torch.equal(edges, expected)
+
+
+def test_the_same_character_elsewhere_is_seen_and_scores_links(laid):
+    """支 and 付 of the first separation word are there: what is said of a place hangs on a far one of its character."""
+    made, feeds = model(), tensors(layout.inputs([laid]))
+    feeds["incidence"][:] = False
+    with torch.no_grad():
+        before = made(**feeds)
+        other = {**feeds, "input_ids": feeds["input_ids"].clone()}
+        other["input_ids"][0, 11] = 12  # the last 付
+        after = made(**other)
+        moved = (before["tag_logits"] - after["tag_logits"]).abs().sum(-1)[0] > 1e-6
+        made.links.first += 2.0
+        scored = made(**feeds)["link_logits"] - before["link_logits"]
+    assert moved[3] and moved[9] and not moved[6]  # 付 at two places, and 先
+    assert scored[0, 2, 5] == pytest.approx(2.0, abs=1e-5)  # 预 of the fusion word and of 预先
+    assert scored[0, 2, 8] == pytest.approx(0.0, abs=1e-5)
 
 
 def tensors(feeds):
