@@ -217,6 +217,7 @@ def main(example: Example, about: str) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", "--state", type=Path, help="where what was made is kept")
+    parser.add_argument("--encoder", type=Path, help="another one than the example's own")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what was measured as JSON")
     given = parser.parse_args()
     kind = "smoke" if given.smoke else "full" if given.full else "fast"
@@ -225,6 +226,7 @@ def main(example: Example, about: str) -> int:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         place, encoder = example.prepared(kind, work)
+        encoder = given.encoder.resolve() if given.encoder else encoder
         found = measured(example, kind, place, encoder, given.seed, work, given.threads)
         if example.more is not None:
             found |= example.more(kind, place, encoder, work)

@@ -69,9 +69,10 @@ class Links(nn.Module):
     def forward(self, g: Tensor, same: Tensor) -> Tensor:
         """g [batch, L, hidden] and which places have one character [batch, L, L] → [batch, L, L]"""
         row, column = (functional.pad(x(g), (0, 1), value=1.0) for x in (self.row, self.column))
-        found = self.between(row) @ column.transpose(1, 2)
+        found: Tensor = self.between(row) @ column.transpose(1, 2)
         behind = functional.pad(same[..., 1:], (0, 1))
-        return found + self.first * same + self.second * behind
+        found = found + self.first * same + self.second * behind
+        return found
 
 
 class LexicalFusionModel(nn.Module):

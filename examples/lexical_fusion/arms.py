@@ -1,7 +1,8 @@
 """What the joint model of lexical fusions is held against: arms with several seeds each, on the published paragraphs.
 
     joint       tags and links of one model over the graph of sememes
-    words       the same, sememes only of words of two characters or more
+    published   the same, trained on the published paragraphs and what is cut from them alone
+    words       sememes only of words of two characters or more
     off         no sememes              shuffled    every word with the sememes of another one
     rule        the words of joint, joined by their characters alone
     crf         LSTM and conditional random field, its words joined by the same rule
@@ -30,25 +31,33 @@ import task_runs  # noqa: E402  the folder above has what examples of tasks shar
 
 Json = dict[str, Any]
 SEEDS = 5
-TUNED = {
+TUNED: dict[str, Json] = {
     "joint": {},
+    "published": {},
     "words": {"singles": False},
     "off": {"sememes": "off"},
     "shuffled": {"sememes": "shuffled"},
 }
 """Arms that `effc tune` trains, by what they change in the source's options."""
+FILES = {"published": "published.jsonl"}
+"""What arms are trained on where that is not `train.jsonl`."""
 TAGS_ALONE = {"link_weight": 0}
 """What the first model of the pipeline is."""
-QUIET = 0.43
-"""Of this share of the paragraphs for training one without a fusion is cut: they are three in ten then."""
+QUIET = 0.6
+"""Of this share of the paragraphs for training one without a fusion is cut, where one can be."""
+EXCHANGED = 4
+"""Paragraphs with other words of each published one."""
+JUDGES = 56
+"""Published paragraphs that judge, and the rest of those of the last of their words."""
 PARTS = ("pairs", "tuples", "mentions", "fusions", "separations", "characters")
 
 
 def prepared(work: Path) -> tuple[Path, Path]:
-    """Folder of the published paragraphs with cut ones among them, and of the encoder.
+    """Folder of the published paragraphs with exchanged and cut ones among them, and of the encoder.
 
-    Words stand together in `train.jsonl`, in an order that is drawn, so that its last part, which judges, has words of
-    its own; `quiet.jsonl` has paragraphs without a fusion that are cut from `valid.jsonl`.
+    Words stand together, in an order that is drawn, and the last of `train.jsonl`, which judge, are of words of their
+    own, none of them exchanged; `published.jsonl` has no exchanged ones at all. `quiet.jsonl` has paragraphs without a
+    fusion that are cut from `valid.jsonl`.
     """
     root = task_runs.data_root(HERE)
     if root is None or not (root / "lexfusion").is_dir():
@@ -56,17 +65,25 @@ def prepared(work: Path) -> tuple[Path, Path]:
     quiet = task_runs.beside(HERE, "quiet")
     for name in ("valid.jsonl", "hownet.txt", "sememe_vector.txt"):
         shutil.copyfile(root / "lexfusion" / name, work / name)
-    rows = quiet.rows_of(root / "lexfusion" / "train.jsonl")
     by_word: dict[str, list[Json]] = {}
-    for row in rows:
+    for row in quiet.rows_of(root / "lexfusion" / "train.jsonl"):
         by_word.setdefault(row["fusion"][2], []).append(row)
     words = sorted(by_word)
     random.Random(0).shuffle(words)
-    ordered = [
-        row for i, word in enumerate(words)
-        for row in (*by_word[word], *quiet.cuts(by_word[word], i, QUIET))
+    judges: list[Json] = []
+    while len(judges) < JUDGES:
+        judges += by_word[words.pop()]
+    first = [row for word in words for row in by_word[word]]
+    avoid = {row["fusion"][2] for row in (*judges, *quiet.rows_of(work / "valid.jsonl"))}
+    exchange = task_runs.beside(HERE, "exchange").Exchange(work / "hownet.txt", avoid)
+    draw = random.Random(0)
+    more = [
+        made for row in first for i in range(EXCHANGED)
+        if (made := exchange(row, draw, f"{row['id']}-{i}")) is not None
     ]  # fmt: skip
-    quiet.write(work / "train.jsonl", ordered)
+    judges += quiet.cuts(judges, 2, QUIET)
+    for name, rows in (("published", first), ("train", [*first, *more])):
+        quiet.write(work / f"{name}.jsonl", [*rows, *quiet.cuts(rows, 3, QUIET), *judges])
     quiet.write(work / "quiet.jsonl", quiet.cuts(quiet.rows_of(work / "valid.jsonl"), 1))
     encoder = work / "encoder"
     if not (encoder / "model.safetensors").is_file():
@@ -109,12 +126,20 @@ def _once(state: Path, name: str, seed: int, run: Callable[[], Json]) -> Json:
     return found
 
 
-def _recipe(data: Path, encoder: Path, options: Json, seed: int, sets: Sequence[str]) -> Any:
+def _recipe(
+    data: Path,
+    encoder: Path,
+    options: Json,
+    seed: int,
+    sets: Sequence[str],
+    file: str = "train.jsonl",
+) -> Any:
     from effc import recipe
 
     files = {"dictionary": "hownet.txt", "vectors": "sememe_vector.txt"}
     chosen = {**files, **options, "seed": seed}
     asked = [f"source.encoder={encoder}", "bench=false", *sets, f"passes.0.seed={seed}"]
+    asked.append(f"passes.0.file={file}")
     asked += [f"source.options.{name}={json.dumps(value)}" for name, value in chosen.items()]
     return recipe.read(HERE / "recipe.yaml", asked, data_place=data)
 
@@ -137,7 +162,8 @@ def _tuned(
     from effc.zoo.fusion_baseline import by_rule
 
     place = state / (f"checkpoint-{seed}" if name == "joint" else f"checkpoint-{name}-{seed}")
-    source = _checkpoint(place, _recipe(data, encoder, TUNED[name], seed, sets))
+    file = FILES.get(name, "train.jsonl")
+    source = _checkpoint(place, _recipe(data, encoder, TUNED[name], seed, sets, file))
     task, run = source.processor, _in_torch(source.module)
 
     def by_characters(item: Any) -> Any:
@@ -159,7 +185,7 @@ def _crf(data: Path, encoder: Path, state: Path, seed: int, sets: Sequence[str])
 
     source, made = _untrained(data, encoder, seed, sets)
     torch.manual_seed(seed)
-    tagger = Tagger(source.module.encoder.embeddings.word_embeddings.weight.detach())
+    tagger = Tagger(source.module.encoder.get_input_embeddings().weight.detach())
 
     def said(module: Any, item: Any) -> Any:
         feeds = _tensors(source.processor.feeds([item]), ("input_ids", "attention_mask"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -82,7 +83,30 @@ def test_paragraphs_without_a_fusion_are_cut_from_ones_with_one(place):
     }
     assert quiet.cuts([row], 0)[0]["synthetic"] and quiet.cuts([row], 0)[0]["fusion"] is None
     short = {**row, "text": "撤军撤出部队"}
-    assert quiet.cut(short, __import__("random").Random(0)) is None
+    assert quiet.cut(short, random.Random(0)) is None
+
+
+def test_words_are_exchanged_for_others_of_the_dictionary(place, tmp_path):
+    file = tmp_path / "words.txt"
+    words = {"撤出": "撤", "撤后": "撤", "部队": "军", "军人": "军", "士兵": "军", "走路": "走"}
+    file.write_text("".join(f"{w}\n{s}\n" for w, s in words.items()), "utf-8")
+    row = {
+        "id": "1", "text": "撤出部队，撤军，撤军", "fusion": [5, 7, "撤军"],
+        "separations": [[0, 2, "撤出"], [2, 4, "部队"]], "char_links": [[5, 0], [6, 1]],
+        "extra": {"fusion": [[8, 10]], "A": [], "B": []},
+    }  # fmt: skip
+    draw = random.Random(0)
+    exchange = script("exchange").Exchange(file, avoid={"撤人"})
+    made = [exchange(row, draw, "2") for _ in range(12)]
+    for each in made:  # what is written is what the reader takes
+        (found,) = files.read(script("quiet").write(tmp_path / "f.jsonl", [each]))
+        assert found.truth.fusions == {files.Span(5, 7), files.Span(8, 10)}
+    # 撤后 alone has the sememe of 撤出; 军人 would give 撤军, which is there, or 撤人, which is avoided
+    assert {each["separations"][0][2] for each in made} == {"撤后"}
+    assert {each["separations"][1][2] for each in made} == {"士兵"}
+    assert {each["fusion"][2] for each in made} == {"撤士", "撤兵"}
+    assert all(each["synthetic"] for each in made)
+    assert exchange({**row, "separations": [[0, 2, "撤出"], [2, 9, "长" * 7]]}, draw, "3") is None
 
 
 def test_sememes_decide_what_is_trained_and_off_has_none(place, source):
