@@ -49,7 +49,8 @@ class Settings:
 
     `dictionary` and `vectors` are files: the sememes of words, and the numbers [sememe_size] that sememes begin as,
     drawn where there is no file. `sememes` off leaves all of them out, and shuffled gives every word those of another
-    one; with `singles` characters of no word in the dictionary have their own. The graph has `heads` of `size` each,
+    one; with `singles` characters of no word in the dictionary have their own. `same` tells the model where the same
+    character stands elsewhere. The graph has `heads` of `size` each,
     and links are scored over `inner`; with a `link_weight` of 0 words alone are learnt and found. `seed` draws what the
     encoder does not bring.
     """
@@ -60,6 +61,7 @@ class Settings:
     vectors: str | None = None
     sememes: Literal["on", "off", "shuffled"] = "on"
     singles: bool = True
+    same: bool = True
     sememe_size: Size = 200
     heads: Size = 4
     size: Size = 64

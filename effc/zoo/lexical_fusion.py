@@ -1,9 +1,9 @@
 """A model that finds words which stand for two others of their paragraph (lexical fusion, Liu et al., COLING 2020).
 
 An encoder reads the paragraph character by character, h [batch, L, hidden]. L characters and S sememes of the words
-among them are the nodes x [batch, M, width] of a graph. A character is joined to the sememes of every word that it is
-part of, to those beside it and to the same character elsewhere, and everything to itself. Attention runs along the
-edges (Veličković et al., ICLR 2018), for each of K heads
+among them are the nodes x [batch, M, width] of a graph; that of a character knows those beside it. A character is
+joined to the sememes of every word that it is part of and to the same character elsewhere, and everything to itself.
+Attention runs along the edges (Veličković et al., ICLR 2018), for each of K heads
 
     z = W x        score[i, j] = LeakyReLU(a · z_i + b · z_j)        x'_i = ELU(Σ_j softmax_j(score, over edges) z_j)
 
@@ -86,10 +86,10 @@ class LexicalFusionModel(nn.Module):
         super().__init__()
         hidden = int(encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
         width, inner = settings.heads * settings.size, settings.inner
-        self.encoder = encoder
+        self.encoder, self.same = encoder, settings.same
         self.sememes = nn.Embedding.from_pretrained(vectors.clone(), freeze=False)
         self.of_character, self.of_sememe = (
-            nn.Linear(hidden + 1, width),
+            nn.Linear(3 * (hidden + 1), width),
             nn.Linear(vectors.shape[1], width),
         )
         self.graph = nn.ModuleList([
@@ -104,13 +104,15 @@ class LexicalFusionModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, sememe_ids: Tensor, incidence: Tensor
     ) -> dict[str, Tensor]:
         h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        seen = attention_mask[:, None] > 0
-        same = (input_ids[:, :, None] == input_ids[:, None]) & seen
+        itself = _itself(h.shape[1], h.device)
+        same = (input_ids[:, :, None] == input_ids[:, None]) & (attention_mask[:, None] > 0)
+        same = same if self.same else same & itself
         twice = (same.to(torch.int64).sum(-1, keepdim=True) > 1).to(h.dtype)
+        known = torch.cat((h, twice), -1) * attention_mask[..., None].to(h.dtype)
         # the two layers have biases of their own, which tell the kinds of nodes apart
-        characters = self.of_character(torch.cat((h, twice), -1))
+        characters = self.of_character(with_neighbours(known))
         x = torch.cat((characters, self.of_sememe(self.sememes(sememe_ids))), 1)
-        edges = joined(same | neighbours(seen), incidence)[:, None]
+        edges = joined(same | itself, incidence)[:, None]
         for layer in self.graph:
             x = layer(x, edges)
         g = h + self.back(x[:, : h.shape[1]])
@@ -122,17 +124,21 @@ def joined(characters: Tensor, incidence: Tensor) -> Tensor:
 
     Sememes are joined to themselves, as characters are.
     """
-    places = torch.arange(incidence.shape[2], device=incidence.device)
-    sememes = (places[:, None] == places).expand(incidence.shape[0], -1, -1)
+    sememes = _itself(incidence.shape[2], incidence.device).expand(incidence.shape[0], -1, -1)
     rows = torch.cat((characters, incidence), 2), torch.cat((incidence.transpose(1, 2), sememes), 2)
     return torch.cat(rows, 1)
 
 
-def neighbours(seen: Tensor) -> Tensor:
-    """Each place joined to those beside it that are seen [batch, 1, L], and to itself in any case [batch, L, L]."""
-    places = torch.arange(seen.shape[2], device=seen.device)
-    far = (places[:, None] - places).abs()
-    return ((far == 1) & seen) | (far == 0)
+def with_neighbours(x: Tensor) -> Tensor:
+    """What is known of each place, of the one before and the one behind: [batch, L, width] → [batch, L, 3 · width]."""
+    before, behind = functional.pad(x[:, :-1], (0, 0, 1, 0)), functional.pad(x[:, 1:], (0, 0, 0, 1))
+    return torch.cat((before, x, behind), -1)
+
+
+def _itself(count: int, device: torch.device) -> Tensor:
+    """Each of so many nodes joined to itself [count, count]."""
+    places = torch.arange(count, device=device)
+    return places[:, None] == places
 
 
 def loss(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], settings: Settings) -> Tensor:

@@ -3,6 +3,7 @@
     joint       tags and links of one model over the graph of sememes
     published   the same, trained on the published paragraphs and what is cut from them alone
     words       sememes only of words of two characters or more
+    apart       nothing says where the same character stands elsewhere
     off         no sememes              shuffled    every word with the sememes of another one
     rule        the words of joint, joined by their characters alone
     crf         LSTM and conditional random field, its words joined by the same rule
@@ -35,6 +36,7 @@ TUNED: dict[str, Json] = {
     "joint": {},
     "published": {},
     "words": {"singles": False},
+    "apart": {"same": False},
     "off": {"sememes": "off"},
     "shuffled": {"sememes": "shuffled"},
 }

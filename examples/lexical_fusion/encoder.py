@@ -40,10 +40,17 @@ def write(place: Path, folder: Path, layers: int = 2) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     model = BertModel(config, add_pooling_layer=False)
-    words = model.embeddings.word_embeddings.weight
+    words, places = (
+        model.embeddings.word_embeddings.weight,
+        model.embeddings.position_embeddings.weight,
+    )
     with torch.no_grad():
         words[len(MARKS) :] = table[[numbers[c] for c in characters]]
         words[1 : len(MARKS)] *= table.std() / words[1 : len(MARKS)].std()
+        # sines, from which attention learns how far places are apart, as it hardly does from what is drawn
+        steps = 10_000 ** -(torch.arange(0, places.shape[1], 2) / places.shape[1])
+        angles = torch.arange(len(places))[:, None] * steps
+        places[:] = torch.stack((angles.sin(), angles.cos()), -1).flatten(1) * table.std()
     model.save_pretrained(place)
     return place
 

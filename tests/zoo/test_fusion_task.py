@@ -1,5 +1,6 @@
 """Lexical fusion as a task from files to an answer: sememes that travel, the package, and the example's own parts."""
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -185,7 +186,7 @@ def test_without_a_weight_of_links_words_alone_are_found(place):
     outputs = {"tag_logits": np.eye(5)[said][None], "link_logits": np.where(links, 9.0, -9.0)[None]}
     found = task.said(lambda feeds: outputs, item)
     assert found.fusions == item.paragraph.truth.fusions and not found.pairs
-    task.settings.__dict__["link_weight"] = 1.0
+    task.settings = dataclasses.replace(task.settings, link_weight=1.0)
     assert task.said(lambda feeds: outputs, item).pairs == item.paragraph.truth.pairs
     with pytest.raises(CalibrationError, match="no output 'link_logits'"):
         task.said(lambda feeds: {"tag_logits": 0}, item)

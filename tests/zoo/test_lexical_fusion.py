@@ -27,7 +27,7 @@ from effc.zoo.lexical_fusion import (
     LexicalFusionModel,
     joined,
     loss,
-    neighbours,
+    with_neighbours,
 )
 from kit import TableEncoder
 
@@ -361,13 +361,19 @@ def test_attention_runs_along_edges_as_loops_say():
     assert math.exp(MASKED) == 0
 
 
-def test_edges_join_characters_with_each_other_and_their_sememes():
+def test_edges_join_characters_with_their_sememes_and_sememes_with_themselves():
     incidence = torch.tensor([[[True, False], [False, False], [True, True]]])
-    edges = joined(neighbours(torch.tensor([[[True, True, False]]])), incidence)[0]
+    characters = torch.tensor([[[True, False, True], [False, True, False], [True, False, True]]])
+    edges = joined(characters, incidence)[0]
     expected = torch.eye(5, dtype=torch.bool)
-    for a, b in ((0, 1), (1, 0), (2, 1), (0, 3), (3, 0), (2, 3), (3, 2), (2, 4), (4, 2)):
-        expected[a, b] = True  # the third character is padding, which nobody looks at
+    for a, b in ((0, 2), (0, 3), (2, 3), (2, 4)):
+        expected[a, b] = expected[b, a] = True
     assert torch.equal(edges, expected)
+
+
+def test_a_place_knows_the_ones_beside_it():
+    found = with_neighbours(torch.tensor([[[1.0], [2.0], [3.0]]]))
+    assert found[0].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 0]]
 
 
 def test_the_same_character_elsewhere_is_seen_and_scores_links(laid):
@@ -383,6 +389,14 @@ def test_the_same_character_elsewhere_is_seen_and_scores_links(laid):
         made.links.first += 2.0
         scored = made(**feeds)["link_logits"] - before["link_logits"]
     assert moved[3] and moved[9] and not moved[6]  # 付 at two places, and 先
+    apart = model(same=False)
+    with torch.no_grad():
+        other = (apart(**feeds)["tag_logits"] - apart(**other)["tag_logits"]).abs().sum(-1)[0]
+    assert (other > 1e-6).nonzero().flatten().tolist() == [
+        10,
+        11,
+        12,
+    ]  # the place and those beside it
     assert scored[0, 2, 5] == pytest.approx(2.0, abs=1e-5)  # 预 of the fusion word and of 预先
     assert scored[0, 2, 8] == pytest.approx(0.0, abs=1e-5)
 
