@@ -27,9 +27,9 @@ TINY = ["source.options={dictionary: hownet.txt, vectors: sememe_vector.txt, sem
 KINDS: dict[str, dict[str, Any]] = {
     "smoke": {"train": 360, "valid": 16, "hidden": 32, "budget_s": 0.2, "set": [
         *TINY, "gate=false", "bench={shapes: [[1, 32]]}", "passes.0.samples=344", "passes.0.held=16",
-        "passes.0.steps=240", "passes.0.every=120", "passes.0.lr=0.01"]},
-    "fast": {"train": 1200, "valid": 100, "hidden": 256, "budget_s": 3.0, "set": [
-        *TINY, "passes.0.samples=1140", "passes.0.held=60", "passes.0.steps=600", "passes.0.every=200"]},
+        "passes.0.steps=400", "passes.0.every=200", "passes.0.lr=0.01"]},
+    "fast": {"train": 1200, "valid": 100, "hidden": 128, "budget_s": 3.0, "set": [
+        *TINY, "passes.0.samples=1140", "passes.0.held=60", "passes.0.steps=900", "passes.0.every=300"]},
     "full": {"budget_s": 20.0, "set": [
         "passes.0.samples=100000", "passes.0.held=70", "passes.0.steps=1500", "passes.0.every=100"]},
 }  # fmt: skip
