@@ -658,7 +658,7 @@ def run(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help=f"What the package of a task does: {' or '.join(TASKS)}."),
+        typer.Option("--task", help=f"What the package of a task does: one of {', '.join(TASKS)}."),
     ] = None,
     file: Annotated[
         Path | None,

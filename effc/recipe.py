@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -223,6 +223,7 @@ class Recipe:
         ):
             part = data.get(section) or {}
             part.update({key: Path(part[key]).name for key in keys if part.get(key)})
+        data["source"] = _of_task_files(data["source"], lambda word: Path(word).name)
         for pass_ in data.get("passes") or ():
             if isinstance(pass_, dict):
                 pass_.update(of_files(pass_, lambda word: Path(word).name))
@@ -671,6 +672,7 @@ class _Reader:
             value = data.get(section)
             if isinstance(value, dict) and isinstance(value.get(key), str):
                 data[section] = {**value, key: find(value[key])}
+        data["source"] = _of_task_files(data["source"], self._path)
         if isinstance(data.get("passes"), list):
             data["passes"] = [self._beside(pass_) for pass_ in data["passes"]]
         if data.get("metric"):
@@ -739,6 +741,17 @@ class _Reader:
                 break
             node = found
         return line
+
+
+def _of_task_files(source: Any, place: Callable[[str], str]) -> Any:
+    """A source with the files that options of its task name."""
+    if not isinstance(source, dict):
+        return source
+    word, options = source.get("task"), source.get("options")
+    if not isinstance(word, str) or word not in TASKS or not isinstance(options, dict):
+        return source
+    named = [n for n in TASKS[word].files if isinstance(options.get(n), str)]
+    return {**source, "options": {**options, **{n: place(options[n]) for n in named}}}
 
 
 def _without_folders(value: Any) -> Any:

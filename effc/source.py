@@ -432,8 +432,8 @@ def check_settings(place: Path, settings: Mapping[str, Any]) -> None:
     """Raise TuneError where the model of a task in a checkpoint was trained with other settings."""
     config = read_config(place)
     task = tasks.opened(place, config)
-    asked = type(task)(place, config, {"settings": dict(settings)}).own()["settings"]
-    if asked != (held := task.own()["settings"]):
+    asked = type(task)(place, config, {"settings": dict(settings)}).chosen()
+    if asked != (held := task.chosen()):
         word = next(word for word in asked if asked[word] != held.get(word))
         raise TuneError(
             f"{place} was trained with {word}: {held.get(word)}, and the recipe asks for {asked[word]}",
@@ -454,7 +454,8 @@ def _of_task(task: tasks.Task, encoder: nn.Module, digest: str, *, is_trained: b
         rows, length, np.arange(3, 3 + length) % whole(task.config, "vocab_size", 1)
     )
     own = {**task.config, tasks.KEY: task.own()}
-    texts = {"config.json": json.dumps(own, indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
+    config = json.dumps(own, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    texts = {**task.texts(), "config.json": config}
     files = tuple(sorted({*copied_files(task.directory), "config.json"}))
 
     def kept(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:

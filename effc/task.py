@@ -42,6 +42,8 @@ class Task(Processor):
     """Free dimensions of every input of the model, in the order of its inputs."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Scores beside the first, which `value` gives too."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a file, which a recipe looks for where the data are."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         super().__init__(directory, config, tuple(self.dims))
@@ -71,6 +73,15 @@ class Task(Processor):
     def own(self) -> Json:
         """What stands in config.json under `KEY`."""
         raise NotImplementedError
+
+    def chosen(self) -> Json:
+        """The settings, as they stand in what `own` gives; nothing is read for them."""
+        settings: Json = self.own()["settings"]
+        return settings
+
+    def texts(self) -> dict[str, str]:
+        """Further files of a checkpoint and a package, by name, that do not lie in the encoder's directory."""
+        return {}
 
     def read(self, file: Path, *, labelled: bool = True) -> list[Any]:
         """The samples of a file. Raises CalibrationError, with file and line."""

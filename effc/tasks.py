@@ -10,6 +10,7 @@ TASKS = Table(
     {
         "cer": "effc.zoo.conversation_task:Conversations",
         "diaasq": "effc.zoo.dialogue_task:Dialogues",
+        "lexical-fusion": "effc.zoo.fusion_task:LexicalFusions",
     },
     error=SourceError,
 )

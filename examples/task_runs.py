@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
+MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+"""What tokenizers of the examples have beside words."""
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Which samples are timed: at these places of their lengths."""
 
@@ -40,6 +42,8 @@ class Example:
     prepared: Callable[[str, Path], tuple[Path, Path]]
     """Folder of the data, and of the encoder, for a kind and a place for what is made up."""
     valid: str
+    more: Callable[[str, Path, Path, Path], Json] | None = None
+    """What else is measured: for a kind, folder of the data, encoder, and place for what is made."""
 
 
 def data_root(example: Path) -> Path | None:
@@ -60,15 +64,11 @@ def beside(folder: Path, name: str) -> Any:
 def tiny_encoder(place: Path, phrases: Sequence[str], hidden: int) -> Path:
     """A transformers directory of a BERT of random numbers, one layer deep, with a tokenizer that knows the words."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
+    from transformers import BertConfig, BertModel
 
-    marks = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    words = [*marks, *sorted({word for phrase in phrases for word in phrase.split()})]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {f"{mark[1:-1].lower()}_token": mark for mark in marks}
-    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(place)
+    words = [*MARKS, *sorted({word for phrase in phrases for word in phrase.split()})]
+    tokenizer(place, words, pre_tokenizers.Whitespace())
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(words), hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2,
@@ -76,6 +76,17 @@ def tiny_encoder(place: Path, phrases: Sequence[str], hidden: int) -> Path:
     )  # fmt: skip
     BertModel(config, add_pooling_layer=False).save_pretrained(place)
     return place
+
+
+def tokenizer(place: Path, words: Sequence[str], cut: Any) -> None:
+    """The files of a tokenizer with a piece for each word, `MARKS` the first of them; `cut` makes words of texts."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = cut
+    names = {f"{mark[1:-1].lower()}_token": mark for mark in MARKS}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(place)
 
 
 def measured(
@@ -205,7 +216,8 @@ def main(example: Example, about: str) -> int:
     parser.add_argument("--full", action="store_true", help="the published data: hours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="where what was made is kept")
+    parser.add_argument("--work", "--state", type=Path, help="where what was made is kept")
+    parser.add_argument("--encoder", type=Path, help="another one than the example's own")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what was measured as JSON")
     given = parser.parse_args()
     kind = "smoke" if given.smoke else "full" if given.full else "fast"
@@ -214,7 +226,10 @@ def main(example: Example, about: str) -> int:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         place, encoder = example.prepared(kind, work)
+        encoder = given.encoder.resolve() if given.encoder else encoder
         found = measured(example, kind, place, encoder, given.seed, work, given.threads)
+        if example.more is not None:
+            found |= example.more(kind, place, encoder, work)
         data = place / example.valid
         found |= {
             "example": example.folder.name, "kind": kind, "seed": given.seed,

@@ -23,6 +23,7 @@ KEYS = {
         "faults",
     },
     "diaasq": {"metrics", "decoded_equal", "speedup"},
+    "lexical_fusion": {"metrics", "decoded_equal", "speedup"},
     "minilm": {"shapes", "outputs", "metric", "model_bytes", "int8_sites", "total_sites"},
     "mor1e": {
         "arms",

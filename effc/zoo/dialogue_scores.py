@@ -13,7 +13,7 @@ What is said twice counts once. (Li et al., 2023; the intervals are those of `ef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,12 @@ def f1(found: float, said: float, there: float) -> float:
     return 2 * found / (said + there) if said + there else 0.0
 
 
-def scores(columns: Mapping[str, Array]) -> dict[str, dict[str, float]]:
+def scores(
+    columns: Mapping[str, Array], names: Sequence[str] = SCORES
+) -> dict[str, dict[str, float]]:
     """Precision, recall, F1 and how many are there, by score, of counts [dialogues, 3]."""
     made = {}
-    for name in SCORES:
+    for name in names:
         found, said, there = (float(x) for x in np.asarray(columns[name]).sum(axis=0))
         made[name] = {
             "precision": found / said if said else 0.0, "recall": found / there if there else 0.0,

@@ -13,6 +13,7 @@ from effc.zoo import conversation_view as view
 from effc.zoo.conversation import ConversationModel, Recurrence, loss, views
 from effc.zoo.conversation_layout import inputs
 from effc.zoo.conversation_task import Settings
+from kit import TableEncoder
 
 MELD = files.EMOTIONS["meld"]
 HEAD = "Sr No.,Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\n"
@@ -124,18 +125,6 @@ def test_the_recurrence_is_that_of_loops_and_padding_is_not_seen():
     assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
 
 
-class Words(torch.nn.Module):
-    """An encoder of one table."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Embedding(20, 8)
-        self.config = type("Config", (), {"hidden_size": 8})()
-
-    def forward(self, input_ids, attention_mask):
-        return type("Read", (), {"last_hidden_state": self.table(input_ids)})()
-
-
 def tensors(feeds):
     return {name: torch.from_numpy(value) for name, value in feeds.items()}
 
@@ -143,7 +132,7 @@ def tensors(feeds):
 @pytest.mark.parametrize("speakers", [("Joey",), ()])
 def test_a_conversation_in_a_padded_batch_is_told_as_by_itself(speakers):
     torch.manual_seed(0)
-    model = ConversationModel(Words(), Settings(size=16, speakers=speakers), 7).eval()
+    model = ConversationModel(TableEncoder(), Settings(size=16, speakers=speakers), 7).eval()
     long, short = [[2, 5, 3], [2, 7, 8, 9, 3], [2, 4, 3]], [[2, 11, 3], [2, 12, 13, 3]]
     with torch.no_grad():
         both = model(**tensors(inputs([long, short])))

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from effc.errors import CalibrationError, PreconditionError, SourceError, TuneEr
 from effc.passes.tune import Tune
 from effc.source import from_encoder, guess, load
 from effc.tuning import Tuner
-from kit import cli
+from kit import cli, solved
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cer"
 RECIPE = EXAMPLE / "recipe.yaml"
@@ -164,19 +162,11 @@ def test_a_package_tells_emotions_without_torch_and_has_no_speakers(place, tmp_p
     assert [port.name for port in engine.outputs] == ["emotion"]
     assert not any("speaker" in name for name in json.loads((out / "origins.json").read_text()))
     assert cli("verify", out, "--model", checkpoint).code == 0
-    code = (
-        "import sys\nfrom effc import cli\n"
-        f"sys.argv = ['effc', 'run', {str(out)!r}, '--task', 'cer', '--file', {str(place / 'valid.csv')!r},"
-        f" '--html', {str(tmp_path / 'page.html')!r}, '--json', {str(tmp_path / 'found.json')!r}]\n"
-        "code = cli._run()\nassert 'torch' not in sys.modules, 'torch was loaded'\nsys.exit(code)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    ran = solved(out, "cer", place / "valid.csv", tmp_path)
+    assert ran.code == 0, ran.err
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["answers"]) == 8 and 0 <= found["scores"]["weighted"] <= 1
-    assert (
-        "dialogue 0" in ran.stdout and "<h2>Dialogue 0</h2>" in (tmp_path / "page.html").read_text()
-    )
+    assert "dialogue 0" in ran.out and "<h2>Dialogue 0</h2>" in (tmp_path / "page.html").read_text()
     told = solving.solve(out, place / "valid.csv", "cer", threads=1).answers
     with torch.no_grad():
         task = trained.processor

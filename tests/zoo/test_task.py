@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from effc.zoo import dialogue_view as view
 from effc.zoo.dialogue import loss
 from effc.zoo.dialogue_files import Quad, Span, Truth
 from effc.zoo.dialogue_task import Settings
-from kit import assert_letter, cli, save_encoder
+from kit import assert_letter, cli, save_encoder, solved
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "diaasq"
 RECIPE = EXAMPLE / "recipe.yaml"
@@ -399,15 +397,9 @@ def test_the_engine_answers_as_torch_does_and_scores_what_is_known(place, out):
 
 @pytest.mark.slow
 def test_a_task_runs_without_torch_and_writes_its_page(place, out, tmp_path):
-    code = (
-        "import sys\nfrom effc import cli\n"
-        f"sys.argv = ['effc', 'run', {str(out)!r}, '--task', 'diaasq', '--file', {str(place / 'valid.json')!r},"
-        f" '--html', {str(tmp_path / 'page.html')!r}, '--json', {str(tmp_path / 'found.json')!r}]\n"
-        "code = cli._run()\nassert 'torch' not in sys.modules, 'torch was loaded'\nsys.exit(code)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "dialogue 1-0" in ran.stdout and "F1" in ran.stderr
+    ran = solved(out, "diaasq", place / "valid.json", tmp_path)
+    assert ran.code == 0, ran.err
+    assert "dialogue 1-0" in ran.out and "F1" in ran.err
     assert len(json.loads((tmp_path / "found.json").read_text())["answers"]) == 8
     assert "<h2>Dialogue 1-0</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
