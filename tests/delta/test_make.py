@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from packages import weights, write
+from onnx import TensorProto, helper, numpy_helper
+from packages import weights, write, write_model
 
 from effc import package
 from effc.delta import device, make, packet, rate
@@ -97,6 +98,26 @@ def test_a_budget_that_takes_nothing_is_refused(world):
     with pytest.raises(DeltaError, match="needed to send nothing") as refused:
         make.make(world.old, world.new, key=world.key, counter=1, budget=300)
     assert "--budget" in refused.value.hint
+
+
+def test_a_budget_below_what_has_to_be_sent_whole_is_refused(world):
+    """Places in a table cannot be nearly right, so a budget that holds other things and not them takes nothing."""
+    roots = []
+    for seed in (0, 1):
+        order = np.random.default_rng(seed).integers(0, 64, 4096)
+        graph = helper.make_graph(
+            [helper.make_node("Gather", ["x", "order"], ["y"], axis=1)], "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4096])],
+            [numpy_helper.from_array(order, "order")],
+        )  # fmt: skip
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        ports = [("x", 64), ("y", 4096)]
+        roots.append(write_model(world.place / f"table{seed}", made, ports, source=str(seed)))
+    with pytest.raises(DeltaError, match="needed to send nothing") as refused:
+        make.make(*roots, key=world.key, counter=1, budget=2000)
+    assert "--budget" in refused.value.hint
+    assert len(make.make(*roots, key=world.key, counter=1).content) > 2000
 
 
 def test_what_one_round_leaves_the_next_one_sends(world):
