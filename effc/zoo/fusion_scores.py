@@ -52,11 +52,11 @@ def counts(truth: Truth, said: Truth) -> dict[str, tuple[int, ...]]:
     }
     is_empty = not truth.fusions
     alarms = (int(is_empty), int(is_empty and bool(said.fusions)), int(is_empty and bool(said.tuples)))  # fmt: skip
-    kind = error(truth, said)
+    kind = verdict(truth, said)
     return {**found, "alarms": alarms, "errors": tuple(int(kind == name) for name in ERRORS)}
 
 
-def error(truth: Truth, said: Truth) -> str:
+def verdict(truth: Truth, said: Truth) -> str:
     """Which of `ERRORS` fits first."""
     if not truth.fusions:
         return "false alarm" if said.fusions else "quiet"

@@ -140,6 +140,7 @@ def test_a_package_of_two_runtimes_goes_through_the_whole_transaction(made, tmp_
     (tmp_path / "back").write_bytes(back.content)
     device.apply(store, tmp_path / "back")
     assert content(store / "slots" / "a") == first
+    device.confirm(store)
     assert device.rollback(store).slot == "b"
     assert device.status(store)["slots"] == {"a": "whole", "b": "whole"}
 

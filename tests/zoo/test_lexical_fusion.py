@@ -233,7 +233,7 @@ def test_tags_and_links_of_the_truth_give_it_back(laid):
     said = tags.decode(made[1:-1].tolist(), np.where(links, 3.0, -3.0)[1:-1, 1:-1])
     assert said.fusions == RIGHT.fusions and said.separations == RIGHT.separations
     assert said.pairs == RIGHT.pairs | {(AGAIN, FIRST), (AGAIN, SECOND)}
-    assert scores.error(RIGHT, said) == "right"
+    assert scores.verdict(RIGHT, said) == "right"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_link_at_two_places_of_a_word_counts_once():
 def test_every_paragraph_is_in_the_table_of_errors_once(changes, word):
     fields = {n: getattr(RIGHT, n) for n in ("fusions", "separations", "pairs", "characters")}
     said = Truth(**fields | {n: frozenset(v) for n, v in changes.items()})
-    assert scores.error(RIGHT, said) == word and word in scores.ERRORS
+    assert scores.verdict(RIGHT, said) == word and word in scores.ERRORS
     assert sum(scores.counts(RIGHT, said)["errors"]) == 1
 
 
