@@ -358,6 +358,12 @@ def apply(store: Path, file: Path) -> Record:
         if (found.target, found.counter) == (record.id, record.counter):
             return record  # it is here already
         _refuse(record, found)
+        if found.target == record.id and not (found.entries or found.texts):
+            same = replace(
+                record, sequence=record.sequence + 1, counter=found.counter, highest=found.counter
+            )
+            _write(store, same)  # what serves is the release already
+            return same
         base, slot = store / "slots" / record.slot, store / "slots" / record.spare
         if broken := problems(base, record.id):
             raise DeltaError(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from packages import weights, write
 
-from effc.delta import codec, device, packet
+from effc.delta import codec, device, make, packet
 from effc.errors import DeltaError
 from kit import content
 
@@ -193,6 +193,19 @@ def test_a_full_disk_costs_the_update_and_nothing_else(world, monkeypatch):
     assert "disk" in refused.value.hint
     assert serving(store).id == before.id
     assert device.apply(store, world.delta()).counter == 1
+
+
+def test_a_release_of_what_serves_already_changes_its_number_and_nothing_else(world):
+    store = world.store()
+    before = serving(store)
+    made = make.make(world.old, world.old, key=world.key, counter=4)
+    (world.place / "same.effd").write_bytes(made.content)
+    record = device.apply(store, world.place / "same.effd")
+    assert (record.slot, record.id, record.pending) == (before.slot, before.id, False)
+    assert (record.counter, record.highest) == (4, 4) and serving(store) == record
+    with pytest.raises(DeltaError, match="not above 4"):
+        device.apply(store, world.delta(counter=3))
+    assert device.apply(store, world.delta(counter=5)).pending
 
 
 def no_room(*_):
