@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -214,16 +213,3 @@ def _fill(units: Sequence[Unit], chosen: list[Candidate], room: float) -> None:
         _, i, way = max(fitting, key=lambda each: each[0])
         room -= way.bytes - chosen[i].bytes
         chosen[i] = way
-
-
-def total(chosen: Sequence[Candidate]) -> dict[str, Any]:
-    return {
-        "bytes": sum(way.bytes for way in chosen),
-        "error": sum(way.error for way in chosen),
-        "encodings": _counts([part.encoding for way in chosen for part in way.parts]),
-        "skipped": sum(not way.parts for way in chosen),
-    }
-
-
-def _counts(words: Sequence[str]) -> dict[str, int]:
-    return {word: words.count(word) for word in sorted(set(words))}

@@ -21,7 +21,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from effc import bounded
 from effc.errors import CalibrationError
 from effc.table import unknown
 from effc.zoo import reading
@@ -197,12 +196,8 @@ def _of_json(file: Path, text: str) -> Iterator[_Row]:
     """Utterances of a file of episodes; the line is the one on which an utterance begins to say its own name."""
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(
-            f"{file} line {error.lineno} is no JSON: {error.msg}", hint=bounded.HINT
-        ) from error
-    except RecursionError as error:
-        raise CalibrationError(f"{file} is nested too deep", hint=bounded.HINT) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise reading.no_json(file, error) from error
     place = 0
     for episode in _list(file, whole, "episodes", 1):
         for scene in _list(file, episode, "scenes", 1):

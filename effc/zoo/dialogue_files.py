@@ -145,14 +145,8 @@ def items(file: Path, most_bytes: int = reading.MOST_BYTES) -> Iterator[tuple[in
         line, counted = line + text.count("\n", counted, place), place
         try:
             value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(
-                f"{file} line {error.lineno} is no JSON: {error.msg}", hint=bounded.HINT
-            ) from error
-        except RecursionError as error:
-            raise CalibrationError(
-                f"{file} line {line} is nested too deep", hint=bounded.HINT
-            ) from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise reading.no_json(file, error, line=line) from error
         yield line, value
         place = _next(text, place)
         if not is_list:

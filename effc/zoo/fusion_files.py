@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from effc import bounded
 from effc.errors import CalibrationError
 from effc.table import unknown
 from effc.zoo import reading
@@ -92,14 +91,8 @@ def read(file: Path, *, labelled: bool = True) -> list[Paragraph]:
             continue
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(
-                f"{file} line {line} is no JSON: {error.msg}", hint=bounded.HINT
-            ) from error
-        except RecursionError as error:
-            raise CalibrationError(
-                f"{file} line {line} is nested too deep", hint=bounded.HINT
-            ) from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise reading.no_json(file, error, begun=line, line=line) from error
         try:
             found.append(_paragraph(value, line, labelled))
         except CalibrationError as error:

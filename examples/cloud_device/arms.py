@@ -22,12 +22,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from models import SENT
+
 from effc.delta.codec import EXACT
 from effc.train.akd import Distillation
 
 ALL = Distillation(answers=1.0, logits=1.0, features=0.5, replay=1.0, sure=0.6)
-SENT = 8
-"""Tokens of a picture that go up, of 49."""
 BUDGET = 60_000
 """Bytes of a release: below 1 % of the engine's weights."""
 
