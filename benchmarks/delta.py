@@ -111,7 +111,6 @@ def checkpoints(
     """Directories of the models by name, trained where they are not there; everything up to the last stop."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    torch.manual_seed(SEED)
     torch.set_num_threads(1)
     texts, labels = sentences(data, "train")
     tokens = AutoTokenizer.from_pretrained(common.minilm())
@@ -119,6 +118,7 @@ def checkpoints(
     found = {name: state / "models" / name for name in names}
 
     def loaded(place: Path) -> Any:
+        torch.manual_seed(SEED)  # for each, whichever of them are there
         return AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
 
     def written(model: Any, name: str) -> None:
