@@ -1352,6 +1352,17 @@ def deltas() -> list[str]:
         ]
         heads = ["budget", "bytes", "of the engine", "change left out", "accuracy", "of the gain"]
         lines += table(["arm", *heads], rows)
+        if by_steps := found.get("by_steps"):
+            rows = [
+                [
+                    str(r["steps"]),
+                    *(f"{r[k]:,} ({r[k] / full:.2%})" for k in ("bytes", "bytes_from_last")),
+                    f"{r['accuracy']:.4f}",
+                ]
+                for r in by_steps
+            ]
+            lines += ["Everything tuned for longer, lossless:", ""]
+            lines += table(["steps", "bytes", "from the stop before", "accuracy"], rows)
         rounds, large = found["chain"], found["large"]
         equal = sum(r["files_equal"] and r["answers_equal"] for r in rounds)
         lines += [
@@ -1408,9 +1419,18 @@ def linked() -> list[str]:
                 *(f"{took[word]:.2f}" for word in ("make", "fetch", "take")),
                 f"{wait['idle']:.1f} → {wait['during']:.1f}",
                 f"{p99['ratio']:.2f} [{p99['low']:.2f}, {p99['high']:.2f}]",
+                str(of.get("failed_calls", "")),
             ])  # fmt: skip
-        heads = ["Mbit/s", "updates", "bytes", "broken", "make", "fetch", "take", "ms", "÷ idle"]
+        heads = ["Mbit/s", "updates", "bytes", "broken", "make", "fetch", "take", "ms", "÷ idle", "failed"]  # fmt: skip
         lines += table(["to", *heads], rows)
+        for name, of in found.get("asked", {}).items():
+            lines += [
+                f"Asked without a pause while {of['updates']} releases to {name} and back were taken: the longest gap "
+                f"between two answers was {of['longest_gap_ms']:.1f} ms ({of['median_gap_ms']:.1f} in the median "
+                f"release), the longest answer while none was taken {of['longest_idle_ms']:.1f} ms, and "
+                f"{of['failed_calls']} of {of['answers']:,} calls failed.",
+                "",
+            ]
     return lines
 
 

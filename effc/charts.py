@@ -316,6 +316,8 @@ class Layer:
 
 
 PLOT, GAP, FOOT = 150, 22, 54
+LETTERS, LINE = 18.0, 14
+"""Per cent of the width that the label of a dot needs, and its height."""
 """Pixels of a profile: signal to noise, nothing, shares."""
 
 
@@ -350,6 +352,47 @@ def curve(name: str, title: str, desc: str, lines: Mapping[str, Sequence[float |
         parts.append(_text(_tick(value, ""), "-8", y + 4, "tick", "end"))
     parts += [_trace(values, scale, tone) for tone, values in lines.items()]
     return figure(name, title, desc, PLOT + 4, *parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A dot of a scatter, and what it is called."""
+
+    label: str
+    across: float
+    up: float
+    tone: str = "engine"
+
+
+def scatter(
+    name: str, title: str, desc: str, marks: Sequence[Mark], *, unit: str = "", tall: int = 320
+) -> Html:
+    """Dots by what they cost, on a logarithmic axis, and what they bring; marks that cost nothing have no place on it.
+
+    A label that would lie on another goes below it.
+    """
+    shown = [m for m in marks if m.across > 0 and drawable([m.across]) and drawable([m.up])]
+    wide = Scale.over([m.across for m in shown], log=True)
+    high = Scale.over(m.up for m in shown)
+    parts: list[Html] = [_axis(wide, tall, unit)]
+    for value in high.ticks():
+        y = tall * (1 - high.at(value) / 100)
+        parts.append(tag("line", x1="0", x2="100%", y1=y, y2=y, class_="grid"))
+        parts.append(_text(_tick(value, ""), "-8", y + 4, "tick", "end"))
+    taken: list[tuple[float, float]] = []
+    for mark in sorted(shown, key=lambda m: -m.up):
+        x, y = wide.at(mark.across), tall * (1 - high.at(mark.up) / 100)
+        low = y + 4
+        while any(abs(x - other) < LETTERS and abs(low - at) < LINE for other, at in taken):
+            low += 1
+        taken.append((x, low))
+        anchor, aside = ("end", -8) if x > 100 - LETTERS else ("start", 8)
+        dot = tag("circle", tag("title", mark.label), cx=f"{x:.2f}%", cy=y, r=4, class_="dot")
+        word = tag(
+            "text", mark.label, x=f"{x:.2f}%", y=low, dx=aside, class_="tick", text_anchor=anchor
+        )
+        parts.append(tag("g", dot, word, class_=mark.tone))
+    return figure(name, title, desc, tall + 22, *parts)
 
 
 def columns(name: str, title: str, desc: str, counts: Sequence[Sequence[int]]) -> Html:

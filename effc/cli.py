@@ -1052,6 +1052,12 @@ def delta_make(
         Path | None,
         typer.Option("--mirror", metavar="DIR", help="Write what devices will hold: the next OLD."),
     ] = None,
+    anchor: Annotated[
+        bool,
+        typer.Option(
+            "--anchor", help="All of NEW, for every device of that graph, whatever it holds."
+        ),
+    ] = False,
     json_: Json = None,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -1062,6 +1068,7 @@ def delta_make(
     Examples:
       effc delta make OLD NEW --release 1 --key release.key -o up.effd
       effc delta make OLD NEW --release 2 --key release.key --budget 64KB --mirror HELD -o up.effd
+      effc delta make HELD HELD --release 2 --key release.key --anchor -o anchor.effd
     """
     _outside(json_, old, new)
     _outside(str(out), old, new, option="-o")
@@ -1071,6 +1078,7 @@ def delta_make(
         old, new, key=key, counter=counter, budget=_size_of(budget), max_error=max_error,
         inputs=make.arrays_of(self_test) if self_test else None,
         importance=make.arrays_of(importance) if importance else None, mirror=mirror,
+        anchor=anchor,
     )  # fmt: skip
     _write("-o", str(out), made.content)
     for line in make.lines(made):
@@ -1223,7 +1231,7 @@ def delta_serve(
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:
-    """Serve the deltas of a directory to devices, each to those that hold its base, until Ctrl-C.
+    """Serve the deltas of a directory to devices, each to those that hold its base, else an anchor, until Ctrl-C.
 
     \b
     Example:

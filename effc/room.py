@@ -81,6 +81,8 @@ class Room:
         if self.statistics_bytes > needed:
             beside = f" beside {self.statistics_bytes / 1e6:.0f} MB of statistics"
             hint = "give it more, or take fewer layers by `select`; `rounding: nearest` measures less than gptq"
+        if self.left_bytes + self.statistics_bytes <= 0:
+            hint = "the process and the weights hold more than that already: give it more"
         return CalibrationError(
             f"one sample of shape {_words(sizes)} needs about {needed / 1e6:.0f} MB, and of --max-ram "
             f"{self.max_bytes / 1e6:.0f} MB {max(self.left_bytes, 0) / 1e6:.0f} MB are left{beside}",

@@ -264,7 +264,12 @@ def test_what_was_measured_is_told_shown_and_tabled(example, tmp_path, monkeypat
     assert found["closed_less_open"]["mean"] == pytest.approx((0.3 + 0.3 + 0.4) / 4 / 2)
     assert found["shifts"]["akd"]["drift"] == pytest.approx([0.1 * i for i in range(1, 11)])
     shown = page.drawn({**found, "plan": full.measured()})
-    assert shown.count('role="img"') == 1 + 3 + 1 + 2 and "Backward transfer" in shown
+    assert shown.count('role="img"') == 1 + 3 + 2 + 1 + 2 and "Backward transfer" in shown
+    down = shown.partition('id="dusk-bought-down-desc"')[2].partition("</svg>")[0]
+    for name in ("akd", "adapters, fp16", "adapters, fp16, zlib"):
+        assert down.count(f">{name}</text>") == 1
+    up = shown.partition('id="dusk-bought-up-desc"')[2].partition("</svg>")[0]
+    assert all(f">{n}</text>" in up for n in ("akd", "random", "all tokens", "maha high 8"))
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("tables", BENCHMARKS / "tables.py")

@@ -227,7 +227,7 @@ def test_too_little_memory_is_said_at_once(tmp_path):
         "compile", made().model, "-o", tmp_path / "OUT", "--quantize", "int8", "--calib",
         made().sentences, "--no-bench", "--max-ram", "1MB",
     )  # fmt: skip
-    assert_letter(ran, "CalibrationError", 7, "--max-ram 1 MB", "shorter samples")
+    assert_letter(ran, "CalibrationError", 7, "--max-ram 1 MB", "hold more than that already")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -818,6 +818,15 @@ def test_quantiles_are_read_as_numpy_reads_them(share):
     assert math.isclose(charts.quantile(found, share), float(np.quantile(found, share)))
 
 
+def test_labels_of_a_scatter_do_not_lie_on_each_other_and_what_costs_nothing_has_no_place():
+    marks = [charts.Mark(label=n, across=1.0, up=0.5) for n in ("a", "b<", "c")]
+    text = charts.scatter("n", "t", "d", [*marks, charts.Mark(label="free", across=0.0, up=1.0)])
+    heights = sorted(float(y) for y in re.findall(r'<text x="[\d.]+%" y="([\d.]+)" dx=', text))
+    assert len(heights) == 3
+    assert all(b - a >= charts.LINE for a, b in itertools.pairwise(heights))
+    assert "free" not in text and "b&lt;" in text
+
+
 def test_markup_is_escaped_where_it_is_made():
     made_ = charts.tag("text", "<b>", charts.tag("i", '"'), x='"><script>', class_="a&b", none=None)
     assert made_ == (

@@ -131,7 +131,7 @@ def test_a_compile_records_seed_and_steps_and_repeats(word, tmp_path):
     }  # fmt: skip
     ran = cli("compile", tmp_path / "r.yaml", "-o", tmp_path / "c", "--plan")
     assert ran.code == 0, ran.err
-    words = ("--set", "calib.seed=4", "--max-ram", "2GB")
+    words = ("--set", "calib.seed=4", "--max-ram", "64GB")
     assert cli("compile", tmp_path / "r.yaml", "-o", tmp_path / "d", *words).code == 0
     assert package.read(tmp_path / "d").engines[0].sha256 != first.engines[0].sha256
 

@@ -1,6 +1,7 @@
 """Releases over HTTP(S): a device asks for the one behind what it serves, and goes on where the line broke.
 
     GET URL/<sha256 of the package that serves>.effd?above=<highest release that was taken>
+    GET URL/anchor.effd?above=…                 where neither slot of the store is whole
 
 What came so far lies in STORE/incoming with the ETag that it had, so the next attempt, also of another process, asks
 for the rest alone, and for all of it where the file has become another one. No more is kept than a device may take, and
@@ -66,7 +67,8 @@ def pull(
 def _fetched(url: str, store: Path, record: Record, ca: Path | None) -> Path | None:
     place = store / INCOMING
     place.mkdir(exist_ok=True)
-    asked = f"{_base(url)}/{record.id}.effd?above={record.highest}"
+    base = packet.ANCHOR if device.needs_anchor(store, record) else record.id
+    asked = f"{_base(url)}/{base}.effd?above={record.highest}"
     transfer = _Transfer(asked, place, device.most_bytes(store, record))
     idle = 0
     with _pool(ca) as pool:

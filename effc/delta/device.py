@@ -365,17 +365,18 @@ def apply(store: Path, file: Path) -> Record:
             _write(store, same)  # what serves is the release already
             return same
         base, slot = store / "slots" / record.slot, store / "slots" / record.spare
-        if broken := problems(base, record.id):
+        broken = problems(base, record.id)
+        if broken and (not found.is_anchor or _has_other(store, record)):
             raise DeltaError(
                 f"the package that serves is harmed: {broken[0]}",
-                hint="effc delta rollback, or init anew",
+                hint="effc delta rollback, else take an anchor",
             )
         cleared = replace(record, sequence=record.sequence + 1, other="", other_counter=0)
         _write(store, cleared)
         try:
             _stage(base, slot, found)
-            if broken := problems(slot, found.target):
-                raise DeltaError(f"the release is not what it should be: {broken[0]}", hint=HARMED)
+            if wrong := problems(slot, found.target):
+                raise DeltaError(f"the release is not what it should be: {wrong[0]}", hint=HARMED)
             _try(slot, found)
         except BaseException:
             shutil.rmtree(slot, ignore_errors=True)
@@ -385,8 +386,21 @@ def apply(store: Path, file: Path) -> Record:
             counter=found.counter, highest=found.counter, pending=True, tries=TRIES,
             other=record.id, other_counter=record.counter,
         )  # fmt: skip
+        if broken:  # nothing whole is left to go back to, so it need not prove itself any more
+            swapped = replace(swapped, pending=False, tries=0, other="", other_counter=0)
         _write(store, swapped)
         return swapped
+
+
+def needs_anchor(store: Path, record: Record) -> bool:
+    """Whether neither slot is whole, so that a release which differs from nothing is all that helps."""
+    broken = problems(store / "slots" / record.slot, record.id)
+    return bool(broken) and not _has_other(store, record)
+
+
+def _has_other(store: Path, record: Record) -> bool:
+    """Whether the slot that does not serve is whole."""
+    return bool(record.other) and not problems(store / "slots" / record.spare, record.other)
 
 
 def most_bytes(store: Path, record: Record) -> int:
@@ -412,15 +426,18 @@ def _refuse(record: Record, found: Packet) -> None:
             f"release {found.counter} is not above {record.highest}, which was taken before",
             hint="older releases come back by effc delta rollback alone",
         )
-    if found.base != record.id:
+    if found.base != record.id and not found.is_anchor:
         raise DeltaError(
             f"the delta is for package {found.base[:12]}, and {record.id[:12]} serves",
-            hint="have a delta made from the package that serves",
+            hint="have a delta made from the package that serves, or take an anchor",
         )
 
 
 def _stage(base: Path, slot: Path, found: Packet) -> None:
-    """Fill the other slot with the base, changed. Raises DeltaError before it writes where the delta does not fit."""
+    """Fill the other slot with the base, changed. Raises DeltaError before it writes where the delta does not fit.
+
+    Of the base an anchor takes over what its graph has the digest of, and nothing that is not looked at afterwards.
+    """
     manifest = manifest_of(base)
     known = {*manifest["files"], MANIFEST}
     named = {e.tensor.file for e in found.entries} | {t.name for t in found.texts}
@@ -432,7 +449,7 @@ def _stage(base: Path, slot: Path, found: Packet) -> None:
     contents = {name: mapped(base / name) for name in patched}
     if graph_of(contents, found) != found.graph:
         raise DeltaError("the delta is for another graph", hint="have it made from this package")
-    texts = {t.name: _text(base, t) for t in found.texts}
+    texts = {t.name: _text(None if found.is_anchor else base, t) for t in found.texts}
     target = _manifest(texts[MANIFEST], "the delta") if MANIFEST in texts else manifest
     if {*target["files"]} != {*manifest["files"]}:
         raise DeltaError("the release has other files than the package", hint=HARMED)
@@ -460,9 +477,11 @@ def _patch_files(slot: Path, patched: set[str], found: Packet) -> None:
                 stream.write(codec.decode(tensor, entry.encoding, entry.payload, old))
 
 
-def _text(base: Path, text: packet.Text) -> bytes:
-    with paths.opened(base, text.name, DeltaError) as stream:
-        known = stream.read()
+def _text(base: Path | None, text: packet.Text) -> bytes:
+    known = b""
+    if base is not None:
+        with paths.opened(base, text.name, DeltaError) as stream:
+            known = stream.read()
     most = max(MOST_PACKET, 2 * len(known))
     found = codec.unpacked(text.payload, min(text.length, most), name=text.name, known=known)
     if len(found) != text.length:
@@ -508,7 +527,7 @@ def _reversed(store: Path, record: Record) -> Record:
     if broken:
         raise DeltaError(
             f"there is nothing to go back to: {broken[0]}",
-            hint="make the store again: effc delta init",
+            hint="take an anchor, or make the store again: effc delta init",
         )
     made = Record(
         sequence=record.sequence + 1, slot=record.spare, id=record.other,

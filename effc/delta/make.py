@@ -64,9 +64,11 @@ def make(
     importance: Mapping[str, Array | float] | None = None,
     encodings: Sequence[str] | None = None,
     mirror: Path | None = None,
+    anchor: bool = False,
 ) -> Made:
     """The delta from one package to another, and with `mirror` the package that a device will hold.
 
+    With `anchor` it is no difference: every package of the graph that both have can take it, and gets all of the new.
     Lossless where neither `budget` (bytes of the whole file) nor `max_error` is given. `max_error` is the share of
     the change that may be left, √(Σ h·left² ÷ Σ h·change²). `importance` has h by the name of an initialiser,
     `encodings` are those that may be used for numbers, all where not given, and `inputs` feeds the test vectors. Raises
@@ -79,10 +81,17 @@ def make(
             f"{strange[0]!r} is no encoding",
             hint=f"one of {', '.join((*codec.EXACT, *codec.LOSSY))}",
         )
+    if anchor and any(how is not None for how in (budget, max_error, importance, encodings)):
+        raise DeltaError(
+            "an anchor sends all of a package, and leaves nothing out",
+            hint="make it without --budget, --max-error and --importance",
+        )
     signer = packet.private_key(key)
     before, after = _side(old), _side(new)
     _compare(before, after)
-    bare = _Bare(before, after, counter, inputs)
+    bare = _Bare(before, after, counter, inputs, anchor)
+    if anchor:
+        return _built(bare, _all(after), 0.0, signer).kept(mirror)
     if before.text == after.text:
         return _built(bare, (), 0.0, signer).kept(mirror)
     if budget is None and not max_error:
@@ -160,8 +169,10 @@ def _compare(before: _Side, after: _Side) -> None:
         if a != b:
             raise DeltaError(f"the new package has {what}", hint=FROZEN)
     for name, known in before.weights.items():
-        graphs = {skeleton(side.contents, known.tensors.values()) for side in (before, after)}
-        if known != after.weights[name] or len(graphs) > 1:
+        tensors = known.tensors.values()
+        if known != after.weights[name] or (
+            skeleton(before.contents, tensors) != skeleton(after.contents, tensors)
+        ):
             raise DeltaError(f"{name} is another graph in the new package", hint=FROZEN)
 
 
@@ -190,6 +201,17 @@ def _exact(before: _Side, after: _Side) -> list[Part]:
             if old != new:  # engines may share a tensor in one file
                 found[tensor.file, tensor.offset] = rate.exact(tensor, old, new).tightened()
     return [found[place] for place in sorted(found)]
+
+
+def _all(after: _Side) -> list[Part]:
+    """Every tensor, as its bytes."""
+    every = {
+        (t.file, t.offset): t for known in after.weights.values() for t in known.tensors.values() if t.length
+    }  # fmt: skip
+    return [
+        Part(tensor=t, encoding="bytes", payload=codec.packed(_bytes(after, t))).tightened()
+        for t in every.values()
+    ]
 
 
 def _units(before: _Side, after: _Side, importance: Mapping[str, Array | float]) -> list[Unit]:
@@ -240,9 +262,10 @@ class _Bare:
     """What a delta has beside its tensors, and the target that comes of them."""
 
     def __init__(
-        self, before: _Side, after: _Side, counter: int, inputs: Mapping[str, Array] | None
-    ) -> None:
+        self, before: _Side, after: _Side, counter: int, inputs: Mapping[str, Array] | None, anchor: bool
+    ) -> None:  # fmt: skip
         self.before, self.after, self.counter, self.inputs = before, after, counter, inputs
+        self.anchor = anchor
         self.patched = {t.file for w in before.weights.values() for t in w.tensors.values()}
 
     def target(self, entries: Sequence[Entry]) -> tuple[dict[str, Array], str]:
@@ -272,6 +295,17 @@ class _Bare:
         told = {**self.after.manifest, "files": files, "engines": engines, "links": links}
         return contents, device.slot_texts(told)[0]
 
+    def texts(self, contents: Mapping[str, Array], text: str) -> tuple[Text, ...]:
+        """The files that are sent whole: those that differ, and in an anchor all but engines, which are the graph."""
+        given = {n: c.tobytes() for n, c in sorted(contents.items()) if n not in self.patched}
+        held = {n: self.before.contents[n].tobytes() for n in given}
+        given[device.MANIFEST], held[device.MANIFEST] = text.encode(), self.before.text.encode()
+        return tuple(
+            _text(name, b"" if self.anchor else held[name], new)
+            for name, new in given.items()
+            if new != held[name] or (self.anchor and name not in self.before.weights)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Built:
@@ -296,19 +330,13 @@ def _built(bare: _Bare, parts: Sequence[Part], error: float, signer: Any) -> _Bu
     )
     contents, text = bare.target(entries)
     before = bare.before
-    texts = [
-        _text(name, before.contents[name].tobytes(), content.tobytes())
-        for name, content in sorted(contents.items())
-        if name not in bare.patched and content.tobytes() != before.contents[name].tobytes()
-    ]
-    if text != before.text:
-        texts.append(_text(device.MANIFEST, before.text.encode(), text.encode()))
     found = Packet(
-        base=device.id_of(before.text), target=device.id_of(text), counter=bare.counter,
-        graph="", error=error, entries=entries, texts=tuple(texts), vectors=(),
+        base=packet.ANCHOR if bare.anchor else device.id_of(before.text),
+        target=device.id_of(text), counter=bare.counter, graph="", error=error,
+        entries=entries, texts=bare.texts(contents, text), vectors=(),
     )  # fmt: skip
     found = replace(found, graph=device.graph_of(before.contents, found))
-    if text != before.text:
+    if text != before.text or bare.anchor:
         with scratch.held() as place:
             _write(place / "out", contents, text)
             vectors = [

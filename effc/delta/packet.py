@@ -32,6 +32,8 @@ from effc.errors import DeltaError
 
 MAGIC = b"effd\x01\0\0\0"
 CONTEXT = b"effc weight delta 1\0"
+ANCHOR = "anchor"
+"""In the place of a base: the release holds all of its target but the graph, which any package that takes it has."""
 SIGNATURE = 64
 MOST_HEADER = 16 << 20
 MOST_ENTRIES = 1 << 20
@@ -49,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A file that is sent whole, packed with the base's file of that name as its dictionary."""
+    """A file that is sent whole, packed with the base's file of that name as its dictionary; in an anchor with none."""
 
     name: str
     length: int
@@ -73,8 +75,9 @@ class Vector:
 
 @dataclass(frozen=True, kw_only=True)
 class Packet:
-    """A delta: from the package `base` to the package `target`, each the sha256 of a manifest.
+    """A delta: from the package `base` to the package `target`, each the sha256 of a manifest; or an anchor.
 
+    The `base` of an anchor is `ANCHOR`, and nothing in it is a difference to anything.
     `counter` is greater in every release; `graph` is the sha256 of the engines without the tensors that are patched;
     `error` is what is left of the change, from 0 to 1, for who reads it.
     """
@@ -87,6 +90,10 @@ class Packet:
     entries: tuple[Entry, ...]
     texts: tuple[Text, ...]
     vectors: tuple[Vector, ...]
+
+    @property
+    def is_anchor(self) -> bool:
+        return self.base == ANCHOR
 
 
 def keygen(private: Path, public: Path) -> str:
@@ -225,8 +232,8 @@ class _Rest:
 def _packet(header: Any, rest: _Rest) -> Packet:
     if max(len(header["entries"]), len(header["texts"]), len(header["vectors"])) > MOST_ENTRIES:
         raise ValueError("too many entries")
-    return Packet(
-        base=_sha(header["base"]),
+    found = Packet(
+        base=header["base"] if header["base"] == ANCHOR else _sha(header["base"]),
         target=_sha(header["target"]),
         counter=_count(header["counter"]),
         graph=_sha(header["graph"]),
@@ -238,6 +245,10 @@ def _packet(header: Any, rest: _Rest) -> Packet:
         ),
         vectors=tuple(_vector(line, rest) for line in header["vectors"]),
     )
+    if found.is_anchor and (relative := [e for e in found.entries if e.encoding != "bytes"]):
+        name = paths.shown(relative[0].tensor.name)
+        raise DeltaError(f"tensor {name} of an anchor is a difference to a base", hint=HARMED)
+    return found
 
 
 def _entry(line: Any, rest: _Rest) -> Entry:

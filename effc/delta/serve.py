@@ -1,6 +1,8 @@
 """Releases of a directory over HTTP(S), each found by the package that it is for.
 
-    GET /<sha256 of a package>.effd?above=N     the release for who serves that package, of the greatest number above N
+    GET /<sha256 of a package>.effd?above=N     the release for who serves that package, of the greatest number above N;
+                                                where there is none, the anchor of the greatest number above N
+    GET /anchor.effd?above=N                    that anchor, for who serves nothing that is whole
 
 Ranges and ETags are starlette's. The directory is read at every request, so a release is published by a rename into it.
 """
@@ -50,14 +52,22 @@ def application(directory: Path) -> Starlette:
 
 
 def newest(directory: Path, base: str, above: int) -> Path | None:
-    """The release for a package with the greatest number above that."""
-    found = [(told[1], file) for file, told in releases(directory) if told[0] == base]
-    counter, file = max(found, default=(0, None))
-    return file if counter > above else None
+    """The release for a package with the greatest number above that, or an anchor to another package."""
+    every = releases(directory)
+    own = [(counter, file) for file, (start, _, counter) in every if start == base]
+    anchors = [
+        (counter, file) for file, (start, target, counter) in every
+        if start == packet.ANCHOR and target != base
+    ]  # fmt: skip
+    for found in (own, anchors):
+        counter, file = max(found, default=(0, None))
+        if counter > above:
+            return file
+    return None
 
 
-def releases(directory: Path) -> list[tuple[Path, tuple[str, int]]]:
-    """Every release in a directory, with its base and number."""
+def releases(directory: Path) -> list[tuple[Path, tuple[str, str, int]]]:
+    """Every release in a directory, with its base, target and number."""
     found = []
     for file in sorted(directory.glob(f"*{SUFFIX}")):
         try:
@@ -69,9 +79,9 @@ def releases(directory: Path) -> list[tuple[Path, tuple[str, int]]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _told(file: Path, mtime_ns: int, size: int) -> tuple[str, int]:
+def _told(file: Path, mtime_ns: int, size: int) -> tuple[str, str, int]:
     found = packet.parsed(packet.read(file, device.MOST_INSPECTED))
-    return found.base, found.counter
+    return found.base, found.target, found.counter
 
 
 def listening(host: str, port: int) -> socket.socket:

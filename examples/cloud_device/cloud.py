@@ -7,7 +7,6 @@ nothing; seconds are of the processor, without those answers.
 
 from __future__ import annotations
 
-import json
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -146,7 +145,7 @@ class Cloud:
 
     def importance(self, package: Path) -> dict[str, Array]:
         """What every weight of the answerer matters on what came up and by day, by the initialisers of a package."""
-        from effc.delta import weights
+        from effc.delta.importance import by_initialiser
         from effc.train.fisher import information
 
         tensors = dict(self.answerer.named_parameters())
@@ -155,17 +154,7 @@ class Cloud:
         known = {
             f"answerer.{name}": (h + FLOOR * mean).double().numpy() for name, h in found.items()
         }
-        origins = json.loads((package / "origins.json").read_text(encoding="utf-8"))["main"]
-        made = {}
-        for name, tensor in weights.read(package, "model.onnx").tensors.items():
-            plain = name.removesuffix(".t")
-            h = known.get(origins.get(plain, {}).get("source", ""))
-            if h is None:
-                continue
-            h = h.T if plain != name else h
-            if h.shape == tensor.shape:  # a scale has the source of its weight
-                made[name] = np.ascontiguousarray(h)
-        return made
+        return by_initialiser(package, known)
 
     def _samples(self) -> Iterator[dict[str, torch.Tensor]]:
         """One at a time, and every third of them by day."""

@@ -11,7 +11,7 @@ from typing import Any
 import arms as made_of
 from plans import SHOWN, WHOLE
 
-from effc.charts import Bar, Html, Span, bars, curve, intervals, join, tag
+from effc.charts import Bar, Html, Mark, Span, bars, curve, intervals, join, scatter, tag
 
 Json = dict[str, Any]
 TONES = ("engine", "float", "torch", "other", "good")
@@ -20,6 +20,20 @@ SHARES = {
     "up_share": "Bytes up, of the pictures as JPEG.",
     "down_share": "Bytes down, of the engine's weights a round.",
 }
+BOUGHT = {
+    "down": (
+        "down_share",
+        (*made_of.DOWNLINK, WHOLE),
+        "Bytes down, of the engine's weights a round, and what they bring.",
+    ),
+    "up": (
+        "up_share",
+        (*made_of.UPLINK, "all tokens", WHOLE, *made_of.GRID),
+        "Bytes up, of the pictures as JPEG, and what they bring.",
+    ),
+}
+BESIDE = {"fp16_share": "adapters, fp16", "zlib_share": "adapters, fp16, zlib"}
+"""What the same training would take where nothing is chosen."""
 STYLE = """
 :root { --page: #f6f6f4; --card: #fff; --ink: #1c2127; --muted: #57616b; --line: #dedfe1; --track: #e9e9e7;
   --engine: #0b6b6b; --float: #5d6977; --torch: #9a5500; --other: #6f4699; --good: #1a6b3a; }
@@ -96,6 +110,7 @@ def _domain(domain: str, arms: Mapping[str, Json], found: Json) -> Iterator[Html
         ]
         yield tag("p", words)
         yield tag("figure", bars(f"{domain}-{key}", words, "a share for each arm", rows))
+    yield from _bought(domain, arms)
     ahead = found["ahead"][domain]
     rows = [_span(name, ahead[name]) for name in ahead if name not in made_of.GRID]
     if rows:
@@ -113,6 +128,35 @@ def _domain(domain: str, arms: Mapping[str, Json], found: Json) -> Iterator[Html
             for name, a in arms.items()
         ],
     )  # fmt: skip
+
+
+def _bought(domain: str, arms: Mapping[str, Json]) -> Iterator[Html]:
+    """What every arm recovers, or its accuracy where that has no share of anything, against the bytes that it took."""
+    is_share = all(arm["recovered"] is not None for arm in arms.values())
+
+    def brought(arm: Json) -> float:
+        return float(arm["recovered"] if is_share else sum(arm["accuracy"]) / len(arm["accuracy"]))
+
+    for way, (key, listed, words) in BOUGHT.items():
+        marks = [
+            Mark(label=n, across=100 * arms[n][key], up=brought(arms[n]), tone="engine" if n == SHOWN else "float")
+            for n in listed if n in arms
+        ]  # fmt: skip
+        note = "" if is_share else " Accuracy, as no arm was trained on labels."
+        if way == "down" and SHOWN in arms:
+            whole = "lossless" if "lossless" in arms else SHOWN
+            marks += [
+                Mark(label=n, across=100 * arms[SHOWN][k], up=brought(arms[whole]), tone="other")
+                for k, n in BESIDE.items()
+            ]
+            note += f" Whole sets of adapters were not sent: they stand as high as {whole}."
+        if sum(mark.across > 0 for mark in marks) < 2:
+            continue
+        yield tag("p", words + note)
+        yield tag(
+            "figure",
+            scatter(f"{domain}-bought-{way}", words, "a dot for each arm", marks, unit=" %"),
+        )
 
 
 def _span(name: str, each: Json) -> Span:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -269,21 +270,30 @@ def test_answers_that_are_no_numbers_prove_nothing(world):
 def test_it_serves_while_a_release_is_taken(world):
     store = world.store()
     live = device.Live(store)
-    old = live({"x": X})["y"]
-    answers, stop = [], threading.Event()
+    old, up = live({"x": X})["y"], world.delta()
+    answers, failed, stop = [], [], threading.Event()
 
     def ask():
         while not stop.is_set():
-            answers.append(live({"x": X})["y"])
+            try:
+                found = live({"x": X})["y"]
+            except Exception as error:
+                failed.append(error)
+            else:
+                answers.append((time.perf_counter(), found))
 
     thread = threading.Thread(target=ask)
     thread.start()
-    live.update(world.delta())
+    began = time.perf_counter()
+    live.update(up)
+    took = time.perf_counter() - began
     new = live({"x": X})["y"]
     stop.set()
     thread.join()
-    assert not np.array_equal(old, new)
-    assert all(np.array_equal(y, old) or np.array_equal(y, new) for y in answers)
+    assert failed == [] and not np.array_equal(old, new)
+    assert all(np.array_equal(y, old) or np.array_equal(y, new) for _, y in answers)
+    ends = [began, *(at for at, _ in answers if began < at < began + took), began + took]
+    assert np.diff(ends).max() < took / 2  # nothing waits for the release
 
 
 def test_a_store_is_made_of_a_whole_package_in_an_empty_place(world):
