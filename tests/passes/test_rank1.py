@@ -262,6 +262,20 @@ def test_only_experts_are_trained():
     assert float(grads["up.rank1_B"].abs().max()) > 0 == float(grads["up.rank1_R"].abs().max())
 
 
+@pytest.mark.parametrize(("router", "rank"), [("zero", 1), ("drawn", 3)])
+def test_columns_are_one_for_ever_unless_the_router_tells_them_apart(router, rank):
+    _, made = with_experts(sizes=(2, 3), gates="router", router=router)
+    module = InGraph(made.only(), Tune().trained(made.only()))
+    assert torch.equal(module({"x": X})["output"], run(traced(), X))
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (module({"x": X})["output"] - X.sum(-1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+    b = module.weights[module.places["up.rank1_B"]]
+    assert int(torch.linalg.matrix_rank(b.detach(), rtol=1e-3)) == rank
+
+
 def test_training_follows_what_requests_are_about():
     """Requests of two kinds look alike and want opposite answers: the true score learns both, another does not."""
     _, made = with_experts()
