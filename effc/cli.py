@@ -978,11 +978,21 @@ delta = typer.Typer(
 )
 app.add_typer(delta)
 StorePlace = Annotated[Path, typer.Argument(metavar="STORE", help="The store of a device.")]
+Certificates = Annotated[
+    Path | None,
+    typer.Option("--ca", metavar="FILE", help="Certificates to trust for https, in PEM."),
+]
 
 
 def _budget(value: str | None) -> str | None:
     """Refuse what is no size before the work."""
     _size_of(value, "--budget 64KB")
+    return value
+
+
+def _uplink_limit(value: str) -> str:
+    """Refuse what is no size before the work."""
+    _size_of(value, "--uplink-limit 64MB")
     return value
 
 
@@ -1228,17 +1238,36 @@ def delta_serve(
     cert_key: Annotated[
         Path | None, typer.Option("--cert-key", metavar="FILE", help="Its private key.")
     ] = None,
+    uplink: Annotated[
+        Path | None,
+        typer.Option(
+            "--uplink",
+            metavar="INBOX",
+            help="Directory where tokens from devices go; none without.",
+        ),
+    ] = None,
+    uplink_limit: Annotated[
+        str,
+        typer.Option(
+            "--uplink-limit",
+            metavar="SIZE",
+            callback=_uplink_limit,
+            help="Most bytes that come in a day, and that lie in INBOX.",
+        ),
+    ] = "256MB",
     debug: Debug = False,
     verbose: Verbose = False,
 ) -> None:
     """Serve the deltas of a directory to devices, each to those that hold its base, else an anchor, until Ctrl-C.
 
     \b
-    Example:
+    Examples:
       effc delta serve releases
+      effc delta serve releases --uplink inbox --uplink-limit 64MB
     """
     from effc.delta import serve
 
+    inbox = _inbox(uplink, uplink_limit) if uplink else None
     taken = serve.listening(host, port)
     shown = f"[{host}]" if ":" in host else host
     scheme = "https" if cert else "http"
@@ -1246,17 +1275,30 @@ def delta_serve(
     print(
         f"{known} releases at {scheme}://{shown}:{taken.getsockname()[1]}, Ctrl-C ends", flush=True
     )
-    serve.serve(directory, taken, cert=cert, cert_key=cert_key)
+    serve.serve(directory, taken, inbox=inbox, cert=cert, cert_key=cert_key)
+
+
+def _inbox(place: Path, limit: str) -> Any:
+    """An inbox that knows whose tokens it takes. Raises DeltaError for one that does not."""
+    from effc.delta.inbox import Inbox
+    from effc.delta.uplink import Limits
+    from effc.errors import DeltaError
+
+    size = _size_of(limit) or 0
+    made = Inbox(place, limits=Limits(bytes_a_day=size, bytes_waiting=size))
+    if made.expected() is None:
+        raise DeltaError(
+            f"{place} does not say whose tokens it takes",
+            hint="effc.delta.inbox.Inbox(PLACE).expect({'engine': SHA256, …}) writes that",
+        )
+    return made
 
 
 @delta.command("pull")
 def delta_pull(
     url: Annotated[str, typer.Argument(metavar="URL", help="Where effc delta serve listens.")],
     store: StorePlace,
-    ca: Annotated[
-        Path | None,
-        typer.Option("--ca", metavar="FILE", help="Certificates to trust for https, in PEM."),
-    ] = None,
+    ca: Certificates = None,
     json_: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -1272,6 +1314,34 @@ def delta_pull(
     if found is None:
         _say("there is no release behind what serves", json_)
     _tell(found or device.record_of(store), json_)
+
+
+@delta.command("push")
+def delta_push(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Where effc delta serve --uplink listens.")
+    ],
+    queue: Annotated[
+        Path, typer.Argument(metavar="QUEUE", help="Directory of payloads that wait on a device.")
+    ],
+    ca: Certificates = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Send up the tokens that wait in a device's queue, as far as its owner and the day allow.
+
+    \b
+    Example:
+      effc delta push http://127.0.0.1:8423 QUEUE
+    """
+    from effc.delta import push
+    from effc.delta.uplink import Queue
+
+    found = push.push(url, Queue(queue), ca=ca)
+    _say(f"{found.taken} payloads were taken, {found.waiting} wait for another day", json_)
+    for why in found.refused:
+        _say(f"    one was refused: {why}", json_)
+    _write_json(json_, found)
 
 
 def _tell(record: Any, json_: str | None) -> None:

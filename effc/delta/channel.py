@@ -37,7 +37,7 @@ MOST_ATTEMPTS = 200
 MOST_REDIRECTS = 3
 CHUNK = 1 << 16
 _GONE = (404, 410)
-_LATER = (408, 425, 429, 500, 502, 503, 504)
+LATER = (408, 425, 429, 500, 502, 503, 504)
 
 
 def pull(
@@ -68,26 +68,27 @@ def _fetched(url: str, store: Path, record: Record, ca: Path | None) -> Path | N
     place = store / INCOMING
     place.mkdir(exist_ok=True)
     base = packet.ANCHOR if device.needs_anchor(store, record) else record.id
-    asked = f"{_base(url)}/{base}.effd?above={record.highest}"
+    asked = f"{address(url)}/{base}.effd?above={record.highest}"
     transfer = _Transfer(asked, place, device.most_bytes(store, record))
     idle = 0
-    with _pool(ca) as pool:
+    with pool_of(ca) as pool:
         for _ in range(MOST_ATTEMPTS):
             before = transfer.size
-            why = transfer.attempt(pool)
-            if why is None:
+            problem = transfer.attempt(pool)
+            if problem is None:
                 return transfer.part if transfer.found else None
             idle = 0 if transfer.size > before else idle + 1
             if idle == TRIES:
                 break
-            time.sleep(min(8.0, 0.25 * 2**idle))
+            pause(idle)
     raise DeltaError(
-        f"{url} cannot be read: {why}",
+        f"{url} cannot be read: {problem}",
         hint=f"{transfer.size} bytes are kept, and the next pull goes on behind them",
     )
 
 
-def _base(url: str) -> str:
+def address(url: str) -> str:
+    """The address of a channel, without the slash at its end. Raises DeltaError for what is none."""
     try:
         told = urllib3.util.parse_url(url)
     except urllib3.exceptions.LocationParseError:
@@ -99,7 +100,8 @@ def _base(url: str) -> str:
     return url.rstrip("/")
 
 
-def _pool(ca: Path | None) -> urllib3.PoolManager:
+def pool_of(ca: Path | None) -> urllib3.PoolManager:
+    """Connections that try nothing again by themselves; `ca` has the certificates to trust. Raises DeltaError."""
     if ca is not None and not ca.is_file():
         raise DeltaError(f"{ca} is no file", hint="--ca names a file of certificates")
     return urllib3.PoolManager(
@@ -109,6 +111,16 @@ def _pool(ca: Path | None) -> urllib3.PoolManager:
         ),
         ca_certs=str(ca) if ca else None,
     )
+
+
+def why(error: urllib3.exceptions.HTTPError) -> str:
+    """What went wrong on the line, without what urllib3 puts around it."""
+    return str(error.__cause__ or getattr(error, "reason", None) or error)
+
+
+def pause(idle: int) -> None:
+    """Wait before another attempt, longer after each in a row that brought nothing."""
+    time.sleep(min(8.0, 0.25 * 2**idle))
 
 
 def _forget(place: Path) -> None:
@@ -148,7 +160,7 @@ class _Transfer:
             finally:
                 answer.close()
         except urllib3.exceptions.HTTPError as error:
-            return str(error.__cause__ or getattr(error, "reason", None) or error)
+            return why(error)
 
     def _kept(self) -> tuple[int, str]:
         """How much is there already, and of what; nothing where it is of another place or of nobody knows what."""
@@ -165,7 +177,7 @@ class _Transfer:
         if answer.status in _GONE:
             _forget(self.place)
             return None
-        if answer.status in _LATER:
+        if answer.status in LATER:
             return f"it answered {answer.status}"
         if answer.status == 416:  # all of it is there, or more than all
             whole = answer.headers.get("Content-Range", "") == f"bytes */{start}"

@@ -1,27 +1,33 @@
-"""Releases of a directory over HTTP(S), each found by the package that it is for.
+"""A directory of releases over HTTP(S), each found by the package that it is for, and an inbox where one is given.
 
     GET /<sha256 of a package>.effd?above=N     the release for who serves that package, of the greatest number above N;
                                                 where there is none, the anchor of the greatest number above N
     GET /anchor.effd?above=N                    that anchor, for who serves nothing that is whole
+    PUT /<sha256 of a payload>.effu             what a device is unsure of, into the inbox
 
-Ranges and ETags are starlette's. The directory is read at every request, so a release is published by a rename into it.
+What is put in cannot be got out here. Ranges and ETags are starlette's. The directory is read at every request, so a
+release is published by a rename into it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
-from effc.delta import device, packet
+from effc.delta import device, packet, uplink
+from effc.delta.inbox import Inbox, Refused
 from effc.errors import DeltaError, UsageError
 
 try:
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import FileResponse, Response
     from starlette.routing import Route
 except ImportError as error:
@@ -32,9 +38,12 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 SUFFIX = ".effd"
 MOST_CLIENTS = 256
+LEAST_RATE = 4000
+"""Bytes in a second: who sends a payload more slowly is cut off, after some patience."""
+PATIENCE_S = 30
 
 
-def application(directory: Path) -> Starlette:
+def application(directory: Path, inbox: Inbox | None = None) -> Starlette:
     """What answers devices, for any server of ASGI."""
 
     def release(request: Request) -> Response:
@@ -48,7 +57,37 @@ def application(directory: Path) -> Starlette:
             return Response(status_code=404)
         return FileResponse(file, media_type="application/octet-stream")
 
-    return Starlette(routes=[Route(f"/{{base}}{SUFFIX}", release)])
+    async def payload(request: Request) -> Response:
+        assert inbox is not None
+        try:
+            await _received(request, inbox)
+        except Refused as refused:
+            log.info("a payload is refused: %s", refused.what)
+            later = {} if refused.after_s is None else {"Retry-After": str(refused.after_s)}
+            return Response(status_code=refused.status, headers=later)
+        except DeltaError as error:  # the disk is full
+            log.warning("a payload cannot be kept: %s", error.what)
+            return Response(status_code=503, headers={"Retry-After": "60"})
+        return Response(status_code=201)
+
+    routes = [Route(f"/{{base}}{SUFFIX}", release)]
+    if inbox is not None:
+        routes.append(Route(f"/{{digest}}{uplink.SUFFIX}", payload, methods=["PUT"]))
+    return Starlette(routes=routes)
+
+
+async def _received(request: Request, inbox: Inbox) -> None:
+    """Put a payload into the inbox. Raises Refused."""
+    size = packet.number(request.headers.get("content-length", ""))
+    digest = request.path_params["digest"]
+    with inbox.arriving(size) as content:
+        try:
+            async with asyncio.timeout(PATIENCE_S + size / LEAST_RATE):
+                async for chunk in request.stream():
+                    content += chunk
+        except (ClientDisconnect, TimeoutError) as error:
+            raise Refused("it broke off", hint="send it again", status=408, after_s=1) from error
+        await run_in_threadpool(inbox.keep, digest, bytes(content))
 
 
 def newest(directory: Path, base: str, above: int) -> Path | None:
@@ -99,12 +138,16 @@ def serve(
     directory: Path,
     taken: socket.socket,
     *,
+    inbox: Inbox | None = None,
     cert: Path | None = None,
     cert_key: Path | None = None,
 ) -> None:
-    """Answer on a socket until the process is told to end, in TLS where there is a certificate. Raises DeltaError."""
+    """Answer on a socket until the process is told to end, in TLS where there is a certificate. Raises DeltaError.
+
+    An inbox is one server's at a time, which counts what comes.
+    """
     config = uvicorn.Config(
-        application(directory), log_config=None, access_log=False, limit_concurrency=MOST_CLIENTS,
+        application(directory, inbox), log_config=None, access_log=False, limit_concurrency=MOST_CLIENTS,
         timeout_keep_alive=5, timeout_graceful_shutdown=5, server_header=False,
         ssl_certfile=cert, ssl_keyfile=os.fspath(cert_key) if cert_key else None,
     )  # fmt: skip
@@ -115,4 +158,5 @@ def serve(
             f"{cert} does not serve as a certificate: {error}",
             hint="--cert and --cert-key name files in PEM",
         ) from error
-    uvicorn.Server(config).run(sockets=[taken])
+    with device.alone(inbox.place, ".serve") if inbox is not None else nullcontext():
+        uvicorn.Server(config).run(sockets=[taken])

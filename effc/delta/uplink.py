@@ -99,12 +99,12 @@ def calibrate(scores: Array, share: float, *, score: str, engine: str) -> Thresh
 
 def write_threshold(threshold: Threshold, file: Path) -> None:
     """Write it as JSON that holds its own sha256."""
-    _write(file, sealed({"schema": 1, **asdict(threshold)}))
+    write_sealed(file, {"schema": 1, **asdict(threshold)})
 
 
 def read_threshold(file: Path, *, engine: str) -> Threshold:
     """What `write_threshold` wrote for an engine. Raises DeltaError for what is harmed or is another engine's."""
-    told = _sealed(file, {"schema"} | {f.name for f in fields(Threshold)})
+    told = read_sealed(file, {"schema"} | {f.name for f in fields(Threshold)})
     if told is None or told.pop("schema") != 1:
         raise DeltaError(f"{file} has no whole threshold", hint="calibrate it again")
     if not all(_is_number(told[name]) for name in ("share", "value", "samples")):
@@ -219,6 +219,11 @@ def read(content: bytes, who: Mapping[str, str], *, length: int | None = None) -
     return found
 
 
+def owner(content: bytes) -> dict[str, str]:
+    """Whose tokens a payload says that it has; nothing else is looked at. Raises DeltaError where it says nothing."""
+    return {name: value for name, value in _metadata(content).items() if name not in OWN}
+
+
 def _metadata(content: bytes) -> dict[str, str]:
     """What a payload says of itself, before anything else of it is looked at."""
     if not 8 < len(content) <= MOST_PAYLOAD:
@@ -310,14 +315,9 @@ class Queue:
         limits = limits or Limits()
         if not all(_is_number(v) and v > 0 for v in asdict(limits).values()):
             raise DeltaError(f"{limits} has a limit that is none", hint="numbers above 0")
-        try:
-            self.place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DeltaError(
-                f"{self.place} cannot be made: {error.strerror}", hint="name another directory"
-            ) from error
+        make_place(self.place)
         with alone(self.place):
-            _write(self.place / SETTINGS, sealed({"schema": 1, **asdict(limits)}))
+            write_sealed(self.place / SETTINGS, {"schema": 1, **asdict(limits)})
 
     def opt_out(self) -> None:
         """From now on nothing is kept, and what waits is gone."""
@@ -329,7 +329,7 @@ class Queue:
 
     def limits(self) -> Limits | None:
         """What its owner allows; None where they allow nothing, or what they wrote is harmed."""
-        told = _sealed(self.place / SETTINGS, {"schema"} | {f.name for f in fields(Limits)})
+        told = read_sealed(self.place / SETTINGS, {"schema"} | {f.name for f in fields(Limits)})
         if told is None or told.pop("schema") != 1:
             return None
         if not all(_is_number(v) and v > 0 for v in told.values()):
@@ -356,7 +356,7 @@ class Queue:
                 file.unlink()
             number = max((_number(file) for file in waiting), default=0) + 1
             stamp = f"{int(self.clock() * 1000):015d}-{number:012d}{SUFFIX}"
-            _write(self.place / stamp, content)
+            write_whole(self.place / stamp, content)
             return True
 
     def waiting(self) -> list[Path]:
@@ -391,11 +391,11 @@ class Queue:
             if limits is None or not waiting:
                 return None
             content = waiting[0].read_bytes()
-            day, spent = self._spent()
-            if spent + len(content) > limits.bytes_a_day:
+            day, used = spent(self.place, self.clock())
+            if used + len(content) > limits.bytes_a_day:
                 return None
             # counted before it is sent: a line that breaks has cost what it carried
-            _write(self.place / SPENT, sealed({"day": day, "bytes": spent + len(content)}))
+            spend(self.place, day, used + len(content))
             return waiting[0], content
 
     def _fresh(self, limits: Limits) -> list[Path]:
@@ -409,22 +409,38 @@ class Queue:
                 file.unlink(missing_ok=True)
         return [file for file in found if file.exists()]
 
-    def _spent(self) -> tuple[int, int]:
-        """The day, and the bytes that were sent in it."""
-        day = int(self.clock() // DAY_S)
-        told = _sealed(self.place / SPENT, {"day", "bytes"})
-        if told is None or not all(type(v) is int for v in told.values()):
-            return day, 0
-        if not day <= told["day"] <= day + MOST_AHEAD:
-            return day, 0
-        return told["day"], told["bytes"]
+
+def make_place(place: Path) -> None:
+    """A directory, where there is none yet. Raises DeltaError."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeltaError(
+            f"{place} cannot be made: {error.strerror}", hint="name another directory"
+        ) from error
+
+
+def spent(place: Path, now: float) -> tuple[int, int]:
+    """The day of a time in seconds since 1970, and the bytes that a directory has counted in it."""
+    day = int(now // DAY_S)
+    told = read_sealed(place / SPENT, {"day", "bytes"})
+    if told is None or not all(type(v) is int for v in told.values()):
+        return day, 0
+    if not day <= told["day"] <= day + MOST_AHEAD:
+        return day, 0
+    return told["day"], told["bytes"]
+
+
+def spend(place: Path, day: int, total: int) -> None:
+    """Count so many bytes in a day. Raises DeltaError where the disk refuses it."""
+    write_sealed(place / SPENT, {"day": day, "bytes": total})
 
 
 def _number(file: Path) -> int:
     return int(file.name.removesuffix(SUFFIX).split("-")[1])
 
 
-def _sealed(file: Path, names: set[str]) -> dict[str, Any] | None:
+def read_sealed(file: Path, names: set[str]) -> dict[str, Any] | None:
     """What a file of JSON with its own sha256 holds, under these names and no others; None where it is not whole."""
     with suppress(DeltaError):
         text = bounded.content(paths.plain(file, DeltaError), str(file), DeltaError, 1 << 16)
@@ -435,7 +451,12 @@ def _sealed(file: Path, names: set[str]) -> dict[str, Any] | None:
     return None
 
 
-def _write(place: Path, content: str | bytes) -> None:
+def write_sealed(place: Path, told: Mapping[str, Any]) -> None:
+    """Write JSON that holds its own sha256. Raises DeltaError where the disk refuses it."""
+    write_whole(place, sealed(told))
+
+
+def write_whole(place: Path, content: str | bytes) -> None:
     """Write a file whole. Raises DeltaError where the disk refuses it."""
     try:
         whole.write(place, content)

@@ -3,14 +3,11 @@
 import json
 import shutil
 import socket
-import subprocess
-import sys
-import threading
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import urllib3
+from lines import answer, answering, served
 
 from effc.delta import channel, device, serve
 from effc.errors import DeltaError, UsageError
@@ -22,50 +19,6 @@ def releases(world):
     place = world.place / "releases"
     place.mkdir()
     return place
-
-
-@contextmanager
-def served(directory, **tls):
-    """The command itself, in a process of its own."""
-    words = [sys.executable, "-m", "effc", "delta", "serve", str(directory), "--port", "0"]
-    words += [str(w) for name, value in tls.items() for w in (f"--{name.replace('_', '-')}", value)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process.stdout.readline().split()[3].rstrip(",")
-        finally:
-            process.terminate()
-
-
-@contextmanager
-def answering(*answers):
-    """A server that gives one raw answer after another, and the requests that it was sent."""
-    asked = []
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-
-        def run():
-            for answer in answers:
-                try:
-                    line, _ = taken.accept()
-                except OSError:
-                    return
-                with line:
-                    asked.append(line.recv(1 << 16).decode())
-                    try:
-                        for part in [answer] if isinstance(answer, bytes) else answer:
-                            line.sendall(part)
-                    except OSError:
-                        pass
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}", asked
-        taken.close()
-
-
-def answer(content, status="200 OK", length=None, **headers):
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(content) if length is None else length}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + content
 
 
 @pytest.fixture(autouse=True)

@@ -11,24 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from payloads import WHO, Clock, tokens
 from safetensors.numpy import save
 
 from effc.delta import uplink
-from effc.delta.uplink import Limits, Queue, Tokens
+from effc.delta.uplink import Limits, Queue
 from effc.errors import DeltaError
-
-WHO = {"encoder": "e" * 64, "tokenizer": "t" * 64, "engine": "a" * 64}
-
-
-def tokens(count=3, kept=4, width=16, length=49, seed=0):
-    draw = np.random.default_rng(seed)
-    return Tokens(
-        length=length,
-        index=np.stack([draw.permutation(length)[:kept] for _ in range(count)]),
-        tokens=draw.normal(size=(count, kept, width)).astype("f4"),
-        score=draw.random(count).astype("f4"),
-        beside={"question": draw.integers(0, 30, (count, 3))},
-    )
 
 
 @pytest.mark.parametrize(("form", "most"), [("int8", 0.5 / 127), ("float16", 1e-3)])
@@ -204,13 +192,6 @@ def test_a_threshold_is_a_file_that_knows_its_engine_and_its_harm(tmp_path):
             uplink.read_threshold(file, engine="a" * 64)
     with pytest.raises(DeltaError):
         uplink.read_threshold(tmp_path / "none", engine="a")
-
-
-class Clock:
-    now = 1e9
-
-    def __call__(self):
-        return self.now
 
 
 def queue(tmp_path, **limits):

@@ -1,0 +1,241 @@
+"""Tokens go up over the channel that releases come down by: to who asks for them, within bounds, and none is lost."""
+
+import hashlib
+import http.client
+import json
+import socket
+import time
+from contextlib import suppress
+from functools import cache
+
+import pytest
+from lines import answer, answering
+from lines import served as serving
+from payloads import WHO, Clock, tokens
+
+from effc.delta import channel, inbox, push, serve, uplink
+from effc.delta.inbox import Inbox, Refused
+from effc.delta.uplink import Limits, Queue
+from effc.errors import DeltaError
+from kit import assert_letter, cli
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(channel.time, "sleep", lambda _: None)
+
+
+def queue(tmp_path, *contents, **limits):
+    made = Queue(tmp_path / "up")
+    made.opt_in(Limits(**limits))
+    for content in contents:
+        assert made.put(content)
+    return made
+
+
+def taking(tmp_path, who=WHO, **limits):
+    made = Inbox(tmp_path / "inbox", limits=Limits(**limits))
+    made.expect(who)
+    return made
+
+
+@cache  # the order of what a payload says of itself is drawn
+def payload(seed=0, engine=WHO["engine"]):
+    return uplink.pack(tokens(seed=seed), {**WHO, "engine": engine})
+
+
+def served(tmp_path, **options):
+    (tmp_path / "releases").mkdir(exist_ok=True)
+    return serving(tmp_path / "releases", **options)
+
+
+def asked(url, method, path, body=None, **headers):
+    """The status of one raw request."""
+    line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+    line.request(method, path, body, headers)
+    return line.getresponse().status
+
+
+def test_what_waits_goes_up_and_is_the_clouds_to_read(tmp_path):
+    box, up = taking(tmp_path), queue(tmp_path, payload(0), payload(1))
+    with served(tmp_path, uplink=box.place) as url:
+        ran = cli("delta", "push", url, up.place, "--json", "-")
+        assert ran.code == 0, ran.err
+        assert json.loads(ran.out) == {"taken": 2, "refused": [], "waiting": 0}
+        assert "0 payloads were taken" in cli("delta", "push", url, up.place).out
+        up.put(payload(0))  # what was taken and not forgotten
+        assert push.push(url, up).taken == 1
+        assert asked(url, "GET", f"/{box.waiting()[0].name}") == 405  # nobody gets it out again
+    found = [file.read_bytes() for file in box.waiting()]
+    assert set(found) == {payload(0), payload(1)} and len(found) == 2  # also what came twice
+    assert uplink.read(found[0], WHO).length == 49
+
+
+def test_nothing_goes_up_unless_it_is_asked_for(tmp_path):
+    up = queue(tmp_path, payload())
+    with served(tmp_path) as url:
+        ran = cli("delta", "push", url, up.place)
+        assert_letter(ran, "DeltaError", 14, "takes nothing now: it answers 404", "1 payloads wait")
+    nobody = Queue(tmp_path / "nobody")
+    assert_letter(
+        cli("delta", "push", "http://127.0.0.1:1", nobody.place), "DeltaError", 14, "may be sent"
+    )
+    assert not nobody.place.exists()
+    ran = cli("delta", "serve", tmp_path, "--port", 0, "--uplink", tmp_path / "none")
+    assert_letter(ran, "DeltaError", 14, "whose tokens it takes")
+    assert_letter(
+        cli("delta", "serve", tmp_path, "--uplink", tmp_path, "--uplink-limit", "much"),
+        "UsageError", 2, "--uplink-limit",
+    )  # fmt: skip
+
+
+def test_tokens_of_another_model_are_refused_and_not_sent_again(tmp_path):
+    box = taking(tmp_path)
+    up = queue(tmp_path, payload(0, "b" * 64), payload(1))
+    with served(tmp_path, uplink=box.place) as url:
+        found = push.push(url, up)
+        assert (found.taken, found.waiting) == (1, 0) and "another model" in found.refused[0]
+        box.expect({**WHO, "engine": "b" * 64})  # the device has taken a release meanwhile
+        up.put(payload(0, "b" * 64))
+        assert push.push(url, up).taken == 1
+        assert asked(url, "PUT", f"/{'0' * 64}.effu", payload(1)) == 400
+        assert asked(url, "PUT", f"/{hashlib.sha256(b'x').hexdigest()}.effu", b"x") == 422
+        assert asked(url, "PUT", "/..%2fx.effu", b"x") in (400, 404)
+        for size, status in ((0, 411), (10**12, 413)):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
+                head = f"PUT /a.effu HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n"
+                line.sendall(head.encode())
+                assert line.recv(4096).startswith(f"HTTP/1.1 {status}".encode())
+    assert len(box.waiting()) == 2
+
+
+def test_a_day_and_a_directory_have_their_bytes_and_the_device_waits(tmp_path):
+    size = len(payload())
+    box, up = taking(tmp_path), queue(tmp_path, *map(payload, range(3)))
+    with served(tmp_path, uplink=box.place, uplink_limit=f"{2 * size}B") as url:
+        with pytest.raises(DeltaError, match="answers 429") as error:
+            push.push(url, up)
+        assert "1 payloads wait" in error.value.hint and len(box.waiting()) == 2
+        (box.place / uplink.SPENT).unlink()  # the next day, and nobody has read what is there
+        with pytest.raises(DeltaError, match="answers 503"):
+            push.push(url, up)
+        box.waiting()[0].unlink()
+        assert push.push(url, up).taken == 1
+
+
+def test_one_server_counts_for_an_inbox(tmp_path):
+    box = taking(tmp_path)
+    with served(tmp_path, uplink=box.place) as url:
+        asked(url, "GET", "/")  # it is up
+        ran = cli("delta", "serve", tmp_path, "--port", 0, "--uplink", box.place)
+        assert_letter(ran, "DeltaError", 14, "another process")
+
+
+def test_a_payload_that_breaks_off_costs_what_it_brought(tmp_path):
+    box = taking(tmp_path, bytes_a_day=100)
+    box.clock = Clock()
+    with suppress(ConnectionError), box.arriving(60) as content:
+        content += bytes(30)
+        raise ConnectionError
+    assert uplink.spent(box.place, box.clock())[1] == 30
+    with box.arriving(60) as content:
+        with pytest.raises(Refused, match="of the day"), box.arriving(20):
+            pass  # what is on its way has its bytes already
+        content += bytes(60)
+    with pytest.raises(Refused, match="of the day") as refused, box.arriving(20):
+        pass
+    assert 0 < refused.value.after_s <= uplink.DAY_S + 1
+    box.clock.now += uplink.DAY_S
+    with box.arriving(60):
+        pass
+
+
+def test_no_more_is_on_its_way_than_memory_is_meant_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(inbox, "MOST_ARRIVING", 100)
+    box = taking(tmp_path)
+    with box.arriving(60), pytest.raises(Refused, match="no room now"), box.arriving(60):
+        pass
+
+
+def test_who_sends_drop_by_drop_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "PATIENCE_S", 0)
+    monkeypatch.setattr(serve, "LEAST_RATE", 1 << 30)
+    from starlette.testclient import TestClient
+
+    def drops():
+        yield b"x"
+        time.sleep(0.1)
+        yield b"y"
+
+    box = taking(tmp_path)
+    with TestClient(serve.application(tmp_path, box)) as client:
+        found = client.put("/a.effu", content=drops(), headers={"Content-Length": "2"})
+    assert found.status_code in (400, 408) and not box.waiting()
+
+
+def test_an_inbox_that_is_harmed_or_of_nobody_takes_nothing(tmp_path):
+    box = taking(tmp_path)
+    for who in ({}, {"form": "x"}):
+        with pytest.raises(DeltaError, match="whose tokens") as error:
+            box.expect(who)
+        assert error.value.hint
+    file = box.place / inbox.TAKES
+    file.write_text(file.read_text().replace("e" * 64, "f" * 64))
+    assert box.expected() is None
+    with pytest.raises(Refused, match="nobody said"), box.arriving(1):
+        pass
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DeltaError, match="cannot be made"):
+        Inbox(tmp_path / "file" / "in").expect(WHO)
+
+
+def test_a_full_disk_is_no_answer_that_loses_a_payload(tmp_path, monkeypatch):
+    from starlette.testclient import TestClient
+
+    box, content = taking(tmp_path), payload()
+
+    def full(*args):
+        raise DeltaError("cannot be written", hint="free some disk space")
+
+    monkeypatch.setattr(uplink, "write_whole", full)
+    monkeypatch.setattr(uplink, "spend", lambda *args: None)
+    with TestClient(serve.application(tmp_path, box)) as client:
+        found = client.put(f"/{hashlib.sha256(content).hexdigest()}.effu", content=content)
+    assert found.status_code == 503 in channel.LATER
+
+
+@pytest.mark.parametrize(
+    ("sent", "word"),
+    [
+        ([b"SSH-2.0-x\r\n"] * channel.TRIES, "takes nothing now"),
+        ([answer(b"", "503 Service Unavailable")] * channel.TRIES, "answers 503"),
+        ([answer(b"", "429 Too Many Requests")], "answers 429"),
+        ([answer(b"", "302 Found", Location="http://127.0.0.1:1/")], "answers 302"),
+        ([answer(b"", "200 OK")] * 2, None),
+        ([b"", answer(b"", "201 Created"), answer(b"", "409 Conflict")], None),
+    ],
+)
+def test_whatever_a_server_says_nothing_is_lost_before_it_was_taken(tmp_path, sent, word):
+    up = queue(tmp_path, payload(0), payload(1))
+    with answering(*sent) as (url, heard):
+        if word is None:
+            found = push.push(url, up)
+            assert found.taken + len(found.refused) == 2 and not up.waiting()
+        else:
+            with pytest.raises(DeltaError, match=word) as error:
+                push.push(url, up)
+            assert error.value.hint and len(up.waiting()) == 2
+    assert len(heard) == len(sent)
+
+
+def test_every_attempt_counts_in_the_day_of_the_device(tmp_path):
+    size = len(payload())
+    up = queue(tmp_path, payload(), bytes_a_day=2 * size)
+    with answering(*[answer(b"", "503 Service Unavailable")] * 2) as (url, heard):
+        found = push.push(url, up)
+    assert (found.taken, found.waiting, len(heard)) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("url", ["ftp://a/b", "nothing", "http://["])
+def test_what_is_no_address_is_refused(tmp_path, url):
+    assert_letter(cli("delta", "push", url, queue(tmp_path).place), "DeltaError", 14, "no address")
