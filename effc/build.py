@@ -349,7 +349,11 @@ class Builder:
         )  # fmt: skip
 
     def cleaned(self, target: str) -> tuple[Program, list[PassRecord]]:
-        """The program after the exact clean-up passes; it is made once."""
+        """The program after the exact clean-up passes; it is made once.
+
+        Where the model itself is to be trained and written, those that would put another tensor in the place of one of
+        its parameters are left out: a transposed or folded one is none that the model knows.
+        """
         if target not in self._canonical and self.twin is not None:
             program, records = self.twin.cleaned(target)
             graph = dataclasses.replace(program.only().clone(), role=self.role)
@@ -357,12 +361,15 @@ class Builder:
         if target not in self._canonical:
             program, records = self.original.clone(), []
             for word in CANONICAL if self.recipe.canonicalize else ():
+                before = program.clone()
                 with self.progress.stage(word):
-                    records.append(
-                        apply(
-                            PASSES[word](), program, dialect=DIALECTS[target], probes=self._probes
-                        )
+                    record = apply(
+                        PASSES[word](), program, dialect=DIALECTS[target], probes=self._probes
                     )
+                if self.source.kept is not None and _parameters(before) - _parameters(program):
+                    program = before
+                    continue
+                records.append(record)
             self._canonical[target] = program, records
         return self._canonical[target]
 
@@ -565,6 +572,12 @@ def _lowered(content: Json, directory: Path) -> Lowered:
         "sites": tuple(Site(**s) for s in content["sites"]),
         "requires": tuple(content["requires"]),
     })  # fmt: skip
+
+
+def _parameters(program: Program) -> set[str]:
+    """Names of the parameters of the one graph of a program."""
+    held = program.only().exported.state_dict
+    return {name for name, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
 
 
 def _exact_probes(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -151,7 +151,7 @@ class Tuner:
             return None
 
     def _trained(self, key: str, pass_: Tune, graph: Graph, progress: Step) -> Made:
-        module = InGraph(graph, pass_.trained(graph), pass_.dropout)
+        module = InGraph(graph, self._names(pass_, graph), pass_.dropout)
         drawn, held, score = self._examples(pass_, graph)
         is_kept = self.cache.root is not None and self._is_known(pass_)
         folder = self.cache.root / "train" / key[:32] if self.cache.root and is_kept else None
@@ -167,6 +167,14 @@ class Tuner:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         return tensors, curve
+
+    def _names(self, pass_: Tune, graph: Graph) -> list[str]:
+        """Names of the tensors that are trained; of a model that is written itself its parameters and nothing else."""
+        found = pass_.trained(graph)
+        if self.source.kept is None:
+            return found
+        known = {name for name, _ in self.source.module.named_parameters(remove_duplicate=False)}
+        return [name for name in found if name in known]
 
     def _spec(self, pass_: Tune) -> CalibSpec | None:
         """What the samples are drawn from: the file of the pass, else that of the calibration; None for neither."""

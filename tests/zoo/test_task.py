@@ -19,7 +19,7 @@ from effc.zoo import dialogue_files as files
 from effc.zoo import dialogue_view as view
 from effc.zoo.dialogue import loss
 from effc.zoo.dialogue_files import Quad, Span, Truth
-from effc.zoo.dialogue_task import Settings
+from effc.zoo.dialogue_task import Dialogues, Settings
 from kit import assert_letter, cli, save_encoder, solved
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "diaasq"
@@ -455,3 +455,38 @@ def test_made_up_dialogues_have_quads_inside_and_between_utterances(made, place)
     found = files.read(place / "train.json")
     far = np.array([d.distance(q[:3]) for d in found for q in d.truth.quads])
     assert 0.2 < (far > 0).mean() < 0.8
+
+
+class Products(torch.nn.Module):
+    """A linear layer in another hand: products with parameters, one of them scaled, and with a matrix that is fixed."""
+
+    def __init__(self, layer):
+        super().__init__()
+        size = layer.in_features
+        self.weight = torch.nn.Parameter(layer.weight.detach().t().clone())
+        self.scale = torch.nn.Parameter(torch.ones(layer.out_features))
+        self.bias = torch.nn.Parameter(layer.bias.detach().clone())
+        self.between = torch.nn.Parameter(torch.eye(size))
+        self.register_buffer("fixed", torch.eye(size).flip(0), persistent=False)
+        self.register_buffer("held", torch.eye(size))
+
+    def forward(self, x):
+        x = torch.nn.functional.linear(x @ self.fixed @ self.between, self.held)
+        return x @ (self.weight * self.scale) + self.bias
+
+
+def test_parameters_that_are_multiplied_by_hand_are_trained_as_they_stand(place, tmp_path, monkeypatch):  # fmt: skip
+    plain = Dialogues.model
+
+    def model(task, encoder):
+        made = plain(task, encoder)
+        made.grids["entity"].project = Products(made.grids["entity"].project)
+        return made
+
+    monkeypatch.setattr(Dialogues, "model", model)
+    before = from_encoder(place / "encoder", "diaasq", {"inner": 8}).module.state_dict()
+    compiler.tune(asked(place, "passes.0.steps=2", "passes.0.every=1"), tmp_path / "checkpoint")
+    after = load(guess(str(tmp_path / "checkpoint"))).module.state_dict()
+    stem = "grids.entity.project."
+    moved = {n for n in before if n.startswith(stem) and not torch.equal(before[n], after[n])}
+    assert moved == {stem + name for name in ("weight", "scale", "bias", "between")}
