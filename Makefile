@@ -24,17 +24,19 @@ test: .venv/.stamp  ## every test
 test-fast: .venv/.stamp  ## the tests that take seconds
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
-check: .venv/.stamp  ## lint, format, types, import direction, published schemas, exit codes
+check: .venv/.stamp  ## lint, format, types, import direction, published schemas, exit codes, rules of lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tools/check_types.py
 	$(PY) -m pytest -q tests/test_imports.py
 	$(PY) tools/schemas.py --check
 	$(PY) tools/exit_codes.py --check
+	$(PY) tools/lint_rules.py --check
 
 schema: .venv/.stamp  ## write effc/schema/*.json and the table of exit codes anew
 	$(PY) tools/schemas.py
 	$(PY) tools/exit_codes.py
+	$(PY) tools/lint_rules.py
 
 torture: .venv/.stamp  ## N spoilt inputs of seed SEED, each in a process with limits, and a third as many kills
 	$(PY) tools/torture.py malformed --seed $(SEED) --count $(N)

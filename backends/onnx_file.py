@@ -60,7 +60,7 @@ def problems(
     """
     try:
         model = read(root, name)
-        found = _external_problems(root, name, model, listed)
+        found = external_problems(root, name, model, listed)
         for side, said, values in (
             ("inputs", inputs, _inputs(model)),
             ("outputs", outputs, list(model.graph.output)),
@@ -100,9 +100,10 @@ def _words(ports: Sequence[Port]) -> str:
     return "; ".join([*words, *more]) or "none"
 
 
-def _external_problems(
+def external_problems(
     root: Path, name: str, model: onnx.ModelProto, listed: Container[str] | None
 ) -> list[str]:
+    """Every tensor whose bytes outside the file may not be read, and why; `listed` are the files they may lie in."""
     found = []
     sizes: dict[str, int | str] = {}
     for data in external(model):

@@ -102,6 +102,19 @@ class OrtEngine(EngineBase):
         self._session = None
 
 
+class PlainEngine(OrtEngine):
+    """A file computed node by node, as it stands: no optimiser has touched it."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        self._path = path
+        options = session_options(threads, fuse_integers=False)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._session = session(path, options)
+        self.inputs = tuple(map(_port, self._session.get_inputs()))
+        self.outputs = tuple(map(_port, self._session.get_outputs()))
+        self._names = [p.name for p in self.outputs]
+
+
 def _port(value: Any) -> Port:
     return Port(
         name=value.name, dtype=_DTYPES.get(value.type, value.type), shape=tuple(value.shape)

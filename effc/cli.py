@@ -946,6 +946,98 @@ def report(
         print(f"{place} is ready")
 
 
+LINT_TARGETS = ("ort", "openvino", "tensorrt")
+
+
+def _sarif_place(value: str | None) -> str | None:
+    return _place("--sarif", value)
+
+
+@app.command()
+def lint(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, quantised or not.")
+    ],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", help=f"One of {', '.join(LINT_TARGETS)}; may be given again [default: ort]."
+        ),
+    ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Write a file with what can be put right exactly.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE",
+            help="Where --fix writes; MODEL.onnx itself is replaced only so [default: MODEL.fixed.onnx].",
+        ),
+    ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option("--select", metavar="ID", help="Only this rule; may be given again."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="ID", help="Not this rule; may be given again."),
+    ] = None,
+    sarif: Annotated[
+        str | None,
+        typer.Option(
+            "--sarif", metavar="FILE", callback=_sarif_place,
+            help="Write the findings as SARIF 2.1.0, for code review; - is stdout.",
+        ),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Say what an ONNX file loses on a runtime, before it runs, and put right what can be; ends with 15 where it does.
+
+    \b
+    Examples:
+      effc lint model.onnx --target ort
+      effc lint model.onnx --target tensorrt --fix -o model.trt.onnx
+      effc lint model.onnx --target ort --target openvino --sarif lint.sarif
+    """
+    from effc.errors import LintError
+
+    if out is not None and not fix:
+        raise UsageError("-o says where --fix writes", hint="add --fix, or leave -o out")
+    targets = list(dict.fromkeys(target or ["ort"]))
+    if fix and len(targets) > 1:
+        raise UsageError("what suits one target need not suit another", hint="--fix one at a time")
+    from effc.lint import run, told
+    from effc.package import dump
+
+    rules = {word: run.chosen(word, select or (), ignore or ()) for word in targets}
+    stream = "-" if "-" in (json_, sarif) else None
+    found = {}
+    for word in targets:
+        if fix:
+            place = out or model.with_name(f"{model.stem}.fixed.onnx")
+            repaired = run.repair(model, place, rules[word])
+            for one in repaired.done:
+                _say(f"{model}: fixed {one.id} {one.op} {one.node} ({one.evidence})", stream)
+            if repaired.done:
+                _say(f"{place} is written; relative L2 {repaired.gap:.1g} from {model}", stream)
+            found[word] = repaired.left
+        else:
+            found[word] = run.check(model, rules[word])
+        for line in told.lines(model, word, found[word]):
+            _say(line, stream)
+    _write_json(json_, {"runs": [told.to_json(model, word, found[word]) for word in targets]})
+    if sarif is not None:
+        known = {rule.id: rule for word in targets for rule in rules[word]}
+        runs = [(model, word, found[word]) for word in targets]
+        _write("--sarif", sarif, dump(told.sarif(runs, list(known.values()))))
+    if total := sum(map(len, found.values())):
+        raise LintError(
+            f"{total} finding{'s' if total > 1 else ''} in {model}",
+            hint="docs/lint.md says more of each; --ignore ID leaves one out",
+        )
+
+
 @app.command()
 def passes(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
     """List every pass with its options and their defaults."""

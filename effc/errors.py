@@ -124,5 +124,11 @@ class DeltaError(EffcError):
     exit_code = 14
 
 
+class LintError(EffcError):
+    """Lint found something in a file, of which it has said what."""
+
+    exit_code = 15
+
+
 INTERRUPTED = 130
 """Exit code of a run that Ctrl-C ended."""
