@@ -45,6 +45,23 @@ def ports(graph: Graph) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     return sides[0], sides[1]
 
 
+def ports_beside(
+    graph: Graph, beside: Sequence[Port] | None
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """`ports`, of the outputs only what an engine `beside` the graph has too. Raises VerifyError where that is none."""
+    inputs, outputs = ports(graph)
+    if beside is None:
+        return inputs, outputs
+    names = {port.name for port in beside}
+    outputs = tuple(port for port in outputs if port.name in names)
+    if not outputs:
+        raise VerifyError(
+            f"the engine has no output {graph.outputs[0]!r}",
+            hint="it was made from another model",
+        )
+    return inputs, outputs
+
+
 def described(
     graph: Graph, target: str, directory: Path, files: tuple[str, ...], opset: int, **more: Any
 ) -> Lowered:
@@ -92,15 +109,7 @@ class ModuleEngine(EngineBase):
         self, module: nn.Module, graph: Graph, beside: Sequence[Port] | None = None
     ) -> None:
         self.module, self._mode = module, ExitStack()
-        self.inputs, self.outputs = ports(graph)
-        if beside is not None:
-            names = {port.name for port in beside}
-            self.outputs = tuple(port for port in self.outputs if port.name in names)
-            if not self.outputs:
-                raise VerifyError(
-                    f"the engine has no output {graph.outputs[0]!r}",
-                    hint="it was made from another model",
-                )
+        self.inputs, self.outputs = ports_beside(graph, beside)
         self._mode.enter_context(evaluating(module))
 
     def close(self) -> None:

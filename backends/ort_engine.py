@@ -124,3 +124,19 @@ def _port(value: Any) -> Port:
 def opened(lowered: Lowered, *, threads: int | None = None) -> OrtEngine:
     """The engine of files that were lowered for ort."""
     return OrtEngine(lowered.path, threads=threads)
+
+
+class FileEngine(OrtEngine):
+    """A file of the user's own, of whose outputs those of a graph are given, under the graph's ports."""
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        *,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(path, threads=threads)
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self._names = [port.name for port in outputs]

@@ -297,6 +297,14 @@ Calib = Annotated[
     str | None,
     typer.Option("--calib", metavar="FILE", help="Samples: .txt, .csv#column, .npz, folder."),
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="DIR",
+        help="What makes inputs of texts for an ONNX file, where it is not beside it.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Cores that an engine may use.")
 ]
@@ -333,7 +341,9 @@ Set = Annotated[
 
 @app.command()
 def compile(
-    model: Annotated[str, typer.Argument(help="Model directory, module:factory, or recipe.yaml.")],
+    model: Annotated[
+        str, typer.Argument(help="Model directory, model.onnx, module:factory, or recipe.yaml.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
     target: Annotated[
         list[str] | None,
@@ -379,6 +389,7 @@ def compile(
         typer.Option("--samples", min=1, help="How many samples to calibrate on [default: 128]."),
     ] = None,
     metric: Metric = None,
+    tokenizer: Tokenizer = None,
     decisions: Annotated[
         Path | None, typer.Option("--decisions", help="Replay the ranges of an earlier compile.")
     ] = None,
@@ -417,6 +428,7 @@ def compile(
     \b
     Examples:
       effc compile MODEL_DIR -o OUT --quantize int8 --calib sentences.txt
+      effc compile model.onnx -o OUT --quantize int8 --calib sentences.txt --tokenizer DIR
       effc compile model.py:build -o OUT --quantize w4a16 --no-bench
       effc compile recipe.yaml -o OUT --set passes.0.bits=6
     """
@@ -432,6 +444,7 @@ def compile(
             or metric
             or target
             or samples is not None
+            or tokenizer
         ):
             raise UsageError(
                 "a recipe says itself what to do; flags like --quantize do not go with it",
@@ -446,6 +459,7 @@ def compile(
         data = compiler.from_flags(
             model, target=target or "ort", quantize=quantize, kv_cache=kv_cache, ratio=ratio,
             latency_budget=latency_budget, align=align, calib=calib, metric=metric, samples=samples or 128,
+            tokenizer=tokenizer,
         )  # fmt: skip
         made = recipe.build(data, overrides=set_ or (), replayed=decisions is not None)
     if not bench:

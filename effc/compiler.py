@@ -83,6 +83,7 @@ def compile(
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
+    tokenizer: str | Path | None = None,
     bench: bool = True,
     threads: int | None = None,
     decisions: Mapping[str, Any] | None = None,
@@ -93,8 +94,9 @@ def compile(
 ) -> Result:
     """Compile a model, or a recipe, into the directory `out`.
 
-    `model` is a transformers directory, `module:factory`, a `Recipe` or the path of one; for the first two the other
-    options build a recipe. `decisions` replays the recorded ranges of an earlier compile. `time_budget_s` bounds the
+    `model` is a transformers directory, `module:factory`, an ONNX file, a `Recipe` or the path of one; for all but the
+    last two the other options build a recipe. `tokenizer` is the directory of what makes inputs for an ONNX file.
+    `decisions` replays the recorded ranges of an earlier compile. `time_budget_s` bounds the
     search for what to take back where the gate is not met; `allow_worse` writes an engine that does not meet it;
     `max_ram_bytes` is what calibration and verification stay within.
     Raises an `EffcError`, and then `out` is what it was before.
@@ -121,6 +123,7 @@ def compile(
             calib=calib,
             metric=metric,
             samples=samples,
+            tokenizer=tokenizer,
         )
         recipe = build(data, replayed=replayed)
     if not bench:
@@ -146,6 +149,7 @@ def from_flags(
     calib: str | Path | None = None,
     metric: str | None = None,
     samples: int = 128,
+    tokenizer: str | Path | None = None,
 ) -> Json:
     """The plain values of the recipe that command line flags stand for."""
     words = _words(quantize)
@@ -155,6 +159,8 @@ def from_flags(
         "source": guess(model),
         "targets": [target] if isinstance(target, str) else list(target),
     }
+    if tokenizer is not None:
+        data["source"]["tokenizer"] = str(tokenizer)
     if len(words) > 1:
         data["source"]["roles"] = list(words)
     if calib is not None:
@@ -457,6 +463,7 @@ def opened(recipe: Recipe, progress: Progress, *, shapes: bool = False) -> tuple
     with progress.stage("trace"):
         original = trace_source(source)
         _refuse_unsupported(original, recipe)
+        measure.check_reading(source, original[source.main[0]])
     return source, original
 
 

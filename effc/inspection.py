@@ -131,12 +131,19 @@ def _source_of(out: Path, manifest: package.Manifest, model: str | None, trust_c
             spec["roles"] = roles
     if spec is not None and "python" not in spec:
         spec = {**spec, **_told(out, manifest)}
+    if spec is not None and "onnx" in spec and "tokenizer" not in spec and _has_words(manifest):
+        spec = {**spec, "tokenizer": str(out)}
     if spec is None:
         raise UsageError(
             f"this compares with the model, and {out} remembers none that may be loaded",
             hint=NAME_THE_MODEL,
         )
     return dict(spec)
+
+
+def _has_words(manifest: package.Manifest) -> bool:
+    """Whether a package holds what makes inputs of texts or pictures."""
+    return any(re.match(r"tokenizer|vocab|preprocessor_config", name) for name in manifest.files)
 
 
 def _told(out: Path, manifest: package.Manifest) -> Json:
@@ -170,9 +177,11 @@ def _remembered(out: Path, trust_code: bool) -> Json | None:
     place = source.get("checkpoint")
     if isinstance(place, str) and os.path.isdir(place):
         return {"task": source.get("task"), "checkpoint": place}
-    file = source.get("gguf")
-    if isinstance(file, str) and os.path.isfile(file):
-        return {"gguf": file}
+    for word in ("gguf", "onnx"):
+        file = source.get(word)
+        if isinstance(file, str) and os.path.isfile(file):
+            beside = source.get("tokenizer")
+            return {word: file, **({"tokenizer": beside} if isinstance(beside, str) else {})}
     return source if trust_code and isinstance(source.get("python"), str) else None
 
 

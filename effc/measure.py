@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,10 +21,11 @@ from effc import bench as benchmark
 from effc import metrics, scratch
 from effc.backends import BACKENDS
 from effc.backends.base import Engine, EngineBase, Lowered, Port
-from effc.backends.eager import GraphEngine, ModuleEngine, described
+from effc.backends.eager import GraphEngine, ModuleEngine, described, ports_beside
 from effc.calib.calibrator import MASK
 from effc.causal import DECODE, KEEP, PAST, PREFILL, in_steps, typed
 from effc.errors import VerifyError
+from effc.foreign.file import data_files, parsed
 from effc.ir.program import Graph, Program
 from effc.passes.uncertain import unsteady
 from effc.progress import Counted, Step, silent
@@ -70,6 +72,43 @@ def _typed(engine: Any) -> Engine:
     return found
 
 
+def of_user(
+    source: Source, graph: Graph, threads: int, beside: Sequence[Port] | None = None
+) -> Engine:
+    """What the user runs today: their own file in ONNX Runtime where the model is one, elsewhere their module in torch.
+
+    Of its outputs those of the graph, and of these what an engine `beside` it has. Raises VerifyError where there are
+    none.
+    """
+    if source.file is None:
+        return ModuleEngine(source.module, graph, beside)
+    from effc.backends.ort_engine import FileEngine
+
+    return FileEngine(source.file, *ports_beside(graph, beside), threads=threads)
+
+
+def check_reading(source: Source, graph: Graph) -> None:
+    """Hold the graph that an ONNX file was read into against the file, run by ONNX Runtime, on examples.
+
+    Raises VerifyError where they differ: quantisation would hide it later.
+    """
+    if source.file is None:
+        return
+    feeds = {name: value.numpy() for name, value in source.inputs[graph.role].items()}
+    rows = {name: np.concatenate([f, f[:1]]) for name, f in feeds.items() if f.ndim}
+    free = all(source.dims[graph.role][name].get(0) == "batch" for name in rows)
+    cases = [feeds, {**feeds, **rows}] if rows and free else [feeds]
+    try:
+        with of_user(source, graph, 1) as file:
+            drifts = parity(file, GraphEngine(graph), cases)
+        Tolerance().check(drifts, where=str(source.file))
+    except VerifyError as error:
+        raise VerifyError(
+            f"effc reads the file as another model: {error.what}", where=str(source.file),
+            hint="please report the file; until then compile the model from torch: module:factory",
+        ) from error  # fmt: skip
+
+
 def verify_engine(
     source: Source,
     graph: Graph,
@@ -85,7 +124,7 @@ def verify_engine(
     """
     found: dict[str, Json] = {}
     with (
-        ModuleEngine(source.module, graph, lowered.outputs) as reference,
+        of_user(source, graph, threads, lowered.outputs) as reference,
         opened(lowered, threads) as engine,
     ):
         most = longest(source, graph)
@@ -238,7 +277,7 @@ def of_model(
     samples: Samples | None = None,
 ) -> metrics.Samples:
     """Per-sample results of the user's own module."""
-    with _torch_threads(threads), ModuleEngine(source.module, graph) as model:
+    with _torch_threads(threads), of_user(source, graph, threads) as model:
         return metric.measure(Counted(_pieced(model, samples), step), source.processor)
 
 
@@ -296,6 +335,23 @@ def plain_export(
     return plain(graph, place, files, target, options)
 
 
+def plain_of(
+    source: Source,
+    graph: Graph,
+    place: Path,
+    target: str,
+    options: Mapping[str, Any] | None = None,
+) -> Lowered:
+    """What everybody has without effc on the runtime of a target: the user's own file, or torch's float export."""
+    if source.file is None:
+        return plain_export(graph, place, target, options)
+    names = (source.file.name, *data_files(source.file, parsed(source.file)))
+    for name in names:  # some targets write what they make of a file beside it
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.file.parent / name, place / name)
+    return plain(graph, place, names, target, options)
+
+
 def plain(
     graph: Graph,
     place: Path,
@@ -332,11 +388,16 @@ def time_engine(
     with _torch_threads(threads), scratch.held() as place:
         runtime = lowered.target if lowered.files else "ort"
         options = lowered.options if runtime == lowered.target else None
-        exported = exported or plain_export(graph, place, runtime, options)
+        exported = exported or plain_of(source, graph, place, runtime, options)
+        theirs: dict[str, Callable[[], Engine]] = {
+            "torch": lambda: ModuleEngine(source.module, graph)
+        }
+        if source.file is not None:  # and "float" is that file where the runtime is ONNX Runtime
+            theirs = {} if runtime == "ort" else {"file": lambda: of_user(source, graph, threads)}
         openers = {
             "engine": opener(lowered, threads),
             "float": opener(exported, threads),
-            "torch": lambda: ModuleEngine(source.module, graph),
+            **theirs,
             **(against or {}),
         }
         most = longest(source, graph)
@@ -344,7 +405,7 @@ def time_engine(
         cases = shaped_cases(samples, shapes, lowered.inputs, most, lowered.profile, last_only=True)
         timed = benchmark.compare(
             openers, cases, threads=threads, budget_s=spec.budget_s, seed=spec.seed,
-            streams=streams, references=("float", "torch"), progress=step,
+            streams=streams, references=("float", *theirs), progress=step,
         )  # fmt: skip
         timed = dataclasses.replace(timed, gpu=BACKENDS[runtime]().gpu())
         largest = max(cases, key=lambda c: c.batch * (c.length or 1), default=None)

@@ -82,13 +82,16 @@ def passes_of(word: str, targets: Sequence[str], *, checks: bool = False) -> lis
 
 
 Count = Annotated[int, Field(ge=1)]
-WORDS = ("transformers", "diffusers", "gguf", "python", "task")
+WORDS = ("transformers", "diffusers", "gguf", "onnx", "python", "task")
 """Where a model may come from."""
 BESIDE = ("intuition", "embedder")
 """What a source names beside the model."""
+OF_FILE = ("tokenizer",)
+"""What makes inputs for a model that is a file."""
 OF_TASK = ("encoder", "checkpoint")
 """What the model of a task is: untrained over an encoder, or trained."""
-PLACES = (*(word for word in WORDS if word not in ("python", "task")), *OF_TASK, *BESIDE)
+NAMED = (*OF_TASK, *BESIDE, *OF_FILE)
+PLACES = (*(word for word in WORDS if word not in ("python", "task")), *NAMED)
 """Words of a source that name a file or a directory."""
 
 
@@ -99,12 +102,14 @@ class SourceSpec:
     `cache` says whether a causal language model of a directory takes and gives its keys and values; `roles`, prefill
     and decode, makes two graphs of it. `pixels` uint8 has a model of pictures take bytes and scale them itself.
     `intuition`, a file of centroids, has a model take what requests are about, which `embedder`, a directory of a
-    sentence encoder, works out for texts.
+    sentence encoder, works out for texts. `tokenizer` is the directory of what makes inputs for an ONNX file, where
+    that is not beside it.
     """
 
     transformers: str | None = None
     diffusers: str | None = None
     gguf: str | None = None
+    onnx: str | None = None
     python: str | None = None
     task: str | None = None
     encoder: str | None = None
@@ -115,9 +120,10 @@ class SourceSpec:
     pixels: Literal["float", "uint8"] = "float"
     intuition: str | None = None
     embedder: str | None = None
+    tokenizer: str | None = None
 
     def as_mapping(self) -> dict[str, Any]:
-        named = {word: getattr(self, word) for word in (*WORDS, *OF_TASK, *BESIDE)}
+        named = {word: getattr(self, word) for word in (*WORDS, *NAMED)}
         given: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
         if not self.cache:
             given["cache"] = False
@@ -218,7 +224,7 @@ class Recipe:
         """The recipe as it travels in a package: folders of this machine left out of its paths."""
         data = _without_folders(yaml.safe_load(self.text))
         for section, *keys in (
-            ("source", *WORDS, *OF_TASK, *BESIDE),
+            ("source", *WORDS, *NAMED),
             ("calib", "file", "callable"),
         ):
             part = data.get(section) or {}
@@ -463,6 +469,12 @@ class _Reader:
                     "is for a model directory of transformers",
                     hint="a factory's model can have an input `intuition` of its own",
                 )
+        if made.tokenizer is not None and made.onnx is None:
+            raise self._error(
+                ("source", "tokenizer"),
+                "is for an ONNX file; other models have theirs in their directory",
+                hint="source: {onnx: model.onnx, tokenizer: DIR}",
+            )
         if made.embedder is not None and made.intuition is None:
             raise self._error(
                 ("source", "embedder"),

@@ -33,6 +33,11 @@ from effc import bounded, cached, causal, diffusion, gguf, intuition, paths, pip
 from effc import task as tasks
 from effc.calib.data import Batch
 from effc.errors import EffcError, SourceError, TuneError, first_line
+from effc.foreign import file as foreign
+from effc.foreign.module import WRITTEN, module_of
+from effc.foreign.ports import example, limits
+from effc.foreign.quantised import quantised
+from effc.foreign.steps import steps_of
 from effc.guided import Embedder, Guided, Teller, guided, scorer
 from effc.ir.trace import named_inputs
 from effc.processor import Processor, kind_of, pools, whole
@@ -133,6 +138,8 @@ class Source:
     """The files of a source that is this one trained, from its tensors; None where it need not be trained."""
     whole: Source | None = None
     """All of a source that this is one graph of."""
+    file: Path | None = None
+    """The ONNX file that the model is. The module is how it was read; what engines are held against is the file."""
     beside: Mapping[str, Source] = field(default_factory=dict)
     """Sources of graphs that another directory is of, by role; their files lie in a folder of that name."""
     centroids: Path | None = None
@@ -193,16 +200,18 @@ def guess(model: str) -> dict[str, str]:
         return {"python": model}
     if os.path.isfile(model) and model.endswith(".gguf"):
         return {"gguf": model}
+    if model.endswith(".onnx"):
+        return {"onnx": model}
     if os.path.isfile(model):
         raise SourceError(
             f"{model} is a file, not a model directory",
-            hint="give the directory that holds config.json and model.safetensors, or a .gguf",
+            hint="give the directory that holds config.json and model.safetensors, a .onnx or a .gguf",
         )
     return {"transformers": model}
 
 
 def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
-    """The source that `{transformers: DIR}`, or a mapping with `diffusers`, `gguf`, `task` or `python` stands for.
+    """The source that `{transformers: DIR}` or a mapping with another of the words for a source stands for.
 
     With `shapes` a directory may lack its weights; the model then has shapes alone.
     """
@@ -228,6 +237,10 @@ def load(spec: Mapping[str, Any], *, shapes: bool = False) -> Source:
         place, digest = gguf.directory(file)
         found = from_directory(place, **how)
         return dataclasses.replace(found, name=file.stem, digest=digest)
+    if "onnx" in spec:
+        return from_onnx(
+            Path(spec["onnx"]), Path(spec["tokenizer"]) if "tokenizer" in spec else None
+        )
     options = {k: v for k, v in spec.items() if k != "python"}
     return from_factory(spec["python"], options)
 
@@ -367,6 +380,69 @@ def from_pipeline(path: Path) -> Source:
         files=tuple(copied_files(path, PIPELINE_COPIED)),
         scheduler=scheduler,
     )
+
+
+def from_onnx(path: Path, tokenizer: Path | None = None) -> Source:
+    """A model that is an ONNX file in float32. Raises SourceError, saying what is wrong and with which node.
+
+    `tokenizer` is the directory of what makes inputs of texts or pictures: where it is not named, that of the file or
+    the one above it, if such files lie there.
+    """
+    proto = foreign.parsed(path)
+    if (how := quantised(proto)) is not None:
+        raise SourceError(
+            f"{path} is quantised already: {how.sentence}",
+            hint=f"give the float model; effc verify {path} --model FLOAT compares the two",
+        )
+    model = foreign.read(path, proto)
+    try:
+        steps = steps_of(model, WRITTEN)
+        inputs, dims = example(model, steps)
+        config = limits(steps, inputs)
+        module = module_of(steps)
+        with torch.no_grad():
+            made = module(**inputs)
+    except SourceError as error:
+        raise SourceError(error.what, where=str(path), hint=error.hint) from error
+    processor = None
+    place = tokenizer if tokenizer is not None else _beside(path, inputs)
+    if place is not None:
+        settings = place / "config.json"
+        config |= read_config(place) if settings.exists() else {}
+        processor = Processor(place, config, tuple(inputs))
+    return Source(
+        modules={"main": module},
+        inputs={"main": inputs},
+        dims={"main": dims},
+        kind="module" if processor is None else _kind_of_outputs(made),
+        name=path.stem,
+        digest=foreign.digest(path, proto),
+        processor=processor,
+        directory=place,
+        files=tuple(copied_files(place)) if place is not None else (),
+        file=path,
+    )
+
+
+def _beside(path: Path, inputs: Mapping[str, Tensor]) -> Path | None:
+    """The directory near a file whose files make inputs of texts or pictures; None where there is none."""
+    wanted: list[str] = []
+    if "input_ids" in inputs:
+        wanted += ["tokenizer*", "vocab*", "spiece.model", "sentencepiece*"]
+    if "pixel_values" in inputs:
+        wanted.append("preprocessor_config.json")
+    for place in (path.parent, path.absolute().parent.parent):
+        if any(any(place.glob(pattern)) for pattern in wanted):
+            return place
+    return None
+
+
+def _kind_of_outputs(made: Mapping[str, Tensor]) -> str:
+    """classifier, encoder or module, from what a model gives."""
+    if "logits" in made:
+        return "classifier" if made["logits"].dim() == 2 else "module"
+    is_encoder = any(v.dim() == 3 and v.is_floating_point() for v in made.values())
+    return "encoder" if is_encoder else "module"
 
 
 def task_of(path: Path) -> str | None:

@@ -263,6 +263,8 @@ class Lab:
     def plain(self, lowered: Lowered) -> Lowered:
         """The plain float export, for the runtime of an engine and opened as that is."""
         graph, place = self.original.only(), self.work / "plain"
+        if self.source.file is not None:
+            return measure.plain_of(self.source, graph, place, lowered.target, lowered.options)
         files = self._plain_files
         return measure.plain(graph, place, files, lowered.target, lowered.options)
 
@@ -313,6 +315,7 @@ class Lab:
     def _model(self) -> Json:
         return {
             "model": self.builder.identity,
+            "file": self.source.digest if self.source.file is not None else None,
             "cpu": cpu_features(),
             "versions": versions(),
         }

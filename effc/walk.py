@@ -23,7 +23,6 @@ import yaml
 from effc import bounded, checkpoint, inspection, measure, package, recipe, scratch
 from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
-from effc.backends.eager import ModuleEngine
 from effc.blame import Blame, Faults, first_fault
 from effc.build import Rollback, names
 from effc.calib.calibrator import MASK, tensors_for
@@ -126,7 +125,7 @@ def walk(
     threads = threads or default_threads()
     feeds, is_made_up = _feeds(samples, original.only())
     with measure._torch_threads(threads):
-        with ModuleEngine(source.module, original.only()) as engine:
+        with measure.of_user(source, original.only(), threads) as engine:
             module = engine(feeds)
         trained = checkpoint.read(tuned, source, asked.passes) if tuned is not None else None
         way = _Way(

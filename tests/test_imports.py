@@ -22,14 +22,14 @@ LINES = [
     for line in """
     errors sizes heap quiet lean plain
     progress paths scratch
-    bounded table stats cache
+    bounded table stats cache external
     machine schedule tasks
     quant diffusion
     dialect correction
     ir nn
     calib
     causal intuition
-    processor noise generate gguf cached adapter pipeline experts
+    processor noise generate gguf cached adapter pipeline experts foreign
     guided task
     source
     passes backends

@@ -7,7 +7,9 @@ wherever the model bounds the dimension (512 positions, say) without being told.
 from __future__ import annotations
 
 import inspect
+import keyword
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,7 +144,7 @@ def _export(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> Exported
 
 def _exported(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> ExportedProgram:
     known = inspect.signature(module.forward).parameters
-    words = {name: name if name in known else name.replace(".", "_") for name in feeds}
+    words = {name: name if name in known else spelled(name) for name in feeds}
     shapes = {words[name]: dict.fromkeys(dims.get(name, {}), Dim.AUTO) for name in feeds}
     given = {words[name]: value for name, value in feeds.items()}
     with torch.no_grad():
@@ -152,6 +154,13 @@ def _exported(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> Export
         for source in node.all_input_nodes:
             source.users.setdefault(node)
     return exported
+
+
+def spelled(name: str) -> str:
+    """The name of an input as Python can spell a parameter."""
+    word = re.sub(r"\W", "_", name)
+    is_own = word.isidentifier() and not keyword.iskeyword(word) and word != "self"
+    return word if is_own else f"_{word}"
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
