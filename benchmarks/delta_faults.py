@@ -44,6 +44,7 @@ import zstandard
 
 from effc.delta import codec, device, make, packet
 from effc.delta.packet import Packet
+from effc.delta.slot import graph_of
 from effc.errors import DeltaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -514,7 +515,7 @@ def bombs(w: World) -> float:
     entry = replace(release.entries[-1], encoding="q8", payload=bomb)
     model = np.frombuffer((w.packages[0] / "model.onnx").read_bytes(), np.uint8)
     lossy = replace(release, entries=(entry,))
-    lossy = replace(lossy, graph=device.graph_of({"model.onnx": model}, lossy))
+    lossy = replace(lossy, graph=graph_of({"model.onnx": model}, [entry.tensor]))
     for content in (
         signed,
         replace(release, entries=tuple(replace(e, payload=bomb) for e in release.entries)),
@@ -578,9 +579,9 @@ def lost(w: World, store: Path, name: str, *, spare: bool) -> Path:
     made = w.place / name
     shutil.copytree(store, made)
     record = device.record_of(made)
-    for slot in (record.slot, *([record.spare] if spare else [])):
+    for name in (record.slot, *([record.spare] if spare else [])):
         tensor = w.rng.choice(w.anchor.entries).tensor
-        flip(w, made / "slots" / slot / tensor.file, tensor.offset, tensor.length)
+        flip(w, made / "slots" / name / tensor.file, tensor.offset, tensor.length)
     if not spare:
         shutil.rmtree(made / "slots" / record.spare, ignore_errors=True)
     return made
