@@ -3,8 +3,9 @@
     python benchmarks/delta_faults.py [--smoke] [--seed 0]      # minutes; writes benchmarks/results/delta_faults.json
 
 One store goes through all kills: a process that takes a release, confirms it or goes back is sent SIGKILL after a time
-drawn evenly from what the act takes undisturbed. Other faults are planted in files that the device reads, in the disk
-that it writes to, and in releases that are signed all the same.
+drawn evenly from what the act takes undisturbed. A third as many hit a process that takes an anchor on a device of
+whose slots neither is whole: it then serves nothing, and says so, or what the anchor has. Other faults are planted in
+files that the device reads, in the disk that it writes to, and in releases that are signed all the same.
 
 After each fault another process starts the store as a device does, holds every file of what serves against its sha256,
 and runs it on fixed inputs: the fault is survived where the sha256 of the outputs is that of the old or of the new
@@ -43,6 +44,7 @@ import zstandard
 
 from effc.delta import codec, device, make, packet
 from effc.delta.packet import Packet
+from effc.delta.slot import graph_of
 from effc.errors import DeltaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +57,8 @@ OUTSIDE = (
 )  # fmt: skip
 KILLS, SMOKE = 300, 10
 """SIGKILLs of a full run, and what part of all faults a run in CI makes."""
+NOTHING = "nothing to go back to"
+"""What a store says of which neither slot is whole."""
 MOST_GROWN_MB = 300
 """A release that takes more memory than that on top of what the process had is a bomb that went off."""
 ASKED = np.random.default_rng(0).normal(size=(2, SIZES[0])).astype("f4")
@@ -136,6 +140,7 @@ class World:
     """By the id of the base."""
     answers: dict[str, str]
     stranger: Packet
+    anchor: Packet
     counter: int = 0
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
     reasons: dict[str, Counter[str]] = field(default_factory=dict)
@@ -152,18 +157,34 @@ class World:
         self.counter += 1
         return replace(self.ways[base], counter=self.counter)
 
+    def anchored(self) -> Packet:
+        """The next release, for whoever holds whatever."""
+        self.counter += 1
+        return replace(self.anchor, counter=self.counter)
+
     def file(self, content: bytes | Packet, name: str = "up.effd") -> Path:
         whole = content if isinstance(content, bytes) else packet.written(content, self.key)
         (self.place / name).write_bytes(whole)
         return self.place / name
 
-    def check(self, kind: str, store: Path, end: End | None = None, reason: str = "") -> Any:
-        """Count a fault, and what is left of the store after it; gives its record. `reason` is what must be said."""
+    def check(
+        self,
+        kind: str,
+        store: Path,
+        end: End | None = None,
+        reason: str = "",
+        *,
+        is_lost: bool = False,
+    ) -> Any:
+        """Count a fault, and what is left of the store after it; gives its record. `reason` is what must be said.
+
+        A store that `is_lost` held nothing whole before: it may serve nothing on, where it says why.
+        """
         after = done(served, store)
         broken = []
-        if after.what:
+        if after.what and not (is_lost and NOTHING in after.what and after.hint):
             broken.append(f"does not start: {after.what}")
-        else:
+        elif not after.what:
             id_, answer, problems, _ = after.value
             if self.answers.get(id_) != answer or problems:
                 broken.append(f"serves neither the old nor the new: {problems}")
@@ -198,8 +219,9 @@ def build(place: Path, seed: int) -> World:
     ]
     answers = {p.base: outputs(root) for p, root in zip(made[:2], (old, new), strict=True)}
     assert len(set(answers.values())) == 2
+    made.append(make.make(old, new, key=place / "key", counter=1, anchor=True).packet)
     content = [packet.written(p, packet.private_key(place / "key")) for p in made]
-    for name, each, text in zip(("a", "b", "c"), made, content, strict=True):
+    for name, each, text in zip("abcd", made, content, strict=True):
         (place / f"{name}.effd").write_bytes(text)
         assert each.base != each.target
     (place / "answers.json").write_text(json.dumps({"word": word, "answers": answers}))
@@ -209,11 +231,11 @@ def build(place: Path, seed: int) -> World:
 def world(place: Path, seed: int) -> World:
     """What `build` left, read by a process that has opened no engine."""
     told = json.loads((place / "answers.json").read_text())
-    a, b, c = (packet.parsed((place / f"{n}.effd").read_bytes()) for n in "abc")
+    a, b, c, d = (packet.parsed((place / f"{n}.effd").read_bytes()) for n in "abcd")
     return World(
         place=place, rng=random.Random(seed), key=packet.private_key(place / "key"), word=told["word"],
         packages=(place / "old", place / "new"), ways={a.base: a, b.base: b}, answers=told["answers"],
-        stranger=c,
+        stranger=c, anchor=d,
     )  # fmt: skip
 
 
@@ -256,16 +278,10 @@ def kills(w: World, count: int, usual: dict[str, float]) -> dict[str, Counter[st
         process.join()
         if process.exitcode != -9:
             continue  # it was done before
-        after = device.record_of(store)
-        slot = store / "slots" / before.spare
-        if word != "apply":
-            where = "after the record" if after != before else "before the record"
-        elif after.id != before.id:
-            where = "swapped"
-        elif after == before:
-            where = "before it wrote"
+        if word == "apply":
+            where = moment(store, before)
         else:
-            where = "slot filled" if (slot / device.MANIFEST).exists() else "slot empty or in part"
+            where = "before the record" if device.record_of(store) == before else "after the record"
         hit.setdefault(word, Counter())[where] += 1
         w.check(f"SIGKILL in {word}", store)
     end = done(device.apply, store, *act_until_apply(w, store))
@@ -273,6 +289,17 @@ def kills(w: World, count: int, usual: dict[str, float]) -> dict[str, Counter[st
     if end.what:
         w.failed.append(f"after all kills: {end.what}")
     return hit
+
+
+def moment(store: Path, before: device.Record) -> str:
+    """How far an apply had come, by what is left of it."""
+    after = device.record_of(store)
+    if after.slot != before.slot:
+        return "swapped"
+    if after == before:
+        return "before it wrote"
+    filled = (store / "slots" / before.spare / device.MANIFEST).exists()
+    return "slot filled" if filled else "slot empty or in part"
 
 
 def act_until_apply(w: World, store: Path) -> tuple[Path]:
@@ -417,9 +444,11 @@ def device_files(slot: Path) -> list[str]:
     return [*sorted(device.manifest_of(slot)["files"]), device.MANIFEST]
 
 
-def flip(w: World, place: Path) -> None:
+def flip(w: World, place: Path, start: int = 0, length: int | None = None) -> None:
+    """Turn one bit of a file, of the bytes from `start` on."""
     content = bytearray(place.read_bytes())
-    content[w.rng.randrange(len(content))] ^= 1 << w.rng.randrange(8)
+    at = start + w.rng.randrange(len(content) - start if length is None else length)
+    content[at] ^= 1 << w.rng.randrange(8)
     place.write_bytes(content)
 
 
@@ -486,7 +515,7 @@ def bombs(w: World) -> float:
     entry = replace(release.entries[-1], encoding="q8", payload=bomb)
     model = np.frombuffer((w.packages[0] / "model.onnx").read_bytes(), np.uint8)
     lossy = replace(release, entries=(entry,))
-    lossy = replace(lossy, graph=device.graph_of({"model.onnx": model}, lossy))
+    lossy = replace(lossy, graph=graph_of({"model.onnx": model}, [entry.tensor]))
     for content in (
         signed,
         replace(release, entries=tuple(replace(e, payload=bomb) for e in release.entries)),
@@ -534,6 +563,90 @@ def lines(w: World, directory: Path, most: int) -> Iterator[str]:
             for process in (line, server):
                 process.kill()
                 process.join()
+
+
+def ready(w: World) -> Path:
+    """A store that serves the old package again, with the new one in the other slot."""
+    store = w.store("ready for anchors")
+    for _ in range(2):
+        assert not done(device.apply, store, *act_until_apply(w, store)).what
+    done(device.confirm, store)
+    return store
+
+
+def lost(w: World, store: Path, name: str, *, spare: bool) -> Path:
+    """A copy of a store with a bit of a weight turned in what serves, and in the other slot, or nothing in that."""
+    made = w.place / name
+    shutil.copytree(store, made)
+    record = device.record_of(made)
+    for name in (record.slot, *([record.spare] if spare else [])):
+        tensor = w.rng.choice(w.anchor.entries).tensor
+        flip(w, made / "slots" / name / tensor.file, tensor.offset, tensor.length)
+    if not spare:
+        shutil.rmtree(made / "slots" / record.spare, ignore_errors=True)
+    return made
+
+
+def anchor_kills(w: World, count: int, from_: list[Path]) -> Counter[str]:
+    """SIGKILL while a store that holds nothing whole takes an anchor, and the anchor again; where it was hit."""
+    store = w.place / "healed"
+    hit: Counter[str] = Counter()
+    usual: list[float] = []
+    while hit.total() < count:
+        shutil.rmtree(store, ignore_errors=True)
+        shutil.copytree(from_[hit.total() % len(from_)], store)
+        before = device.record_of(store)
+        file = w.file(w.anchored())
+        if len(usual) < 5:
+            started = time.perf_counter()
+            heal(w, store, "an anchor over what is harmed", file)
+            usual.append(time.perf_counter() - started)
+            continue
+        process, _ = begun(device.apply, store, file)
+        time.sleep(w.rng.uniform(0, statistics.median(usual)))
+        process.kill()
+        process.join()
+        if process.exitcode != -9:
+            continue  # it was done before
+        hit[moment(store, before)] += 1
+        w.check("SIGKILL in an anchor over what is harmed", store, is_lost=True)
+        heal(w, store, "an anchor after a kill", w.file(w.anchored()))
+    return hit
+
+
+def heal(w: World, store: Path, kind: str, file: Path) -> None:
+    """An anchor that is taken, after which its package serves."""
+    end = done(device.apply, store, file)
+    record = w.check(kind, store, end)
+    if end.what or record is None or record.id != w.anchor.target:
+        w.failed.append(f"{kind}: {end.what or 'another package serves'}")
+
+
+def spoilt_anchors(w: World, count: int, from_: list[Path], whole: Path) -> None:
+    """Anchors that are harmed, cut, signed by nobody or somebody else, old, or with a difference in them."""
+    stranger = packet.private_key(w.place / "stranger")
+    for store in (whole, *from_):
+        is_lost = store != whole
+        for _ in range(count):
+            anchor = w.anchored()
+            good = w.file(anchor).read_bytes()
+            flipped = bytearray(good)
+            flipped[w.rng.randrange(len(good))] ^= 1 << w.rng.randrange(8)
+            bare = good[: -packet.SIGNATURE]
+            old = replace(anchor, counter=w.rng.randint(1, device.record_of(store).highest))
+            (first, *more) = anchor.entries
+            other = replace(anchor, entries=(replace(first, encoding="ints"), *more))
+            for kind, content, reason in (
+                ("a flipped bit in an anchor", bytes(flipped), "none of the trusted keys|is no delta"),
+                ("a truncated anchor", good[: w.rng.randrange(len(good))], "none of the trusted keys|is no delta"),
+                ("an unsigned anchor", bare + w.rng.randbytes(packet.SIGNATURE), "none of the trusted keys"),
+                ("an anchor of another key", packet.written(anchor, stranger), "none of the trusted keys"),
+                ("an old anchor", old, "not above"),
+                ("a difference in an anchor", other, "difference to a base"),
+            ):  # fmt: skip
+                end = done(device.apply, store, w.file(content))
+                w.check(kind, store, end, reason, is_lost=is_lost)
+        heal(w, store, "an anchor after spoilt ones", w.file(w.anchored()))
 
 
 def downloads(w: World, count: int) -> Counter[str]:
@@ -592,10 +705,16 @@ def run(place: Path, seed: int, kill_count: int) -> dict[str, Any]:
     paths_out(w)
     grown = bombs(w)
     kept = downloads(w, part)
+    packet.keygen(place / "stranger", place / "stranger.pub")
+    whole = ready(w)
+    harmed = [lost(w, whole, f"harmed {spare}", spare=spare) for spare in (True, False)]
+    hit["anchor"] = anchor_kills(w, max(1, kill_count // 3), harmed)
+    spoilt_anchors(w, part, harmed, whole)
     wanted = {"before it wrote", "slot empty or in part", "slot filled", "swapped"}
-    missed = sorted(wanted - set(hit.get("apply", ())))
-    if kill_count >= KILLS and missed:
-        w.failed.append(f"no kill hit an apply {missed}")
+    for word in ("apply", "anchor"):
+        missed = sorted(wanted - set(hit.get(word, ())))
+        if kill_count >= KILLS and missed:
+            w.failed.append(f"no kill hit an {word} {missed}")
     size = sum(p.stat().st_size for p in w.packages[0].rglob("*") if p.is_file())
     return {
         "seed": seed, "package_bytes": size, "usual_s": usual, "bomb_mb": grown, "small_disk": disk,

@@ -2,11 +2,12 @@
 
     python benchmarks/delta_link.py [--state DIR] [--rounds N] [--smoke]   # 30 min; writes results/delta_link.json
 
-Three processes: `effc delta serve`, a line of 1 or 20 Mbit/s that loses 2 % of what passes through it, each time with
-the connection, and a device that answers a sentence every 25 ms on one thread while it fetches and takes a release
-beside that. MiniLM-L6 in int8 goes from its base to tuned norms and head or tuned everything (`benchmarks/delta.py`)
-and back. Waiting is counted from when a sentence was due, so that a stall counts for all that came due in it. `idle` is
-as long before every update. The interval of the ratio of 99th percentiles is a bootstrap over updates, 95 %.
+Three processes: `effc delta serve`, a line of 1 or 20 Mbit/s each way that loses 2 % of what passes through it, each
+time with the connection, and a device that answers a sentence every 25 ms on one thread while it fetches and takes a
+release beside that. MiniLM-L6 in int8 goes from its base to tuned norms and head or tuned everything
+(`benchmarks/delta.py`) and back. Waiting is counted from when a sentence was due, so that a stall counts for all that
+came due in it. `idle` is as long before every update. The interval of the ratio of 99th percentiles is a bootstrap over
+updates, 95 %.
 
 Then a thread asks without a pause while release after release is taken: the longest gap between two answers is held
 against the longest answer while nothing is taken. Ends with 1 where a call failed, or the interval reaches above 2.
@@ -24,12 +25,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 
 Json = dict[str, Any]
@@ -53,24 +53,21 @@ MODELS = ("norms", f"everything{STOP}")
 async def line(to: int, mbit: float, seed: int) -> None:
     """A line to a port of this machine: tells its own port, then carries at most so much, and breaks."""
     draw = random.Random(seed)
-    free = asyncio.Lock()
+    up, down = asyncio.Lock(), asyncio.Lock()
 
-    async def carry(reader: Any, writer: Any, *, is_slow: bool) -> None:
+    async def carry(reader: Any, writer: Any, free: asyncio.Lock) -> None:
         while piece := await reader.read(PIECE):
-            if is_slow:
-                async with free:
-                    await asyncio.sleep(len(piece) * 8 / (mbit * 1e6))
-                if draw.random() < LOSS:
-                    raise ConnectionError
+            async with free:
+                await asyncio.sleep(len(piece) * 8 / (mbit * 1e6))
+            if draw.random() < LOSS:
+                raise ConnectionError
             writer.write(piece)
             await writer.drain()
 
     async def connected(reader: Any, writer: Any) -> None:
         theirs, mine = await asyncio.open_connection("127.0.0.1", to)
         try:
-            await asyncio.gather(
-                carry(reader, mine, is_slow=False), carry(theirs, writer, is_slow=True)
-            )
+            await asyncio.gather(carry(reader, mine, up), carry(theirs, writer, down))
         except ConnectionError:
             print("broken", file=sys.stderr, flush=True)
         finally:
@@ -83,11 +80,17 @@ async def line(to: int, mbit: float, seed: int) -> None:
 
 
 def device(store: Path, url: str) -> Json:
-    """What one device sees of one update: stages in seconds, and waiting in milliseconds before and during it."""
-    from effc.delta import channel
+    """What one device sees of one update, and what it answers behind it."""
     from effc.delta.device import Live
 
     live, feeds = Live(store), _sentence(store)
+    return {**updated(live, store, feeds, url), "served": live(feeds)["logits"].tolist()}
+
+
+def updated(live: Any, store: Path, feeds: Json, url: str, every_s: float = EVERY_S) -> Json:
+    """One update: stages in seconds, and waiting in milliseconds before and during it of who asks every so often."""
+    from effc.delta import channel
+
     stages: Json = {}
     waited: list[tuple[float, float]] = []
     failed: list[str] = []
@@ -104,7 +107,7 @@ def device(store: Path, url: str) -> Json:
             except Exception as error:
                 failed.append(repr(error))
             waited.append((due, (time.perf_counter() - due) * 1e3))
-            due += EVERY_S
+            due += every_s
 
     def take(file: Path) -> Any:
         stages["fetch"] = time.perf_counter() - began
@@ -118,13 +121,13 @@ def device(store: Path, url: str) -> Json:
     began = time.perf_counter()
     record = channel.pull(url, store, take=take)
     ended = time.perf_counter()
-    time.sleep(10 * EVERY_S)  # three answers prove the release
+    time.sleep(10 * every_s)  # three answers prove the release
     over.set()
     serving.join()
     assert record is not None
     return {
-        **stages, "release": record.counter, "failed": failed, "served": live(feeds)["logits"].tolist(),
-        "idle_ms": [ms for due, ms in waited if due < began - EVERY_S],
+        **stages, "release": record.counter, "id": record.id, "failed": failed,
+        "idle_ms": [ms for due, ms in waited if due < began - every_s],
         "during_ms": [ms for due, ms in waited if began <= due <= ended],
     }  # fmt: skip
 
@@ -281,7 +284,20 @@ def _wait_for(port: int) -> None:
 
 
 def told(updates: list[Json]) -> Json:
-    """Medians of the stages, and the 99th percentile of waiting during an update ÷ idle."""
+    """Medians of the stages, and how long answers were waited for."""
+    return {
+        "updates": len(updates), "bytes": int(np.median([u["bytes"] for u in updates])),
+        "broken": sum(u["broken"] for u in updates), "seconds": medians(updates, ("make", "fetch", "take")),
+        **waits(updates),
+    }  # fmt: skip
+
+
+def medians(rows: list[Json], names: Iterable[str]) -> dict[str, float]:
+    return {name: float(np.median([row[name] for row in rows])) for name in names}
+
+
+def waits(updates: list[Json]) -> Json:
+    """The 99th percentile of waiting before and during updates, and the ratio of both with its interval."""
     draw = np.random.default_rng(SEED)
 
     def ratio(chosen: list[Json]) -> float:
@@ -296,15 +312,12 @@ def told(updates: list[Json]) -> Json:
         for _ in range(500)
     ]
     low, high = np.quantile(again, [0.025, 0.975])
-    waits = {
+    p99 = {
         word: float(np.percentile(np.concatenate([u[f"{word}_ms"] for u in updates]), 99))
         for word in ("idle", "during")
     }
-    stages = {w: float(np.median([u[w] for u in updates])) for w in ("make", "fetch", "take")}
     return {
-        "updates": len(updates), "bytes": int(np.median([u["bytes"] for u in updates])),
-        "broken": sum(u["broken"] for u in updates), "seconds": stages, "p99_ms": waits,
-        "p99_ratio": {"ratio": ratio(updates), "low": float(low), "high": float(high)},
+        "p99_ms": p99, "p99_ratio": {"ratio": ratio(updates), "low": float(low), "high": float(high)},
         "answers": sum(len(u["idle_ms"]) + len(u["during_ms"]) for u in updates),
         "failed_calls": sum(len(u["failed"]) for u in updates),
     }  # fmt: skip
@@ -340,6 +353,8 @@ def main() -> int:
         store, *files = map(Path, args.asked)
         print(json.dumps(asked(store, files)))
         return 0
+    import common  # torch with it, which no device has
+
     data = common.data_root()
     if data is None:
         print("skipped: EFFC_DATA has no sst2")

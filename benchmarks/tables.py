@@ -1434,6 +1434,38 @@ def linked() -> list[str]:
     return lines
 
 
+def looped() -> list[str]:
+    lines = ["## Device and cloud over a slow line (benchmarks/delta_loop.py)", ""]
+    for found in results("delta_loop"):
+        lines += [
+            "Device and cloud of examples/cloud_device in its plan `fast`, each a process, over a line that is as slow "
+            f"up as down and loses {found['loss']:.0%} of its pieces of {found['piece']:,} bytes and the connection "
+            "with each. Median seconds of the wall for each stage of a round, all of them on one machine; `wait` is "
+            "the device's for a release, with the cloud's stages in it. While a release is fetched and taken the "
+            f"device answers a picture every {found['every_s'] * 1e3:.0f} ms; waiting is the 99th percentile before "
+            "and during an update, and its ratio has a 95 % interval, a bootstrap over rounds. "
+            + circumstances(found),
+            "",
+        ]  # fmt: skip
+        many = found["lines"]
+        rows = [
+            [name, *(f"{of['seconds'][name]:.2f}" for of in many)] for name in many[0]["seconds"]
+        ]
+        rows += [
+            ["rounds", *(str(of["rounds"]) for of in many)],
+            ["bytes up", *(f"{of['bytes_up']:,}" for of in many)],
+            ["bytes down", *(f"{of['bytes_down']:,}" for of in many)],
+            ["connections that broke", *(str(of["broken"]) for of in many)],
+            ["accuracy", *(f"{of['accuracy'][0]:.3f} → {of['accuracy'][1]:.3f}" for of in many)],
+            ["device is its cloud's mirror", *("yes" if of["mirror_equal"] else "NO" for of in many)],
+            ["waiting, ms", *(f"{of['p99_ms']['idle']:.1f} → {of['p99_ms']['during']:.1f}" for of in many)],
+            ["÷ idle", *("{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**of["p99_ratio"]) for of in many)],
+            ["calls that failed", *(f"{of['failed_calls']} of {of['answers']:,}" for of in many)],
+        ]  # fmt: skip
+        lines += table(["", *(f"{of['mbit']:g} Mbit/s" for of in many)], rows)
+    return lines
+
+
 def kept_fresh() -> list[str]:
     lines = ["## A device kept fresh from a cloud (benchmarks/cloud_device.py)", ""]
     for found in results("cloud_device"):
@@ -1597,6 +1629,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     deltas: ("delta",),
     delta_faults: ("delta_faults",),
     linked: ("delta_link",),
+    looped: ("delta_loop",),
     kept_fresh: ("cloud_device",),
 }
 """The sections of the page, in order, and the results that they are made of; without any a section is left out."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +53,19 @@ def json_of(found: bytes, name: str, error: type[EffcError]) -> Any:
     except ValueError as failure:
         raise error(f"{name} cannot be read: {failure}", hint=HINT) from failure
     return value
+
+
+def header_of(
+    content: bytes, name: str, error: type[EffcError], most_bytes: int = MOST_BYTES
+) -> tuple[dict[str, Any], int]:
+    """The header of a file of safetensors, {} where there is none, and where its data begin. Raises `error`."""
+    if len(content) < 8:
+        return {}, len(content)
+    (size,) = struct.unpack_from("<Q", content)
+    if size > min(most_bytes, len(content) - 8):
+        raise error(f"the header of {name} is longer than it may be", hint=HINT)
+    header = json_of(content[8 : 8 + size], f"the header of {name}", error)
+    return (header if isinstance(header, dict) else {}), 8 + size
 
 
 def read_json(file: Path, error: type[EffcError], most_bytes: int = MOST_BYTES) -> Any:

@@ -1316,11 +1316,11 @@ def delta_inspect(
     if key is not None:
         packet.check_signature(content, [packet.public_word(key)])
     found = {
-        **device.show(packet.parsed(content)),
+        **packet.show(packet.parsed(content)),
         "bytes": len(content),
         "signed": key is not None,
     }
-    for line in device.show_lines(found):
+    for line in packet.show_lines(found):
         _say(line, json_)
     _write_json(json_, found)
 

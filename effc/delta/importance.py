@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from effc import bounded, paths
-from effc.delta import device, weights
+from effc.delta import slot, weights
 from effc.delta.codec import Array
 from effc.delta.weights import Coded, Weights
 from effc.errors import DeltaError
@@ -42,7 +42,7 @@ def by_initialiser(
     `known` has h ≥ 0 by the name that a tensor has in the source model, in its shape; `values` the tensors themselves,
     asked for where a pass has scaled channels. Raises DeltaError where h does not fit, or what a pass did is not known.
     """
-    manifest = device.manifest_of(package)
+    manifest = slot.manifest_of(package)
     text = bounded.content(
         paths.opened(package, "origins.json", DeltaError), "origins.json", DeltaError, 1 << 28
     )

@@ -9,7 +9,7 @@ change are sent.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from effc import package, paths, scratch
-from effc.delta import codec, device, packet, rate, steps, weights
+from effc.delta import codec, packet, rate, slot, steps, weights
 from effc.delta.codec import Array
 from effc.delta.packet import Entry, Packet, Text, Vector
 from effc.delta.rate import Candidate, Part, Unit
@@ -145,8 +145,8 @@ def arrays_of(file: Path) -> dict[str, Array]:
 def _side(root: Path) -> _Side:
     if broken := package.check(root):
         raise DeltaError(f"{root} is not whole: {broken[0]}", hint=package.UNHARMED)
-    manifest = device.manifest_of(root)
-    text, _ = device.slot_texts(manifest)
+    manifest = slot.manifest_of(root)
+    text, _ = slot.slot_texts(manifest)
     contents = {n: np.frombuffer((root / n).read_bytes(), np.uint8) for n in manifest["files"]}
     engines = [e["path"] for e in manifest["engines"]]
     if strange := [name for name in engines if not name.endswith(".onnx")]:
@@ -171,18 +171,9 @@ def _compare(before: _Side, after: _Side) -> None:
     for name, known in before.weights.items():
         tensors = known.tensors.values()
         if known != after.weights[name] or (
-            skeleton(before.contents, tensors) != skeleton(after.contents, tensors)
+            slot.graph_of(before.contents, tensors) != slot.graph_of(after.contents, tensors)
         ):
             raise DeltaError(f"{name} is another graph in the new package", hint=FROZEN)
-
-
-def skeleton(contents: Mapping[str, Array], tensors: Iterable[codec.Tensor]) -> str:
-    """sha256 of the bytes of files that are none of these tensors."""
-    every = tuple(Entry(tensor=t, encoding="", payload=b"") for t in tensors)
-    blank = Packet(
-        base="", target="", counter=0, graph="", error=0, entries=every, texts=(), vectors=()
-    )
-    return device.graph_of(contents, blank)
 
 
 def _bytes(side: _Side, tensor: codec.Tensor) -> bytes:
@@ -274,17 +265,7 @@ class _Bare:
             n: (self.before if n in self.patched else self.after).contents[n].copy()
             for n in self.after.contents
         }
-        blank = Packet(
-            base="",
-            target="",
-            counter=0,
-            graph="",
-            error=0,
-            entries=tuple(entries),
-            texts=(),
-            vectors=(),
-        )
-        device.patch(contents, blank)
+        slot.patch(contents, entries)
         files = {n: hashlib.sha256(c.data).hexdigest() for n, c in contents.items()}
         engines = [{**e, "sha256": files[e["path"]]} for e in self.after.manifest["engines"]]
         by_role = {(e["target"], e["role"]): e["sha256"] for e in engines}
@@ -293,13 +274,13 @@ class _Bare:
             for link in self.after.manifest["links"]
         ]
         told = {**self.after.manifest, "files": files, "engines": engines, "links": links}
-        return contents, device.slot_texts(told)[0]
+        return contents, slot.slot_texts(told)[0]
 
     def texts(self, contents: Mapping[str, Array], text: str) -> tuple[Text, ...]:
         """The files that are sent whole: those that differ, and in an anchor all but engines, which are the graph."""
         given = {n: c.tobytes() for n, c in sorted(contents.items()) if n not in self.patched}
         held = {n: self.before.contents[n].tobytes() for n in given}
-        given[device.MANIFEST], held[device.MANIFEST] = text.encode(), self.before.text.encode()
+        given[slot.MANIFEST], held[slot.MANIFEST] = text.encode(), self.before.text.encode()
         return tuple(
             _text(name, b"" if self.anchor else held[name], new)
             for name, new in given.items()
@@ -331,11 +312,11 @@ def _built(bare: _Bare, parts: Sequence[Part], error: float, signer: Any) -> _Bu
     contents, text = bare.target(entries)
     before = bare.before
     found = Packet(
-        base=packet.ANCHOR if bare.anchor else device.id_of(before.text),
-        target=device.id_of(text), counter=bare.counter, graph="", error=error,
+        base=packet.ANCHOR if bare.anchor else slot.id_of(before.text),
+        target=slot.id_of(text), counter=bare.counter, graph="", error=error,
         entries=entries, texts=bare.texts(contents, text), vectors=(),
     )  # fmt: skip
-    found = replace(found, graph=device.graph_of(before.contents, found))
+    found = replace(found, graph=slot.graph_of(before.contents, (e.tensor for e in entries)))
     if text != before.text or bare.anchor:
         with scratch.held() as place:
             _write(place / "out", contents, text)
@@ -369,8 +350,8 @@ def _write(place: Path, contents: Mapping[str, Array], text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.tobytes())
     schema = package.SCHEMA
-    (place / device.VOLATILE).write_text(sealed({"schema": schema, "files": {}}), encoding="utf-8")
-    (place / device.MANIFEST).write_text(text, encoding="utf-8")
+    (place / slot.VOLATILE).write_text(sealed({"schema": schema, "files": {}}), encoding="utf-8")
+    (place / slot.MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _vector(root: Path, engine: Mapping[str, Any], given: Mapping[str, Array] | None) -> Vector:
@@ -381,7 +362,7 @@ def _vector(root: Path, engine: Mapping[str, Any], given: Mapping[str, Array] | 
         feeds[name] = given[name] if given and name in given else _made_up(port)
         feeds[name] = np.ascontiguousarray(feeds[name].astype(np.dtype(port["dtype"])))
     try:
-        outputs = device.session(root, engine)(feeds)
+        outputs = slot.session(root, engine)(feeds)
     except Exception as error:
         raise DeltaError(
             f"{engine['path']} does not run on the inputs of its test: {error}",
@@ -390,7 +371,7 @@ def _vector(root: Path, engine: Mapping[str, Any], given: Mapping[str, Array] | 
     numbers = {n: v for n, v in outputs.items() if v.size and np.issubdtype(v.dtype, np.number)}
     if not numbers or not all(np.isfinite(v).all() for v in numbers.values()):
         raise DeltaError(f"{engine['path']} has outputs that are no numbers", hint=FROZEN)
-    looked = {n: device.looked_at(v, min(LOOKED_AT, v.size)) for n, v in numbers.items()}
+    looked = {n: slot.looked_at(v, min(LOOKED_AT, v.size)) for n, v in numbers.items()}
     content = b"".join(
         [*(v.tobytes() for v in feeds.values()), *(v.tobytes() for v in looked.values())]
     )

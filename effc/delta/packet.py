@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,6 +289,35 @@ def _sha(value: Any) -> str:
     if not isinstance(value, str) or len(value) != 64 or not _HEX.issuperset(value):
         raise ValueError(f"{value!r} is no sha256")
     return value
+
+
+def show(found: Packet) -> dict[str, Any]:
+    """What is in a delta, as plain JSON."""
+    return {
+        "base": found.base, "target": found.target, "counter": found.counter, "error": found.error,
+        "entries": [
+            {"name": e.tensor.name, "file": e.tensor.file, "shape": list(e.tensor.shape),
+             "encoding": e.encoding, "bytes": len(e.payload)}
+            for e in found.entries
+        ],
+        "files": {t.name: len(t.payload) for t in found.texts},
+        "tests": [v.engine for v in found.vectors],
+    }  # fmt: skip
+
+
+def show_lines(found: Mapping[str, Any]) -> list[str]:
+    """`show`, with the `bytes` of the file and whether it was `signed` by a key that was asked for, for a person."""
+    who = "signed by that key" if found["signed"] else "signature not looked at"
+    head = f"release {found['counter']}: {found['base'][:12]} → {found['target'][:12]}, {found['bytes']} bytes, {who}"
+    lines = [head, f"    {found['error']:.3g} of the change is left out"]
+    for entry in found["entries"]:
+        size = "×".join(map(str, entry["shape"]))
+        lines.append(
+            f"    {entry['encoding']:8}{entry['bytes']:>10}  {paths.word(entry['name'])} [{size}]"
+        )
+    return lines + [
+        f"    file    {size:>10}  {paths.word(n)}" for n, size in found["files"].items()
+    ]
 
 
 def number(text: str) -> int:

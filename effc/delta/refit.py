@@ -26,13 +26,12 @@ import numpy as np
 import onnx
 
 from effc import bounded, package
-from effc.delta import device, make, packet, weights
+from effc.delta import make, packet, slot, weights
 from effc.delta.codec import HARMED
 from effc.errors import BackendUnavailable, DeltaError, LoweringError
 
 FORM = "effc refit 1"
 CONTEXT = b"effc refit 1\0"
-MOST_HEADER = 16 << 20
 UNSIGNED = "0" * 2 * packet.SIGNATURE
 KINDS: dict[int, tuple[str, int]] = {
     onnx.TensorProto.FLOAT: ("F32", 4),
@@ -90,8 +89,8 @@ def made(old: Path, new: Path, *, release: int) -> Refit:
     if known.tensors != wanted.tensors or name != other:
         raise DeltaError(f"{name} has other weights in the new package", hint=make.FROZEN)
     sides = [_contents(root, name, known) for root in (old, new)]
-    skeletons = {make.skeleton(side, known.tensors.values()) for side in sides}
-    if len(skeletons) > 1:
+    graphs = {slot.graph_of(side, known.tensors.values()) for side in sides}
+    if len(graphs) > 1:
         raise DeltaError(f"{name} is another graph in the new package", hint=make.FROZEN)
     found = {}
     for word, tensor in sorted(known.tensors.items()):
@@ -110,7 +109,7 @@ def _engine(root: Path) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
     """The entry of a package's engine for TensorRT, the name of its ONNX, and the manifest."""
     if broken := package.check(root):
         raise DeltaError(f"{root} is not whole: {broken[0]}", hint=package.UNHARMED)
-    manifest = device.manifest_of(root)
+    manifest = slot.manifest_of(root)
     engines = [e for e in manifest["engines"] if e["target"] == "tensorrt"]
     if len(engines) != 1:
         raise DeltaError(
@@ -189,7 +188,7 @@ def read(content: bytes, keys: Sequence[str], *, engine: str, onnx_file: str, ab
     `keys` are public keys in hex, of which one has signed it; nothing of the file is believed before. `above` is the
     release that was put on last, 0 for none: older ones do not come back.
     """
-    header, start = _header(content)
+    header, start = bounded.header_of(content, "the file", DeltaError)
     told = header.pop("__metadata__", None)
     if not isinstance(told, dict) or told.get("form") != FORM:
         raise DeltaError("the file is no refit file, or one of another version", hint=HARMED)
@@ -224,18 +223,6 @@ def read(content: bytes, keys: Sequence[str], *, engine: str, onnx_file: str, ab
     if strange := sorted(n for n, w in found.items() if not _is_finite(w.dtype, w.values)):
         raise DeltaError(f"{strange[0]} has values that are no numbers", hint=HARMED)
     return Refit(engine=engine, onnx=onnx_file, release=release, weights=found)
-
-
-def _header(content: bytes) -> tuple[dict[str, Any], int]:
-    if len(content) < 8:
-        raise DeltaError("the file is no refit file, or one of another version", hint=HARMED)
-    (size,) = struct.unpack_from("<Q", content)
-    if size > min(MOST_HEADER, len(content) - 8):
-        raise DeltaError("the header of the file is longer than it may be", hint=HARMED)
-    header = bounded.json_of(content[8 : 8 + size], "the header of the file", DeltaError)
-    if not isinstance(header, dict):
-        raise DeltaError("the file is no refit file, or one of another version", hint=HARMED)
-    return header, 8 + size
 
 
 def _read(line: Mapping[str, Any], data: bytes, four_bits: Sequence[int] | None) -> Weight:

@@ -228,11 +228,8 @@ def _metadata(content: bytes) -> dict[str, str]:
     """What a payload says of itself, before anything else of it is looked at."""
     if not 8 < len(content) <= MOST_PAYLOAD:
         raise DeltaError(f"a payload of {len(content)} bytes is not read", hint=AGAIN)
-    (size,) = struct.unpack_from("<Q", content)
-    if size > min(MOST_HEADER, len(content) - 8):
-        raise DeltaError("the header of the payload is longer than it may be", hint=AGAIN)
-    header = bounded.json_of(content[8 : 8 + size], "the header of the payload", DeltaError)
-    told = header.get("__metadata__") if isinstance(header, dict) else None
+    header, _ = bounded.header_of(content, "the payload", DeltaError, MOST_HEADER)
+    told = header.get("__metadata__")
     if not isinstance(told, dict) or not all(isinstance(v, str) for v in told.values()):
         raise DeltaError("the payload does not say what it is", hint=AGAIN)
     return told

@@ -19,7 +19,12 @@ def test_a_tenth_of_all_faults_is_survived(tmp_path):
     found = json.loads((tmp_path / "f").read_text(encoding="utf-8"))
     assert found["failed"] == []
     assert found["faults"]["injected"] == found["faults"]["survived"] > 90
-    assert sum(n for hit in found["kills"].values() for n in hit.values()) == 30
+    kills = {word: sum(hit.values()) for word, hit in found["kills"].items()}
+    assert kills.pop("anchor") == 10 and sum(kills.values()) == 30
+    assert {kind for kind in found["kinds"] if "anchor" in kind} > {
+        "an old anchor",
+        "an unsigned anchor",
+    }
 
 
 CAUGHT = """
@@ -39,6 +44,11 @@ w.check("another package", far)
 (good / "CURRENT").unlink()
 (good / "CURRENT.2").unlink()
 w.check("no record", good)
+w.check("nothing is whole", good, is_lost=True)
+lost = faults.lost(w, w.store("lost"), "harmed", spare=False)
+w.check("lost", lost, is_lost=True)
+w.check("lost and not known to be", lost)
+faults.heal(w, lost, "no anchor", w.file(w.release(faults.device.record_of(lost).id)))
 w.check("another reason", w.store("again"), faults.End(what="no", hint="no"), "none of the trusted keys")
 print(*w.failed, sep="\\n")
 """
@@ -50,6 +60,10 @@ def test_its_check_notices_what_must_not_be(tmp_path):
     assert [line.partition(":")[0] for line in ran.stdout.splitlines()] == [
         "another package",
         "no record",
+        "nothing is whole",
+        "lost and not known to be",
+        "no anchor",
+        "no anchor",
         "another reason",
     ]
     assert "serves neither" in ran.stdout and "is no store" in ran.stdout
