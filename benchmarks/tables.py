@@ -1035,6 +1035,29 @@ def kernels() -> list[str]:
     return lines
 
 
+def lint() -> list[str]:
+    lines = [
+        "## What lint finds, in time (benchmarks/lint.py)",
+        "",
+        "One layer with the fault and one without; where the advice is `--fix` it is the file that `effc lint --fix` "
+        "wrote. A row without a rule is a claim that did not hold, and of which there is none.",
+        "",
+    ]
+    for found in results("lint"):
+        threads = found["threads"]
+        lines += [circumstances(found) + f" {threads} thread{'s' if threads > 1 else ''}.", ""]
+        rows = [
+            [
+                p["rule"] or "–", p["target"], p["layer"], p["advice"], f"{p['fault_ms']:.3f}",
+                f"{p['without_ms']:.3f}", ratio(p, p["n"]),
+            ]
+            for p in found["places"]
+        ]  # fmt: skip
+        heads = ["rule", "target", "layer", "advice", "fault ms", "without ms", "fault ÷ without"]
+        lines += table(heads, rows)
+    return lines
+
+
 def overflow() -> list[str]:
     lines = ["## Overflow of 16-bit sums (benchmarks/overflow.py)", ""]
     for found in results("overflow"):
@@ -1620,6 +1643,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     gpuless: ("gpuless",),
     sixteen: ("sixteen",),
     kernels: ("kernels",),
+    lint: ("lint",),
     overflow: ("overflow",),
     verdicts: ("verdicts",),
     faults: ("faults",),

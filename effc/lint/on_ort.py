@@ -86,32 +86,6 @@ def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
             yield node, add
 
 
-@rule(
-    "ORT001", WARNING, ORT,
-    what="activations of a matrix product are int8",
-    cost="x86 kernels multiply uint8 by int8; int8 by int8 falls to slower ones",
-    fix="the same grid as uint8: zero point and codes moved by 128",
-)  # fmt: skip
-def signed_activation(graph: ir.Graph) -> Iterator[Hit]:
-    seen: set[ir.Node] = set()
-    for node in nodes(graph, "MatMul", "Gemm"):
-        dq = activation(given(node, 0))
-        if dq is None or not _is_integer(node) or grid(dq).kind != ir.DataType.INT8 or dq in seen:
-            continue
-        seen.add(dq)
-        quantize = behind(dq.inputs[0], Q, ("Clip",))
-        yield Hit(
-            node=node, tensor=name(dq.inputs[0]),
-            evidence=f"zero point {int((_zero(dq)).flat[0])} of int8",
-            repair=_to_unsigned(graph, quantize),
-        )  # fmt: skip
-
-
-def _zero(node: ir.Node) -> Array:
-    zero = grid(node).zero
-    return np.zeros(1, np.int64) if zero is None else zero
-
-
 def _to_unsigned(graph: ir.Graph, quantize: ir.Node | None) -> edit.Edit | None:
     """Move a grid by 128, with all that stands on it; None where something else reads its codes."""
     if quantize is None or grid(quantize).zero is None:
@@ -323,7 +297,7 @@ def _convolutions(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
     "ORT007", WARNING, ORT,
     what="a convolution of codes without a quantiser behind it",
     cost="it runs in float, and its input is dequantised for it",
-    fix="quantise what it gives; or write ConvInteger, Cast and Mul, which stay on integers",
+    fix="quantise what it gives; ConvInteger stays on integers too, and is slower than the floats",
 )  # fmt: skip
 def float_convolution(graph: ir.Graph) -> Iterator[Hit]:
     for node, why in _convolutions(graph):

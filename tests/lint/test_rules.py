@@ -32,18 +32,18 @@ def test_the_corpus_is_as_large_as_is_said_and_tries_every_rule():
 
 def test_a_finding_names_the_node_and_the_tensor(tmp_path):
     found = run.check(
-        FAULTS["int8 activations"].build().save(tmp_path / "m.onnx"), run.chosen("ort")
+        FAULTS["int8 and a bias, fixed sizes"].build().save(tmp_path / "m.onnx"), run.chosen("ort")
     )
     assert [(one.node, one.op, one.tensor) for one in found] == [
-        ("MatMul_3", "MatMul", "quantizelinear_0")
+        ("Add_4", "Add", "dequantizelinear_2")
     ]
-    assert "zero point 0 of int8" in found[0].evidence
+    assert "[4, 16, 64] of int8" in found[0].evidence
 
 
 def test_rules_are_chosen_by_id():
-    assert [rule.id for rule in run.chosen("ort", only=["ORT001"])] == ["ORT001"]
-    assert "ORT001" not in [rule.id for rule in run.chosen("ort", without=["ORT001"])]
-    assert run.chosen("tensorrt", only=["ORT001"]) == []
+    assert [rule.id for rule in run.chosen("ort", only=["ORT002"])] == ["ORT002"]
+    assert "ORT002" not in [rule.id for rule in run.chosen("ort", without=["ORT002"])]
+    assert run.chosen("tensorrt", only=["ORT002"]) == []
     with pytest.raises(UsageError, match="did you mean 'ORT"):
         run.chosen("ort", only=["ORT01"])
     with pytest.raises(UsageError, match="unknown target"):
