@@ -31,18 +31,62 @@ def _retype(
     model: ir.Model, node: ir.Node, parts: Sequence[ir.Value], arrays: Sequence[Array]
 ) -> None:
     for part, array in zip(parts, arrays, strict=True):
-        narrow = array.astype(ir.DataType.INT4.numpy())
-        name = f"{part.name}.int4"
-        known = model.graph.initializers.get(name)
+        known = model.graph.initializers.get(f"{part.name}.int4")
         if known is None:
-            known = ir.Value(
-                name=name, type=ir.TensorType(ir.DataType.INT4), shape=ir.Shape(array.shape),
-                const_value=ir.Tensor(narrow, name=name, dtype=ir.DataType.INT4),
-            )  # fmt: skip
-            model.graph.initializers[name] = known
+            known = _narrow(model, part.name or "", array)
         node.replace_input_with(list(node.inputs).index(part), known)
         if not part.uses() and part.name and part.name in model.graph.initializers:
             del model.graph.initializers[part.name]
+
+
+FEWEST = 512
+"""Codes of a weight at least: the node that widens fewer takes more bytes than they save."""
+
+
+def store_behind_casts(model: ir.Model) -> None:
+    """Write codes of 4 bit as INT4 with a Cast to INT8 behind them, for kernels that multiply bytes.
+
+    A runtime folds a cast of a constant when it opens the file: two codes lie in a byte on disk, and what runs is what
+    would run without it. Weights with a scale per row are meant; in blocks they have kernels of their own.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        tensor, uses = value.const_value, list(value.uses())
+        if tensor is None or tensor.dtype != ir.DataType.INT8 or len(tensor.shape) < 2:
+            continue
+        codes = tensor.numpy()
+        if codes.size < FEWEST or codes.min() < -8 or codes.max() > 7:
+            continue
+        if value.is_graph_output() or not all(_is_byte_weight(use.node, use.idx) for use in uses):
+            continue
+        value.const_value = None
+        del model.graph.initializers[name]
+        narrow = _narrow(model, name, codes)
+        cast = ir.node(
+            "Cast", [narrow], attributes={"to": int(ir.DataType.INT8)}, name=f"{name}.wide"
+        )
+        wide = cast.outputs[0]
+        wide.type, wide.shape = value.type, value.shape
+        value.replace_all_uses_with(wide)
+        value.name, wide.name = f"{name}.gone", name
+        model.graph.insert_before(uses[0].node if len(uses) == 1 else model.graph[0], cast)
+
+
+def _is_byte_weight(node: ir.Node, place: int) -> bool:
+    """Whether a node reads a value as the codes of a weight with a scale for each row."""
+    if node.op_type == "DequantizeLinear":
+        return place == 0 and not node.attributes.get_int("block_size", 0)
+    return node.op_type == "MatMulIntegerToFloat" and place == 1
+
+
+def _narrow(model: ir.Model, name: str, codes: Array) -> ir.Value:
+    """An INT4 initialiser of codes."""
+    array, kind = codes.astype(ir.DataType.INT4.numpy()), ir.DataType.INT4
+    made = ir.Value(
+        name=f"{name}.int4", type=ir.TensorType(kind), shape=ir.Shape(codes.shape),
+        const_value=ir.Tensor(array, name=f"{name}.int4", dtype=kind),
+    )  # fmt: skip
+    model.graph.register_initializer(made)
+    return made
 
 
 def drop_zeros(model: ir.Model) -> None:

@@ -33,6 +33,7 @@ from effc.backends.base import (
 from effc.backends.dialect import ORT
 from effc.backends.eager import described
 from effc.backends.onnx import save, to_onnx, unsupported, weight_sites
+from effc.backends.onnx_narrow import store_behind_casts
 from effc.backends.ort_adapter import leave_open
 from effc.backends.ort_engine import OrtEngine, opened, session, session_options
 from effc.backends.ort_rewrites import rewrite
@@ -74,6 +75,7 @@ class Ort(BackendBase):
         model = to_onnx(graph, self.dialect.opset)
         rewrite(model, one_token=graph.role == DECODE)
         leave_open(graph, model)
+        store_behind_casts(model)
         files = save(model, directory)
         return described(
             graph, self.name, directory, files, self.dialect.opset,

@@ -638,7 +638,9 @@ def _corrections(source: Source, samples: Samples, built: Sequence[Built]) -> Js
                 return predicted(engine(feeds))
 
             shown = (batch.inputs for batch in runs(role))
-            found[made.target] = correction.measured(whole, asked, shown).to_json()
+            is_mean = samples.spec is not None and samples.spec.correct == "mean"
+            table = correction.measured(whole, asked, shown, mean_only=is_mean)
+            found[made.target] = table.to_json()
     return found
 
 

@@ -84,9 +84,16 @@ def read(out: Path, target: str) -> Correction | None:
 
 
 def measured(
-    model: Callable[[Feeds], Array], engine: Callable[[Feeds], Array], batches: Iterable[Feeds]
+    model: Callable[[Feeds], Array],
+    engine: Callable[[Feeds], Array],
+    batches: Iterable[Feeds],
+    *,
+    mean_only: bool = False,
 ) -> Correction:
-    """What puts right what an `engine` predicts for what a `model` does, on batches of one time each."""
+    """What puts right what an `engine` predicts for what a `model` does, on batches of one time each.
+
+    With `mean_only` every gain is 1, and the offset is what the mean is off by.
+    """
     sums: dict[float, list[Array]] = {}
     for feeds in batches:
         wanted, found = (_channels(ask(feeds)) for ask in (model, engine))
@@ -103,6 +110,8 @@ def measured(
         spread = square / count - (found / count) ** 2
         shared = product / count - wanted * found / count**2
         gain = np.where(spread > 0, shared / np.where(spread > 0, spread, 1.0), 1.0)
+        if mean_only:
+            gain = np.ones_like(gain)
         gains.append(gain)
         offsets.append((wanted - gain * found) / count)
     return Correction(times=np.array(times), gain=np.array(gains), offset=np.array(offsets))

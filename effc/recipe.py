@@ -154,8 +154,8 @@ class CalibSpec:
     keep: Count | None = None
     at: Literal["uniform", "first", "middle", "last"] = "uniform"
     guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
-    correct: bool = False
-    """Give the sampler a table that puts right what the engine of the denoiser is off by on average."""
+    correct: bool | Literal["mean"] = False
+    """Give the sampler a table that puts right what the engine of the denoiser is off by: mean and share, or mean."""
 
 
 @dataclass(frozen=True, kw_only=True)

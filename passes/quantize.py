@@ -25,7 +25,7 @@ from effc.dialect import Dialect
 from effc.errors import PreconditionError
 from effc.ir.edit import insert, insert_after, is_constant, lift, replace, tensor_name, tensor_of
 from effc.ir.program import Graph, Origin, Program
-from effc.ir.select import Select, op_name, site_names, value_key
+from effc.ir.select import Select, Words, op_name, site_names, value_key
 from effc.ir.splice import is_spliced
 from effc.passes.base import Pass, Stats
 from effc.passes.fuse import foldable
@@ -56,11 +56,13 @@ class Quantize(Pass):
     a scale each, for weight-only kernels, and `weight_symmetric` false gives each a zero point too. `dtype` fp8 has
     floating point codes of 8 bit, e4m3, in place of integers on both sides of a product, and the largest magnitude for
     a range: a narrower one rounds no finer. `range` chooses activation ranges: `mse` (least squared error),
-    `percentile`, or `minmax`; `weight_range` does it for weights. `rounding` gptq chooses the codes of linear layers by
-    what they cost at the outputs, on calibration data (`effc.quant.gptq`). `activation_scale` token gives every row of
-    the last axis a scale of its own, its largest magnitude, found as the engine runs, so that a token with huge values
-    costs the others nothing (Yao et al. 2022, section 4.1). `bias_correction` adds to every bias what
-    rounding the weights takes from the mean of the layer's output (Nagel et al. 2019, section 4.2): b + (W - Ŵ) E[x].
+    `percentile`, or `minmax`; `weight_range` does it for weights. Weights of `wide` modules (shell patterns) have 8 bit
+    whatever `bits` says: a first and a last stage are few of the bytes and most of the error. `rounding` gptq chooses
+    the codes of linear layers by what they cost at the outputs, on calibration data (`effc.quant.gptq`).
+    `activation_scale` token gives every row of the last axis a scale of its own, its largest magnitude, found as the
+    engine runs, so that a token with huge values costs the others nothing (Yao et al. 2022, section 4.1).
+    `bias_correction` adds to every bias what rounding the weights takes from the mean of the layer's output (Nagel et
+    al. 2019, section 4.2): b + (W - Ŵ) E[x].
     """
 
     name = "quantize"
@@ -68,6 +70,7 @@ class Quantize(Pass):
 
     dtype: Literal["int", "fp8"] = "int"
     bits: Literal[3, 4, 5, 6, 7, 8] = 8
+    wide: Words = ()
     activation_bits: Literal[3, 4, 5, 6, 7, 8, 16] = 8
     range: Literal["mse", "minmax", "percentile"] = "mse"
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
@@ -224,6 +227,16 @@ class Quantize(Pass):
                     where=f"graph {graph.role!r}",
                     hint="`effc inspect MODEL` names them",
                 )
+            if self.wide and chosen and not any(self._is_wide(node) for node in chosen):
+                raise PreconditionError(
+                    f"wide matches none of the {len(chosen)} places that quantize takes",
+                    where=f"graph {graph.role!r}",
+                    hint="`effc inspect MODEL` names them",
+                )
+
+    def _is_wide(self, site: fx.Node) -> bool:
+        """Whether the weight of a site has 8 bit whatever the others have."""
+        return bool(self.wide) and Select(module=self.wide).matches(site)
 
     def sites(self, graph: Graph) -> list[fx.Node]:
         """Nodes that this pass would quantise, in order of execution."""
@@ -367,8 +380,9 @@ def _weight_schemes(pass_: Quantize, graph: Graph, sites: list[fx.Node]) -> dict
         elif pass_._is_fp8:
             schemes[weight] = Scheme(axis=0, fp8=True)
         else:
+            wanted = 8 if any(pass_._is_wide(user) for user in weight.users) else pass_.bits
             schemes[weight] = weight_scheme(
-                weight.meta["val"].shape, pass_.bits, pass_.group, symmetric=pass_.weight_symmetric
+                weight.meta["val"].shape, wanted, pass_.group, symmetric=pass_.weight_symmetric
             )
     return schemes
 

@@ -7,8 +7,10 @@ A weight that is rounded to nearest is not what its layer's output wants. Here e
 al. 2020), for all layers of a residual block, an attention or a feed-forward part together (Li et al. 2021), which
 reads what the blocks in front of it give now. Scales are those of nearest rounding, and what would be worse than
 nearest on the same rows is not taken. When all weights are codes, the steps of activations are learned (LSQ, Esser et
-al. 2020) from inputs that are rounded, as they will be. Samples are a fixed number of rows: memory does not grow with
-the data.
+al. 2020) from inputs that are rounded, as they will be. Biases then give every channel of every layer the mean that it
+has in float (Nagel et al. 2019, section 4.2, on what the rounded layers in front really give): a squared error hardly
+sees a small mean, and what runs a model again and again adds it up. Samples are a fixed number of rows: memory does not
+grow with the data.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from effc.ir.program import Graph, Program
 from effc.ir.select import op_name, site_names
 from effc.passes.base import Stats
 from effc.passes.blocks import Block, above, blocks
-from effc.passes.quantize import SAME_GRID, Quantize, Quantized, Work
+from effc.passes.quantize import SAME_GRID, Quantize, Quantized, Work, _channel_axis, constant_bias
 from effc.quant import rounding
 from effc.quant.affine import dequantize, quantize, steady
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
@@ -57,7 +59,7 @@ class Reconstruct(Quantize):
     A block is a module with at most `block_layers` layers, or a layer. Each takes `steps` of Adam at rate `lr` for its
     weights, and `activation_steps` at `activation_lr` for its activations, on batches of `batch` of the `rows` that
     are drawn from the calibration data. `pull` is what drives roundings to one side, beside an error that is 1 for
-    nearest rounding.
+    nearest rounding. With `biases` means are put right by them, once behind the weights of a block and once at the end.
     """
 
     name = "reconstruct"
@@ -70,6 +72,7 @@ class Reconstruct(Quantize):
     rows: Count = 256
     block_layers: Count = 6
     pull: Annotated[float, Field(gt=0)] = 2.0
+    biases: bool = True
     seed: int = 0
 
     @property
@@ -128,10 +131,11 @@ def _is_wide(node: fx.Node, counts: set[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """Codes by the name of the weight, and factors on activation steps by the key of the value."""
+    """Codes by the name of the weight, factors on activation steps by the key of the value, biases by their layer."""
 
     codes: Mapping[str, Tensor]
     gains: Mapping[str, float]
+    biases: Mapping[str, Tensor]
 
 
 class _Work(Work):
@@ -161,6 +165,16 @@ class _Work(Work):
             f"{self.graph.role}/{name}", lambda: self.learned.codes[name]
         )
 
+    def correct_bias(self, site: fx.Node, weight: Quantized) -> None:
+        bias = _own_bias(self.graph, site) if self.pass_.biases else None
+        if bias is None:
+            super().correct_bias(site, weight)
+            return
+        key = f"{self.graph.role}/{self.names[site]}:bias"
+        self.correct(
+            site, bias, self.stats.decide_tensor(key, lambda: self.learned.biases[site.name])
+        )
+
     def grid(self, value: fx.Node, key: str, scheme: Scheme) -> tuple[float, int]:
         def make() -> list[float | int]:
             step, zero_point = self.measured_grid(key, scheme)
@@ -169,6 +183,12 @@ class _Work(Work):
 
         step, zero_point = self.stats.decide(key, make)
         return step, zero_point
+
+
+def _own_bias(graph: Graph, site: fx.Node) -> fx.Node | None:
+    """The bias of a layer that is constant and that nobody else reads."""
+    bias = constant_bias(graph, site)
+    return bias if bias is not None and list(bias.users) == [site] else None
 
 
 class _Nearest(Work):
@@ -236,6 +256,8 @@ class _Part:
     weights: list[_Rounded]
     keys: list[str]
     """Of the activation grids that are in it."""
+    layers: list[str]
+    """Those with a bias of their own, in order."""
 
 
 Values = dict[fx.Node, Any]
@@ -283,6 +305,11 @@ class _Learner:
         self.rounded = work.rounded
         self.codes = {name: weight.nearest() for name, weight in self.rounded.items()}
         self.gains = {key: 1.0 for key in self.decided.decisions if self._is_grid(key)}
+        by_name = {node.name: node for node in self.float.fx.nodes}
+        owned = {s: _own_bias(graph, by_name[s.name]) for s in sites} if pass_.biases else {}
+        self.biases = {s.name: tensor_of(graph, b) for s, b in owned.items() if b is not None}
+        self.readers = {s.name: s for s in owned}
+        """Layers of the quantised graph; what they read as a bias is overruled by `biases`."""
         self.feeds = stats[_feeds_key(graph, graph.inputs[0])].groups(pass_.batch)
         found = blocks(graph, pass_.sites(graph), pass_.block_layers)
         self.parts = [part for block in found if (part := self._part(block)).weights]
@@ -294,12 +321,13 @@ class _Learner:
         stages = [("weights", self._learn_weights)]
         if self.pass_._static and self.pass_.activation_steps:
             stages.append(("activations", self._learn_steps))
-        log.info(
-            "reconstruct: %d blocks, about %.0f s", len(self.parts), sum(sum(p) for p in predicted)
-        )
+        if self.biases:
+            stages.append(("biases", self._put_biases))
+        whole = sum(sum(predicted[word]) for word, _ in stages)
+        log.info("reconstruct: %d blocks, about %.0f s", len(self.parts), whole)
         told: list[dict[str, Any]] = []
-        for stage, (word, learn) in enumerate(stages):
-            for part, guess in zip(self.parts, predicted, strict=True):
+        for word, learn in stages:
+            for part, guess in zip(self.parts, predicted[word], strict=True):
                 began = time.monotonic()
                 found = self._again(f"{word}:{part.block.name}", part)
                 is_known = found is not None
@@ -310,7 +338,7 @@ class _Learner:
                 told.append(
                     {
                         "block": part.block.name, "stage": word, "layers": len(part.block.sites),
-                        "predicted_s": round(guess[stage], 3), "seconds": round(seconds[-1], 3),
+                        "predicted_s": round(guess, 3), "seconds": round(seconds[-1], 3),
                         "resumed": is_known, **(found or note),
                     }
                 )  # fmt: skip
@@ -319,7 +347,7 @@ class _Learner:
                 log.info("reconstruct %s: %s", word, told[-1])
         self.stats.notes["blocks"] = told
         self.stats.notes["seconds"] = round(time.monotonic() - started, 3)
-        return Learned(codes=self.codes, gains=self.gains)
+        return Learned(codes=self.codes, gains=self.gains, biases=self.biases)
 
     # What was learned of a block before.
 
@@ -332,6 +360,9 @@ class _Learner:
         self.gains |= {
             key: float(held[f"gain:{key}"]) for key in part.keys if f"gain:{key}" in held
         }
+        self.biases |= {
+            name: held[f"bias:{name}"] for name in part.layers if f"bias:{name}" in held
+        }
         return {k.removeprefix("note:"): float(v) for k, v in held.items() if k.startswith("note:")}
 
     def _keep(self, word: str, part: _Part, note: Mapping[str, float]) -> None:
@@ -339,6 +370,7 @@ class _Learner:
             return
         wide = {f"note:{k}": torch.tensor(v, dtype=torch.float64) for k, v in note.items()}
         wide |= {f"gain:{k}": torch.tensor(self.gains[k], dtype=torch.float64) for k in part.keys}
+        wide |= {f"bias:{name}": self.biases[name] for name in part.layers}
         self.stats.shelf.put(word, {**{w.name: self.codes[w.name] for w in part.weights}, **wide})
 
     # Where things stand.
@@ -370,8 +402,9 @@ class _Learner:
         ]
         keys = [key for key in dict.fromkeys(keys) if key in self.gains and key not in shared]
         return _Part(
-            block=block, inputs=inputs, nodes=nodes, outputs=outputs, weights=weights, keys=keys
-        )
+            block=block, inputs=inputs, nodes=nodes, outputs=outputs, weights=weights, keys=keys,
+            layers=[name for name in block.sites if name in self.biases],
+        )  # fmt: skip
 
     # Running what there is.
 
@@ -416,6 +449,7 @@ class _Learner:
             for name, weight in self.rounded.items():
                 assert weight.node is not None
                 values[weight.node] = self.codes[name]
+            values |= {self.readers[name].args[2]: bias for name, bias in self.biases.items()}  # type: ignore[misc]
         return values
 
     def _values(
@@ -441,10 +475,12 @@ class _Learner:
                         values.pop(used, None)
         return [found[end] for end in ends]
 
-    def _data(self, part: _Part, *, rounds: bool, groups: int | None = None) -> list[_Rows]:
-        """What a block reads now and is to give, for the rows that there are."""
+    def _data(
+        self, part: _Part, *, rounds: bool, groups: int | None = None, of: Sequence[str] = ()
+    ) -> list[_Rows]:
+        """What a block, or nodes `of` it, are to give, and what it reads now, for the rows that there are."""
         named = {n.name: n for n in self.float.fx.nodes}
-        ends = [named[node.name] for node in part.outputs]
+        ends = [named[name] for name in of or [node.name for node in part.outputs]]
         counts = _counts(self.quantised)
         wide = [_is_tensor(node) and _is_wide(node, counts) for node in part.inputs]
         found: list[_Rows] = []
@@ -518,13 +554,17 @@ class _Learner:
         *,
         weights: Mapping[fx.Node, Tensor] | None = None,
         gains: Mapping[str, Any] | None = None,
+        ends: Sequence[fx.Node] | None = None,
         rounds: bool,
     ) -> list[Tensor]:
+        nodes = part.nodes
+        if ends is not None:
+            nodes = nodes[: 1 + max(map(nodes.index, ends))]
         values = self._constants(self.quantised)
         copies = [v.clone() if isinstance(v, Tensor) else v for v in rows.inputs]
         values |= dict(zip(part.inputs, copies, strict=True))
-        self._run(part.nodes, values, weights=weights, gains=gains, rounds=rounds)
-        return [values[node] for node in part.outputs]
+        self._run(nodes, values, weights=weights, gains=gains, rounds=rounds)
+        return [values[node] for node in ends or part.outputs]
 
     def _error(self, part: _Part, data: list[_Rows], scales: Sequence[float], **how: Any) -> float:
         """Mean over outputs of the squared error over that of the float values, on all rows."""
@@ -558,6 +598,7 @@ class _Learner:
         after = self._error(part, data, scales, rounds=False)
         if after > nearest:
             self.codes |= was
+        self._put_biases(part, rounds=False)
         return {
             "soft_before": before, "nearest": nearest, "error": min(after, nearest), "undecided": share,
         }  # fmt: skip
@@ -622,11 +663,33 @@ class _Learner:
             optimizer.step()
         return {key: float(value.detach().exp()) for key, value in logs.items()}
 
+    def _put_biases(self, part: _Part, *, rounds: bool = True) -> dict[str, float]:
+        """Give every channel of a block's layers the mean that it has in float, one layer behind the other."""
+        if not part.layers:
+            return {}
+        data, moved = self._data(part, rounds=rounds, of=part.layers), 0.0
+        for place, name in enumerate(part.layers):
+            site, lost, count = self.readers[name], [], 0
+            for rows in data:
+                for start in range(0, len(rows), self.pass_.batch):
+                    piece = _slice(rows, start, start + self.pass_.batch)
+                    with torch.no_grad():
+                        (made,) = self._outputs(part, piece, ends=[site], rounds=rounds)
+                    gap, mask = piece.targets[place] - made, piece.masks[place]
+                    gap = gap.movedim(_channel_axis(site), -1)
+                    gap = gap[mask] if mask is not None else gap.flatten(0, -2)
+                    lost.append(gap.sum(0, dtype=torch.float64))
+                    count += len(gap)
+            mean = torch.stack(lost).sum(0) / max(1, count)
+            self.biases[name] = (self.biases[name].double() + mean).to(torch.float32)
+            moved = max(moved, float(mean.abs().max()))
+        return {"moved": moved}
+
     # How long it will take.
 
-    def _predicted(self) -> list[tuple[float, float]]:
-        """Seconds that each block's weights and activations will take, from a few steps of it on a few rows."""
-        options, found = self.pass_, []
+    def _predicted(self) -> dict[str, list[float]]:
+        """Seconds that each block will take in every stage, from a few steps of it on a few rows."""
+        options, found = self.pass_, list[tuple[float, float, float]]()
         total = sum(max(len(v) for v in given.values() if v.dim()) for given in self.feeds)
         for part in self.parts:
             started = time.monotonic()
@@ -642,15 +705,17 @@ class _Learner:
             started = time.monotonic()
             self._error(part, data, scales, rounds=False)
             checks = (time.monotonic() - started) * len(self.feeds)
-            weights = reading + options.steps * step + 3 * checks
+            means = reading + len(part.layers) * checks if part.layers else 0.0
+            weights = reading + options.steps * step + 3 * checks + means
             activations = reading + 2 * checks if part.keys else 0.0
             if part.keys and options.activation_steps:
                 started = time.monotonic()
                 self._descend_steps(part, full, scales, 1.0, draw, TRIED)
                 step = (time.monotonic() - started) / TRIED
                 activations += options.activation_steps * step
-            found.append((weights, activations))
-        return found
+            found.append((weights, activations, means))
+        words = ("weights", "activations", "biases")
+        return dict(zip(words, map(list, zip(*found, strict=True)), strict=True))
 
 
 def _constants(graph: Graph) -> Values:

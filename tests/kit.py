@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -303,6 +304,17 @@ def process(
         stdin=subprocess.DEVNULL,
     )
     return Ran(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def example_modules(monkeypatch: Any, place: Path) -> Iterator[Callable[[str], Any]]:
+    """Gives modules of an example by name, for a fixture; other examples have some of the same names."""
+    names = [file.stem for file in place.glob("*.py")]
+    monkeypatch.syspath_prepend(str(place))
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def content(place: Path) -> dict[str, str]:

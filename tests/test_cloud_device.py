@@ -1,6 +1,5 @@
 """The example of a device and its cloud: what a student is shown, what is asked for, and what numbers are made into."""
 
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -13,21 +12,15 @@ import pytest
 import torch
 
 from effc.delta.uplink import Tokens
+from kit import example_modules
 
 PLACE = Path(__file__).resolve().parent.parent / "examples" / "cloud_device"
 BENCHMARKS = PLACE.parent.parent / "benchmarks"
-NAMES = [file.stem for file in PLACE.glob("*.py")]
 
 
 @pytest.fixture
 def example(monkeypatch):
-    """Modules of the example by name; other examples have some of the same names."""
-    monkeypatch.syspath_prepend(str(PLACE))
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    yield from example_modules(monkeypatch, PLACE)
 
 
 def lessons_of(example, **how):

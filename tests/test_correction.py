@@ -68,6 +68,12 @@ def test_gain_and_offset_of_every_time_and_channel_are_found():
     assert lost[1] < 0.01 * lost[0]
 
 
+def test_a_mean_alone_is_put_right_where_that_is_asked_for():
+    found = measured(model, spoilt, feeds(), mean_only=True)
+    assert (found.gain == 1).all()
+    assert np.allclose(found.offset, [[0, 0], [0, -1]], atol=0.02)
+
+
 def test_an_engine_that_is_right_is_left_as_it_is():
     found = measured(model, model, feeds())
     assert np.allclose(found.gain, 1) and np.allclose(found.offset, 0, atol=1e-9)

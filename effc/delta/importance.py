@@ -24,6 +24,8 @@ from effc.errors import DeltaError
 
 TAILS = (".t", ".nbits")
 """What the ONNX has behind the name of a tensor that it holds otherwise."""
+NARROW = ".int4"
+"""And behind that where two of its codes lie in a byte."""
 STAYS = ("int32", "quantize ")
 """Transforms, or how they begin, that leave what every element stands for."""
 MOVES = ("tuned", "bias correction")
@@ -72,8 +74,9 @@ def _of_engine(
     codes = {each.codes: each for each in held.coded}
     beside = {name for each in held.coded for name in each.names[1:]}
     for name, tensor in held.tensors.items():
-        tail = next((t for t in TAILS if name.endswith(t)), "")
-        origin = graph.get(name) or graph.get(name.removesuffix(tail))
+        wide = name.removesuffix(NARROW)
+        tail = next((t for t in TAILS if wide.endswith(t)), "")
+        origin = graph.get(wide) or graph.get(wide.removesuffix(tail))
         if name in beside or origin is None or not (name in codes or tensor.dtype):
             continue
         sources = origin["source"].split("+")

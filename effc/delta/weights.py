@@ -167,12 +167,13 @@ def _read_as_codes(model: onnx.ModelProto) -> Iterator[Coded]:
         inputs, told = node.input, {a.name: a.i for a in node.attribute}
         if node.op_type == "DequantizeLinear":
             yield Coded(
-                codes=inputs[0], scale=inputs[1], zero=_named(inputs, 2), axis=told.get("axis", 1),
-                block=told.get("block_size", 0),
+                codes=_stored(made, inputs[0]), scale=inputs[1], zero=_named(inputs, 2),
+                axis=told.get("axis", 1), block=told.get("block_size", 0),
             )  # fmt: skip
         elif node.op_type in _PRODUCTS:
             codes, scale, zero = (_named(inputs, place) for place in _PRODUCTS[node.op_type])
-            yield Coded(codes=codes or "", scale=scale or "", zero=zero, axis=-1, block=0)
+            codes = _stored(made, codes or "")
+            yield Coded(codes=codes, scale=scale or "", zero=zero, axis=-1, block=0)
         elif node.op_type == "MatMulNBits":
             bits = told.get("bits", 4)
             yield Coded(
@@ -189,6 +190,11 @@ def _read_as_codes(model: onnx.ModelProto) -> Iterator[Coded]:
                     wide = _made_by(made, size[0], "Unsqueeze")  # or folded, where it is small
                     scale = made[size[0]].input[0] if wide else size[0]
                     yield Coded(codes=row[0], scale=scale, zero=None, axis=0, block=0)
+
+
+def _stored(made: Mapping[str, onnx.NodeProto], name: str) -> str:
+    """The codes themselves, where some of 4 bit are made wider before they are read."""
+    return made[name].input[0] if _made_by(made, name, "Cast") else name
 
 
 def _named(inputs: Sequence[str], place: int) -> str | None:

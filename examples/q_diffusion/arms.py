@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 import effc
 from effc import compiler, painting, stats
+from effc.delta import weights
 from effc.diffusion import Guide, Rows
 from effc.recipe import build
 from effc.sampling import Pipeline
@@ -26,6 +28,7 @@ from effc.trajectories import Trajectories
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Json = dict[str, Any]
+Feeds = Mapping[str, Array]
 
 
 def samples(pipeline: Pipeline, seeds: Sequence[int], steps: int, batch: int = 32) -> Array:
@@ -73,6 +76,30 @@ def speedup(first: Path, second: Path, steps: int, rounds: int = 8, batch: int =
         "ratio": float(np.exp(np.mean(logs))), "low": float(np.exp(found.low)), "high": float(np.exp(found.high)),
         "rounds": rounds, "batch": batch,
     }  # fmt: skip
+
+
+def coded_ratio(path: Path) -> float | None:
+    """Bytes of the weights that an engine has in codes, with their scales, over what they take in float32.
+
+    None where it has none. Norms, biases and tables, which no layer multiplies by, are not in it.
+    """
+    found = weights.read(path.parent, path.name)
+    kept = wide = 0
+    for coded in found.coded:
+        shape = found.tensors[coded.codes].shape
+        if len(shape) < 2:
+            continue  # the codes of a bias
+        kept += sum(found.tensors[name].length for name in coded.names if name in found.tensors)
+        wide += 4 * math.prod(shape)
+    return kept / wide if wide else None
+
+
+def shown(source: effc.Source, seeds: Sequence[int], steps: int, times: int = 3) -> list[Feeds]:
+    """What the float sampler feeds its model at some steps, spread over all of them."""
+    runs = Trajectories(
+        source=source, count=len(seeds), steps=steps, keep=times, seed=seeds[0], batch=len(seeds)
+    )
+    return [batch.inputs for batch in runs(runs.pipeline.role)]
 
 
 def compiled(data: Mapping[str, Any], out: Path) -> Json:

@@ -3,13 +3,16 @@
     python examples/q_diffusion/run.py [--smoke | --fast] [--state DIR] [--folder DIR] [--json FILE] [-o OUT]
 
 The model is a trained DDPM of MNIST digits: `ddpm_mnist.safetensors` and the `unet.py` that loads it, in `--folder`, in
-`$EFFC_DATA/ddpm-mnist` or `../shared/data/ddpm-mnist`. Without it a pipeline with random weights is made, which shows
-that all of it runs, and nothing else. Each arm is compiled for ONNX Runtime and paints from the float model's noise.
+`$EFFC_DATA/ddpm-mnist` or `../shared/data/ddpm-mnist`. Digits of a test set, in `mnist-t10k` beside it, teach a small
+classifier, on whose features sets of pictures are compared; models see none of them. Without the model a pipeline with
+random weights is made, which shows that all of it runs, and nothing else. Each arm is compiled for ONNX Runtime and
+paints from the float model's noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -36,6 +39,16 @@ def folder_of(given: Path | None) -> Path | None:
     return next((place for place in found if (place / "ddpm_mnist.safetensors").is_file()), None)
 
 
+def eyes(folder: Path | None, few: bool) -> Callable[[Any], Any] | None:
+    """What sees features of pictures; None where they are too few for a distance, or digits are not at hand."""
+    place = folder.parent / "mnist-t10k" if folder is not None else None
+    if few or place is None or not place.is_dir():
+        return None
+    import distances
+
+    return distances.trained(*distances.digits(place)).features
+
+
 def random_pipeline(place: Path) -> Path:
     """A small UNet with random weights, as a pipeline directory of diffusers."""
     import diffusers
@@ -55,13 +68,17 @@ CORRECTED = ", corrected"
 """Behind the name of an arm whose sampler uses the table of its package."""
 
 
+WIDE = ["*e1*", "*f3*", "*model.out"]
+"""The first and the last stage of the model, 3 % of its weights, which keep 8 bit in the full stack."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """Passes and calibration; with `corrected` the same package is sampled with its table, too."""
 
     passes: list[Any]
     calib: Json
-    corrected: bool = False
+    corrected: bool | str = False
 
 
 def arms(steps: int, count: int, *, smoke: bool, learning: int) -> dict[str, Arm]:
@@ -70,23 +87,27 @@ def arms(steps: int, count: int, *, smoke: bool, learning: int) -> dict[str, Arm
     w8a8 = {"pass": "quantize", "bits": 8, "activation_bits": 8}
     w4a8 = {**w8a8, "bits": 4, "weight_range": "mse"}
     learned = {"pass": "reconstruct", "steps": learning, "activation_steps": max(1, learning // 4)}
-    prepared = ["split-concat", "timestep-table"]
-    full = Arm(passes=[*prepared, {**w4a8, **learned}], calib=calib, corrected=True)
+    prepared, biases = ["split-concat", "timestep-table"], {"bias_correction": True}
+    whole = [*prepared, {**w4a8, **learned, **({} if smoke else {"wide": WIDE})}]
+    full = Arm(passes=whole, calib=calib, corrected="mean")
     if smoke:
         return {FLOAT: Arm(passes=[], calib=calib), FULL: full}
     third = {**calib, "keep": max(1, steps // 3)}
     found = {
         FLOAT: Arm(passes=[], calib=calib),
-        "nearest w8a8": Arm(passes=[w8a8], calib=calib, corrected=True),
+        "nearest w8a8": Arm(passes=[w8a8], calib=calib),
+        "w8a8, biases": Arm(passes=[{**w8a8, **biases}], calib=calib, corrected="mean"),
         "nearest w4a32": Arm(passes=[{**w4a8, "activation_bits": 16}], calib=calib),
-        NEAREST: Arm(passes=[w4a8], calib=calib, corrected=True),
+        NEAREST: Arm(passes=[w4a8], calib=calib, corrected="mean"),
         "w4a8, split": Arm(passes=["split-concat", w4a8], calib=calib),
         "w4a8, table": Arm(passes=["timestep-table", w4a8], calib=calib),
-        "w4a8, split, table, bias": Arm(
-            passes=[*prepared, {**w4a8, "bias_correction": True}], calib=calib
+        "w4a8, ends in 8 bit": Arm(passes=[{**w4a8, "wide": WIDE}], calib=calib),
+        "w4a8, ends in 8 bit, biases": Arm(
+            passes=[{**w4a8, **biases, "wide": WIDE}], calib=calib, corrected="mean"
         ),
-        "w4a8, adaround": Arm(passes=[{**w4a8, **learned}], calib=calib, corrected=True),
+        "w4a8, adaround": Arm(passes=[{**w4a8, **learned}], calib=calib, corrected="mean"),
         FULL: full,
+        "full w4a8, gain": Arm(passes=whole, calib=calib, corrected=True),
         "w8a8, last stage in float": Arm(
             passes=[{**w8a8, "select": {"exclude": "*f3*"}}], calib=calib
         ),
@@ -117,8 +138,22 @@ class State:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What pictures are held against: the float model's from the same noise, and what a classifier sees in them."""
+
+    wanted: Any
+    see: Callable[[Any], Any] | None
+
+
 def unit(
-    source: Mapping[str, Any], arm: Arm, place: Path, seed: int, steps: int, count: int, wanted: Any
+    source: Mapping[str, Any],
+    arm: Arm,
+    place: Path,
+    seed: int,
+    steps: int,
+    count: int,
+    judge: Judge,
 ) -> Json:
     """An arm under one seed: what its engine is, and how far each picture is from the float model's."""
     import arms as measured
@@ -131,52 +166,94 @@ def unit(
     (engine,) = manifest["engines"]
     found: Json = {
         "bytes": (place / engine["path"]).stat().st_size,
+        "coded_ratio": measured.coded_ratio(place / engine["path"]),
         "int8_sites": engine["int8_sites"], "total_sites": engine["total_sites"],
         "compile_s": round(seconds, 1), "times": manifest["data"]["times"],
     }  # fmt: skip
     for word in ("", CORRECTED) if arm.corrected else ("",):
         painted = measured.of_package(place, seeds, steps, corrected=bool(word))
-        found[f"errors{word}"] = measured.errors(painted, wanted).tolist()
+        found[f"errors{word}"] = measured.errors(painted, judge.wanted).tolist()
+        if judge.see is not None:
+            found[f"features{word}"] = judge.see(painted).round(5).tolist()
     return found
+
+
+def of_engines(
+    source: Mapping[str, Any], pair: Mapping[str, Arm], out: Path, steps: int, seeds: range
+) -> Json:
+    """How much faster the second of two arms samples, and how far its places are from what its file says."""
+    import arms as measured
+    import sites
+
+    from effc.source import load
+
+    places = []
+    for number, arm in enumerate(pair.values()):
+        place = out / f"pair-{number}"
+        calib = {**arm.calib, "correct": arm.corrected}
+        manifest = measured.compiled(
+            {"source": source, "passes": arm.passes, "calib": calib}, place
+        )
+        places.append(place)
+    (engine,) = manifest["engines"]
+    off = [
+        sites.steps_off(places[1] / engine["path"], feeds)
+        for feeds in measured.shown(load(_flat(source)), seeds, steps)
+    ]
+    most = {name: max(each[name] for each in off) for name in off[0]}
+    return {
+        "loop_speedup": measured.speedup(*places, steps),
+        "engine_steps_off": {"most": max(most.values()), "sites": len(most), "batches": len(off)},
+    }
+
+
+def _flat(source: Mapping[str, Any]) -> Json:
+    """A source as the loader takes it: options beside the rest."""
+    return {k: v for k, v in {**source, **source.get("options", {})}.items() if k != "options"}
 
 
 def run(
     source: Mapping[str, Any], out: Path, *, steps: int, count: int, smoke: bool, calibrated: int,
-    learning: int, seeds: int, state: State, digest: str,
+    learning: int, seeds: int, state: State, digest: str, see: Callable[[Any], Any] | None,
 ) -> Json:  # fmt: skip
     """Compile and sample every arm under every seed; gives what was measured."""
     import arms as measured
+    import distances
     import numpy as np
 
     from effc.source import load
 
-    flat = {**source, **source.get("options", {})}
-    flat.pop("options", None)
-    model = load(flat)
+    model = load(_flat(source))
     errors: dict[str, list[float]] = {}
+    features: dict[str, list[Any]] = {}
+    truth: list[Any] = []
     found: Json = {}
     for seed in range(seeds):
         first = FIRST_SEED * (seed + 1)
         wanted = measured.of_source(model, range(first, first + count), steps)
+        judge = Judge(wanted=wanted, see=see)
+        truth += [] if see is None else see(wanted).tolist()
         chosen = arms(steps, calibrated, smoke=smoke, learning=learning)
         for number, (name, arm) in enumerate(chosen.items()):
             place = out / f"arm-{number}-{seed}"
             asked = {"model": digest, "arm": name, "seed": seed, "steps": steps, "count": count}
             asked |= {"passes": arm.passes, "calib": arm.calib, "corrected": arm.corrected}
+            asked |= {"features": see is not None}
 
             def make(
-                arm: Arm = arm, place: Path = place, seed: int = seed, wanted: Any = wanted
+                arm: Arm = arm, place: Path = place, seed: int = seed, judge: Judge = judge
             ) -> Json:
-                return unit(source, arm, place, seed, steps, count, wanted)
+                return unit(source, arm, place, seed, steps, count, judge)
 
             made = state.unit(asked, make)
             for word in ("", CORRECTED) if arm.corrected else ("",):
                 errors.setdefault(name + word, []).extend(made[f"errors{word}"])
+                features.setdefault(name + word, []).extend(made.get(f"features{word}", []))
                 known = np.array(errors[name + word])
                 found[name + word] = {
                     "paired_rel_l2": measured.mean(known), "median_rel_l2": float(np.median(known)),
                     "frechet_minus_null": None,
-                    **{k: v for k, v in made.items() if not k.startswith("errors")},
+                    **{k: v for k, v in made.items() if not k.startswith(("errors", "features"))},
                 }  # fmt: skip
                 told = found[name + word]["paired_rel_l2"]
                 print(
@@ -184,9 +261,21 @@ def run(
                     f"median {found[name + word]['median_rel_l2']:.3f}, {told['n']} pictures of {steps} steps",
                     flush=True,
                 )
+    if see is not None:
+        for name, seen in features.items():
+            apart = distances.beside_null(np.array(seen), np.array(truth))
+            found[name] |= apart
+            told = apart["frechet_minus_null"]
+            print(
+                f"{name:32} Fréchet distance less null {told['mean']:+.3f} [{told['low']:+.3f}, {told['high']:+.3f}]"
+            )
     best = {name: np.array(values) for name, values in errors.items()}
     pairs = [(FULL, NEAREST), (FULL + CORRECTED, NEAREST), (FULL + CORRECTED, FULL)]
-    pairs += [("w4a8, adaround", NEAREST), ("nearest w8a8" + CORRECTED, "nearest w8a8")]
+    pairs += [("w4a8, adaround", NEAREST), ("w4a8, ends in 8 bit, biases" + CORRECTED, NEAREST)]
+    pairs += [
+        ("w8a8, biases" + CORRECTED, "nearest w8a8"),
+        ("full w4a8, gain" + CORRECTED, FULL + CORRECTED),
+    ]
     pairs += [
         ("w8a8, uniform third of steps", f"w8a8, {at} third of steps")
         for at in ("first", "middle", "last")
@@ -199,12 +288,19 @@ def run(
     whole = {
         "arms": found, "compared": compared,
         "disk_ratio": found[FULL]["bytes"] / found[FLOAT]["bytes"],
+        "coded_ratio": found[FULL]["coded_ratio"],
     }  # fmt: skip
-    order = list(arms(steps, calibrated, smoke=smoke, learning=learning))
-    places = [out / f"arm-{order.index(name)}-0" for name in (FLOAT, FULL)]
-    if all(place.is_dir() for place in places):  # units of an earlier run left no engines
-        whole["loop_speedup"] = measured.speedup(*places, steps)
-        print("sampling, full w4a8 against float: " + json.dumps(whole["loop_speedup"]))
+    chosen = arms(steps, calibrated, smoke=smoke, learning=learning)
+    pair = {name: chosen[name] for name in (FLOAT, FULL)}
+    asked = {
+        "model": digest,
+        "steps": steps,
+        "pair": {n: dataclasses.asdict(a) for n, a in pair.items()},
+    }
+    rows = range(FIRST_SEED // 2, FIRST_SEED // 2 + 4)
+    whole |= state.unit(asked, lambda: of_engines(source, pair, out, steps, rows))
+    print("sampling, full w4a8 against float: " + json.dumps(whole["loop_speedup"]))
+    print("places of the engine against its file: " + json.dumps(whole["engine_steps_off"]))
     return whole
 
 
@@ -221,10 +317,11 @@ def main() -> int:
         type=int,
         help="seeds of calibration and sampling; 3 where nothing is said, else 1",
     )
+    parser.add_argument("--pictures", type=int, help="pictures an arm and seed")
     parser.add_argument("--json", metavar="FILE", help="write what was measured as JSON")
     parser.add_argument("-o", "--out", type=Path, help="keep the packages here")
     given = parser.parse_args()
-    count = 4 if given.smoke else 24 if given.fast else 256
+    count = given.pictures or (4 if given.smoke else 24 if given.fast else 256)
     steps = 4 if given.smoke else 20
     seeds = given.seeds or (1 if given.smoke or given.fast else 3)
     if given.state is not None:
@@ -245,8 +342,9 @@ def main() -> int:
         name, digest = file.name, hashlib.sha256(file.read_bytes()).hexdigest()
         measured = run(
             source, out, steps=steps, count=count, smoke=given.smoke, seeds=seeds, digest=digest,
-            calibrated=4 if given.smoke else 32, learning=5 if given.smoke else 400,
-            state=State(folder=given.state),
+            calibrated=4 if given.smoke else 16 if given.fast else 32,
+            learning=5 if given.smoke else 120 if given.fast else 400,
+            state=State(folder=given.state), see=eyes(folder, given.smoke or given.fast),
         )  # fmt: skip
     found = {
         "example": "q_diffusion",

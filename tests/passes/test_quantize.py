@@ -678,3 +678,18 @@ def test_gptq_refuses_what_is_no_number_and_says_where_rows_are_few(caplog):
 def test_gptq_is_for_integers():
     with pytest.raises(PreconditionError, match="rounding gptq is for integers"):
         quantize(uneven(), correlated(), rounding="gptq", dtype="fp8", dialect=DIALECTS["tensorrt"])
+
+
+def test_wide_modules_keep_8_bit_weights():
+    program = effc.trace(two_layers(32), torch.randn(4, 32))
+    quantize(program, bits=4, activation_bits=16, wide="2")
+    codes = {n: t for n, t in program.only().tensors().items() if n.endswith("weight_int8")}
+    most = {name: int(value.abs().max()) for name, value in codes.items()}
+    assert most["0.weight_int8"] <= 7 < most["2.weight_int8"]
+
+
+def test_a_word_for_wide_modules_that_fits_none_is_refused():
+    program = effc.trace(two_layers(), torch.randn(4, 8))
+    with pytest.raises(PreconditionError, match="wide matches none of the 2") as caught:
+        quantize(program, bits=4, activation_bits=16, wide=("nowhere.*",))
+    assert caught.value.hint

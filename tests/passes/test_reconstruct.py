@@ -202,6 +202,24 @@ def test_the_first_block_begins_where_the_float_graph_is():
     assert first["soft_before"] < 0.01 * first["nearest"]  # what is left is the rounding of biases
 
 
+def test_every_channel_of_every_layer_has_the_mean_of_the_float_graph():
+    data = pictures()
+    whole, learned, plain = small(), small(), small()
+    effc.apply(Reconstruct(**QUICK), learned, data, dialect=ORT)
+    effc.apply(Reconstruct(**QUICK, biases=False), plain, data, dialect=ORT)
+
+    def mean(program):
+        outputs = [
+            program.run({n: torch.from_numpy(v) for n, v in b.inputs.items()})["output"]
+            for b in data
+        ]
+        return torch.cat(outputs).mean()
+
+    lost, before = (abs(float(mean(p) - mean(whole))) for p in (learned, plain))
+    assert lost < 0.2 * before and lost < 2e-3
+    assert not any("corrected" in name for name in plain.only().tensors())
+
+
 def test_both_halves_of_a_split_shortcut_are_learned():
     data, program = pictures(), small()
     weight = program.only().tensors()["join.weight"].clone()
