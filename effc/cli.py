@@ -1444,9 +1444,12 @@ def delta_push(
     from effc.delta.uplink import Queue
 
     found = push.push(url, Queue(queue), ca=ca)
-    _say(f"{found.taken} payloads were taken, {found.waiting} wait for another day", json_)
-    for why in found.refused:
-        _say(f"    one was refused: {why}", json_)
+    _say(
+        f"payloads: {found.taken} taken, {len(found.refused)} refused, {found.waiting} waiting",
+        json_,
+    )
+    for why in dict.fromkeys(found.refused):
+        _say(f"    refused: {why}", json_)
     _write_json(json_, found)
 
 

@@ -3,17 +3,21 @@
 import hashlib
 import http.client
 import json
+import re
 import socket
+import textwrap
 import time
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import pytest
 from lines import answer, answering
 from lines import served as serving
 from payloads import WHO, Clock, tokens
 
-from effc.delta import channel, inbox, push, serve, uplink
+from effc.delta import channel, device, inbox, push, serve, uplink
 from effc.delta.inbox import Inbox, Refused
 from effc.delta.uplink import Limits, Queue
 from effc.errors import DeltaError
@@ -62,7 +66,7 @@ def test_what_waits_goes_up_and_is_the_clouds_to_read(tmp_path):
         ran = cli("delta", "push", url, up.place, "--json", "-")
         assert ran.code == 0, ran.err
         assert json.loads(ran.out) == {"taken": 2, "refused": [], "waiting": 0}
-        assert "0 payloads were taken" in cli("delta", "push", url, up.place).out
+        assert "payloads: 0 taken, 0 refused, 0 waiting" in cli("delta", "push", url, up.place).out
         up.put(payload(0))  # what was taken and not forgotten
         assert push.push(url, up).taken == 1
         assert asked(url, "GET", f"/{box.waiting()[0].name}") == 405  # nobody gets it out again
@@ -234,6 +238,50 @@ def test_every_attempt_counts_in_the_day_of_the_device(tmp_path):
     with answering(*[answer(b"", "503 Service Unavailable")] * 2) as (url, heard):
         found = push.push(url, up)
     assert (found.taken, found.waiting, len(heard)) == (0, 1, 2)
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "delta.md"
+
+
+def blocks(text):
+    """What stands indented on a page, block by block."""
+    found = re.findall(r"(?m)(?:^(?:    .*)?\n)+", text)
+    return [textwrap.dedent(block) for block in found if block.strip()]
+
+
+def test_what_the_page_says_of_the_way_up_runs(world, monkeypatch):
+    monkeypatch.chdir(world.place)
+    store = world.store("STORE")
+    sent, draw = tokens(20), np.random.default_rng(0)
+    met = {"uts_sample_score": np.full(20, 2.0), "uts_index": sent.index, "uts_tokens": sent.tokens}
+    known = {
+        "ENCODER": "e" * 64, "TOKENIZER": "t" * 64, "ids": sent.beside["question"], "met": met,
+        "day": {"uts_sample_score": draw.random(99)},
+    }  # fmt: skip
+    up, down = [
+        b for b in blocks(PAGE.read_text(encoding="utf-8")) if "effc.delta.uplink import" in b
+    ]
+    exec(up, known)
+    assert len(Queue(Path("QUEUE")).waiting()) == 1
+    exec(down, known)
+    with served(world.place, uplink="INBOX") as url:
+        assert cli("delta", "push", url, "QUEUE").code == 0
+    exec(down, known)
+    assert known["sent"].sum() == 20 * 4 and known["who"]["engine"] == device.record_of(store).id
+
+
+def test_every_command_stands_on_the_page_with_options_that_it_has():
+    from typer.main import get_command
+
+    from effc.cli import delta
+
+    commands = get_command(delta).commands
+    lines = [line.partition("#")[0].split() for block in blocks(PAGE.read_text(encoding="utf-8"))
+             for line in block.splitlines() if line.startswith("effc delta ")]  # fmt: skip
+    assert {words[2] for words in lines} == set(commands)
+    for words in lines:
+        known = {option for parameter in commands[words[2]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known, words
 
 
 @pytest.mark.parametrize("url", ["ftp://a/b", "nothing", "http://["])
