@@ -14,6 +14,7 @@ import torch
 from effc.backends.onnx_match import constant, initializer, only_consumer, producer, swap, take_over
 from effc.backends.ort_attention import heads_side_by_side, mask_every_query, rotary_for_every_row
 from effc.backends.ort_cache import attention_on_codes
+from effc.backends.ort_products import products_of_matrices
 from effc.quant.pack import pack
 
 MICROSOFT = "com.microsoft"
@@ -25,6 +26,7 @@ def rewrite(model: ir.Model, *, one_token: bool = False) -> None:
     `one_token` says that a run sees one token, for which fewer nodes count more than faster ones.
     """
     graph = model.graph
+    products_of_matrices(graph)
     _integer_matmul(graph)
     _product_of_rows(graph)
     _weight_only_matmul(graph)

@@ -15,7 +15,7 @@ import ast
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
@@ -39,11 +39,12 @@ LONG = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """What somebody says: `speakers` as the file names them, and an emotion's place among those of the corpus."""
+    """What somebody says: `speakers` as the file names them, an emotion's place among those of the corpus, the line."""
 
     text: str
     speakers: tuple[str, ...]
     emotion: int | None = None
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def _conversation(
         name="-".join(name),
         utterances=tuple(
             Utterance(
-                text=row.text, speakers=row.speakers,
+                text=row.text, speakers=row.speakers, line=row.line,
                 emotion=None if emotions is None else _emotion(file, row, emotions, labelled),
             )
             for row in rows

@@ -45,10 +45,11 @@ def lay(conversation: Conversation, tokenizer: Tokenizer, longest: int | None = 
     texts = [utterance.text for utterance in conversation.utterances]
     pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = tuple((begin, *each, end) for each in pieces)
-    for i, row in enumerate(rows):
+    for i, (row, said) in enumerate(zip(rows, conversation.utterances, strict=True)):
         if longest is not None and len(row) > longest:
             raise CalibrationError(
-                f"dialogue {conversation.name}: utterance {i} has {len(row)} pieces, the encoder takes {longest}",
+                f"line {said.line}, dialogue {conversation.name}: utterance {i} has {len(row)} pieces, "
+                f"the encoder takes {longest}",
                 hint="split the utterance, or take an encoder of more positions",
             )
     return Laid(conversation=conversation, rows=rows)

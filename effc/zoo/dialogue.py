@@ -113,10 +113,11 @@ class Turn:
         return Turn(self.cos, -self.sin)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [batch, N, classes, D]"""
+        """x [batch, N, classes, D] → the same, first of all pairs before second: products sum over both in any order,
+        and halves are put together in a fraction of the time that pairs are."""
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = self.cos, self.sin
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+        return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
 
 
 class DialogueModel(nn.Module):

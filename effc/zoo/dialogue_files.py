@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -67,13 +67,14 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """Utterances as tokens, whom each answers, and who speaks; `truth` where the file has it."""
+    """Utterances as tokens, whom each answers, and who speaks; `truth` where the file has it, and the line it is on."""
 
     name: str
     utterances: tuple[tuple[str, ...], ...]
     replies: tuple[int, ...]
     speakers: tuple[int, ...]
     truth: Truth | None = None
+    line: int = field(default=0, compare=False)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -120,7 +121,7 @@ def read(file: Path, *, labelled: bool = True) -> list[Dialogue]:
     found = []
     for line, value in items(file):
         try:
-            found.append(_dialogue(value, labelled))
+            found.append(replace(_dialogue(value, labelled), line=line))
         except CalibrationError as error:
             name = value.get("doc_id") if isinstance(value, Mapping) else None
             raise CalibrationError(

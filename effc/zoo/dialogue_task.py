@@ -94,7 +94,9 @@ class Dialogues(Task):
             try:
                 found.append(layout.lay(dialogue, self.tokenizer, self.longest_row))
             except CalibrationError as error:
-                raise CalibrationError(f"{file}: {error.what}", hint=error.hint) from error
+                raise CalibrationError(
+                    f"{file} line {dialogue.line}: {error.what}", hint=error.hint
+                ) from error
         return found
 
     def feeds(self, items: Sequence[Laid]) -> dict[str, Array]:

@@ -45,12 +45,16 @@ class Attention(nn.Module):
             nn.Parameter(torch.randn(heads, 1, size) * size**-0.5) for _ in range(2)
         )
 
-    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        """x [batch, M, width], edges bool [batch, 1, M, M] → [batch, M, heads · size], or size where averaged"""
+    def forward(self, x: Tensor, bias: Tensor, rows: int | None = None) -> Tensor:
+        """x [batch, M, width], bias [batch, 1, M, M] → [batch, rows, heads · size], or size where averaged.
+
+        `bias` is 0 along edges and `MASKED` elsewhere; every node has an edge to itself. Where so many `rows` are asked
+        for, only the first nodes are told what they read.
+        """
         z = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        u, v = (z * self.left).sum(-1), (z * self.right).sum(-1)  # [batch, heads, M]
+        u, v = (z[:, :, :rows] * self.left).sum(-1), (z * self.right).sum(-1)  # [batch, heads, M]
         score = functional.leaky_relu(u[..., :, None] + v[..., None, :], SLOPE)
-        made = torch.where(edges, score, MASKED).softmax(-1) @ z
+        made = (score + bias[:, :, :rows]).softmax(-1) @ z
         made = made.transpose(1, 2).flatten(2) if self.joined else made.mean(1)
         return functional.elu(made)
 
@@ -112,10 +116,10 @@ class LexicalFusionModel(nn.Module):
         # the two layers have biases of their own, which tell the kinds of nodes apart
         characters = self.of_character(with_neighbours(known))
         x = torch.cat((characters, self.of_sememe(self.sememes(sememe_ids))), 1)
-        edges = joined(same | itself, incidence)[:, None]
-        for layer in self.graph:
-            x = layer(x, edges)
-        g = h + self.back(x[:, : h.shape[1]])
+        bias = torch.where(joined(same | itself, incidence)[:, None], 0.0, MASKED)
+        first, last = self.graph
+        # what sememes would read at last is of no use to anybody
+        g = h + self.back(last(first(x, bias), bias, rows=h.shape[1]))
         return {"tag_logits": self.tags(g), "link_logits": self.links(g, same.to(h.dtype))}
 
 

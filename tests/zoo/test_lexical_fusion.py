@@ -339,11 +339,13 @@ def test_attention_runs_along_edges_as_loops_say():
     x = torch.randn(1, 4, 6, dtype=torch.float64)
     edges = torch.eye(4, dtype=torch.bool)
     edges[0, 1] = edges[0, 3] = edges[2, 3] = True
+    bias = torch.where(edges, 0.0, MASKED)[None, None]
     with torch.no_grad():
-        found = layer(x, edges[None, None])[0]
+        found = layer(x, bias)[0]
+        assert torch.allclose(layer(x, bias, 3)[0], found[:3], atol=1e-12)
         mean = Attention(6, 2, 3, joined=False).double()
         mean.load_state_dict(layer.state_dict())
-        averaged = mean(x, edges[None, None])[0]
+        averaged = mean(x, bias)[0]
         z = layer.value(x)[0].reshape(4, 2, 3)
         left, right = layer.left.clone(), layer.right.clone()
     sums = []

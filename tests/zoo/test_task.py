@@ -490,3 +490,15 @@ def test_parameters_that_are_multiplied_by_hand_are_trained_as_they_stand(place,
     stem = "grids.entity.project."
     moved = {n for n in before if n.startswith(stem) and not torch.equal(before[n], after[n])}
     assert moved == {stem + name for name in ("weight", "scale", "bias", "between")}
+
+
+def test_a_dialogue_over_the_encoders_length_is_named_with_its_line(place, tmp_path):
+    file = tmp_path / "long.json"
+    plain = {"replies": [-1], "speakers": [0]}
+    rows = [json.dumps({**plain, "doc_id": i, "sentences": ["good " * i]}) for i in (1, 70)]
+    file.write_text("[\n" + ",\n".join(rows) + "]")
+    task = from_encoder(place / "encoder", "diaasq", {"inner": 8}).processor
+    words = r"long.json line 3: dialogue 70: utterance 0 has 72 pieces"
+    with pytest.raises(CalibrationError, match=words) as caught:
+        task.read(file, labelled=False)
+    assert caught.value.hint
