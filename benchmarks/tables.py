@@ -1455,7 +1455,7 @@ def looped() -> list[str]:
             ["rounds", *(str(of["rounds"]) for of in many)],
             ["bytes up", *(f"{of['bytes_up']:,}" for of in many)],
             ["bytes down", *(f"{of['bytes_down']:,}" for of in many)],
-            ["connections that broke", *(str(of["broken"]) for of in many)],
+            ["connections that broke, of looks for a release too", *(str(of["broken"]) for of in many)],
             ["accuracy", *(f"{of['accuracy'][0]:.3f} → {of['accuracy'][1]:.3f}" for of in many)],
             ["device is its cloud's mirror", *("yes" if of["mirror_equal"] else "NO" for of in many)],
             ["waiting, ms", *(f"{of['p99_ms']['idle']:.1f} → {of['p99_ms']['during']:.1f}" for of in many)],
