@@ -1386,7 +1386,8 @@ def delta_faults() -> list[str]:
         lines += [
             f"{faults['survived']:,} of {faults['injected']:,} faults survived, seed {found['seed']}, a package of "
             f"{found['package_bytes'] / 1e6:.1f} MB: a store started after each and served the old or the new package, "
-            "every file and every answer of it by sha256.",
+            "every file and every answer of it by sha256. Faults in anchors also hit stores of which nothing was whole "
+            "before: these served nothing, and said so, or the new package, and took a whole anchor afterwards.",
             "",
         ]
         rows = [
