@@ -1409,7 +1409,8 @@ def delta_faults() -> list[str]:
         lines += [
             f"{faults['survived']:,} of {faults['injected']:,} faults survived, seed {found['seed']}, a package of "
             f"{found['package_bytes'] / 1e6:.1f} MB: a store started after each and served the old or the new package, "
-            "every file and every answer of it by sha256.",
+            "every file and every answer of it by sha256. Faults in anchors also hit stores of which nothing was whole "
+            "before: these served nothing, and said so, or the new package, and took a whole anchor afterwards.",
             "",
         ]
         rows = [
@@ -1478,7 +1479,7 @@ def looped() -> list[str]:
             ["rounds", *(str(of["rounds"]) for of in many)],
             ["bytes up", *(f"{of['bytes_up']:,}" for of in many)],
             ["bytes down", *(f"{of['bytes_down']:,}" for of in many)],
-            ["connections that broke", *(str(of["broken"]) for of in many)],
+            ["connections that broke, of looks for a release too", *(str(of["broken"]) for of in many)],
             ["accuracy", *(f"{of['accuracy'][0]:.3f} → {of['accuracy'][1]:.3f}" for of in many)],
             ["device is its cloud's mirror", *("yes" if of["mirror_equal"] else "NO" for of in many)],
             ["waiting, ms", *(f"{of['p99_ms']['idle']:.1f} → {of['p99_ms']['during']:.1f}" for of in many)],
