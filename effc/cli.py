@@ -1052,6 +1052,54 @@ def lint(
         )
 
 
+@app.command("migrate-trt")
+def migrate_trt(
+    line: Annotated[
+        str | None,
+        typer.Argument(metavar="LINE", help="A command line of trtexec 8 to 10, in quotes; it is not run."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE.onnx", help="What to write [default: NAME.typed.onnx, here]."),
+    ] = None,
+    flags_file: Annotated[
+        Path | None,
+        typer.Option("--flags-file", metavar="FILE", help="A file that holds the line, or its flags."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance", min=0,
+            help="Relative L2 from float32 that is allowed [default: 0.01 for fp16, 0.05 bf16, 0.1 int8].",
+        ),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Make of a trtexec 10 line with --fp16, --int8, --best, --calib an ONNX that says so itself, and the line for 11.
+
+    \b
+    Examples:
+      effc migrate-trt "trtexec --onnx=model.onnx --fp16 --saveEngine=model.plan" -o model.fp16.onnx
+      effc migrate-trt "trtexec --onnx=net.onnx --int8 --fp16 --calib=calib.cache" --json report.json
+    """
+    if (line is None) == (flags_file is None):
+        raise UsageError(
+            "one of a LINE in quotes and --flags-file is wanted",
+            hint="effc migrate-trt 'trtexec --onnx=model.onnx --fp16'",
+        )
+    from effc.migrate import run, trtexec
+
+    text = run.flags_of(flags_file) if flags_file is not None else line or ""
+    if out is None:
+        source = trtexec.parse(trtexec.words_of(text)).onnx
+        out = Path(f"{Path(source).stem}.typed.onnx")
+    found = run.migrate(text, out, tolerance=tolerance)
+    for told in found.lines():
+        _say(told, json_)
+    _write_json(json_, found.to_json())
+
+
 @app.command()
 def passes(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
     """List every pass with its options and their defaults."""

@@ -33,7 +33,7 @@ LINES = [
     guided task
     source
     passes backends
-    metrics sampling lint
+    metrics sampling lint migrate
     recipe room checkpoint trajectories
     samples verify bench alike
     gate case tuning
