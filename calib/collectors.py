@@ -125,6 +125,40 @@ class Distinct:
         return self.most * FLOAT64
 
 
+class WidthByTime:
+    """How wide the range of a value is at each time, as the mean over batches: it watches a time, and then the value.
+
+    Zero is in every range. A batch whose rows have times of their own counts for the first of them.
+    """
+
+    def __init__(self) -> None:
+        self._time: float | None = None
+        self._seen: dict[float, tuple[float, int]] = {}
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        if self._time is None:
+            self._time = float(x.detach().reshape(-1)[0])
+            return
+        time, self._time = self._time, None
+        width = max(float(x.max()), 0.0) - min(float(x.min()), 0.0)
+        total, count = self._seen.get(time, (0.0, 0))
+        self._seen[time] = (total + width, count + 1)
+
+    def merge(self, other: Self) -> Self:
+        made = type(self)()
+        for time in self._seen.keys() | other._seen.keys():
+            pairs = [part._seen.get(time, (0.0, 0)) for part in (self, other)]
+            made._seen[time] = (pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1])
+        return made
+
+    def widths(self) -> dict[float, float]:
+        """By time, rising."""
+        return {time: total / count for time, (total, count) in sorted(self._seen.items())}
+
+    def held_bytes(self, shape: Sequence[int]) -> int:
+        return Distinct.most * 3 * FLOAT64
+
+
 class Channels:
     """Smallest, largest, mean and mean square of every channel, which is the last axis where no other is named."""
 

@@ -71,21 +71,21 @@ def paint(
     }
 
 
-TABLE = "timestep-table"
-"""The pass behind which an engine knows some times and no others."""
+TABLES = ("timestep-table", "step-gain")
+"""Passes behind which an engine knows some times and no others."""
 
 
 def _check_times(out: Path, times: Array) -> None:
     """Raises UsageError for a time that an engine of the package has no row for."""
     manifest = package.read(out)
-    if not any(entry.name == TABLE for entry in manifest.passes):
+    if not any(entry.name in TABLES for entry in manifest.passes):
         return
     record = package.read_json(out, manifest.decisions, package.MOST_RECORD_BYTES)
     for word, decided in record.items():
-        if not word.endswith(f":{TABLE}"):
+        if not word.endswith(tuple(f":{name}" for name in TABLES)):
             continue
-        for known in decided.values():
-            if odd := sorted(set(times.tolist()) - set(known)):
+        for known in filter(None, decided.values()):
+            if odd := sorted(set(times.tolist()) - set(map(float, known))):
                 raise UsageError(
                     f"the engine knows {len(known)} times, and {odd[0]:g} is none of them",
                     hint="take the steps and the sampler that it was compiled for, or compile it for these: "

@@ -36,6 +36,7 @@ PASSES = Table(
         "quantize": "effc.passes.quantize:Quantize",
         "smooth": "effc.passes.smooth:Smooth",
         "split-concat": "effc.passes.split:SplitConcat",
+        "step-gain": "effc.passes.step_gain:StepGain",
         "timestep-table": "effc.passes.timestep:TimestepTable",
         "stack-lora": "effc.passes.lora_stack:StackLora",
         "swap-lora": "effc.passes.lora_swap:SwapLora",

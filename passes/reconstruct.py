@@ -281,8 +281,9 @@ class _Rows:
         return self.at(torch.randperm(len(self), generator=draw)[:count])
 
     def tiled(self, count: int) -> _Rows:
-        """As many rows as a step has, some of them more than once."""
-        return self.at(torch.arange(count) % len(self)) if any(self.wide) else self
+        """As many rows as a step has, some more than once; as they are where a number says how many there are."""
+        is_free = any(self.wide) and all(isinstance(value, Tensor) for value in self.inputs)
+        return self.at(torch.arange(count) % len(self)) if is_free else self
 
     def at(self, chosen: Tensor) -> _Rows:
         inputs = [v[chosen] if w else v for v, w in zip(self.inputs, self.wide, strict=True)]

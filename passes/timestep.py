@@ -79,7 +79,7 @@ class TimestepTable(Pass):
         )
         given = torch.tensor(times, dtype=torch.float64).to(time.meta["val"].dtype)
         rows = _computed(graph, time, path, ends, given)
-        index = _index(graph, time, given, ends[0])
+        index = row_of(graph, time, given, ends[0])
         batch = _batch(graph, time)
         for number, end in enumerate(ends):
             # an origin of its own, as it is no tensor of the source any more
@@ -182,7 +182,7 @@ def _computed(
     }
 
 
-def _index(graph: Graph, time: fx.Node, times: Tensor, before: fx.Node) -> fx.Node:
+def row_of(graph: Graph, time: fx.Node, times: Tensor, before: fx.Node) -> fx.Node:
     """The row of every time [n]: the first that is equal, else the last."""
 
     def put(target: Callable[..., Any], *args: Any) -> fx.Node:

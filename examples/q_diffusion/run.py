@@ -69,7 +69,7 @@ CORRECTED = ", corrected"
 
 
 WIDE = ["*e1*", "*f3*", "*model.out"]
-"""The first and the last stage of the model, 3 % of its weights, which keep 8 bit in the full stack."""
+"""The first and the last stage of the model, whose weights are few and keep 8 bit in the full stack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,29 +88,34 @@ def arms(steps: int, count: int, *, smoke: bool, learning: int) -> dict[str, Arm
     w4a8 = {**w8a8, "bits": 4, "weight_range": "mse"}
     learned = {"pass": "reconstruct", "steps": learning, "activation_steps": max(1, learning // 4)}
     prepared, biases = ["split-concat", "timestep-table"], {"bias_correction": True}
-    whole = [*prepared, {**w4a8, **learned, **({} if smoke else {"wide": WIDE})}]
+    gain = {"pass": "step-gain", "select": {"module": WIDE}}
+    ends = {"wide": WIDE}
+    whole = [*prepared, gain, {**w4a8, **learned, **ends}]
+    if smoke:
+        whole = [*prepared, "step-gain", {**w4a8, **learned}]
     full = Arm(passes=whole, calib=calib, corrected="mean")
     if smoke:
         return {FLOAT: Arm(passes=[], calib=calib), FULL: full}
     third = {**calib, "keep": max(1, steps // 3)}
     found = {
         FLOAT: Arm(passes=[], calib=calib),
+        NEAREST: Arm(passes=[w4a8], calib=calib),
+        FULL: full,
         "nearest w8a8": Arm(passes=[w8a8], calib=calib),
         "w8a8, biases": Arm(passes=[{**w8a8, **biases}], calib=calib, corrected="mean"),
-        "nearest w4a32": Arm(passes=[{**w4a8, "activation_bits": 16}], calib=calib),
-        NEAREST: Arm(passes=[w4a8], calib=calib, corrected="mean"),
-        "w4a8, split": Arm(passes=["split-concat", w4a8], calib=calib),
-        "w4a8, table": Arm(passes=["timestep-table", w4a8], calib=calib),
-        "w4a8, ends in 8 bit": Arm(passes=[{**w4a8, "wide": WIDE}], calib=calib),
-        "w4a8, ends in 8 bit, biases": Arm(
-            passes=[{**w4a8, **biases, "wide": WIDE}], calib=calib, corrected="mean"
-        ),
-        "w4a8, adaround": Arm(passes=[{**w4a8, **learned}], calib=calib, corrected="mean"),
-        FULL: full,
-        "full w4a8, gain": Arm(passes=whole, calib=calib, corrected=True),
+        "w8a8, biases, gain": Arm(passes=[gain, {**w8a8, **biases}], calib=calib),
         "w8a8, last stage in float": Arm(
             passes=[{**w8a8, "select": {"exclude": "*f3*"}}], calib=calib
         ),
+        "nearest w4a32": Arm(passes=[{**w4a8, "activation_bits": 16}], calib=calib),
+        "w4a8, split": Arm(passes=["split-concat", w4a8], calib=calib),
+        "w4a8, table": Arm(passes=["timestep-table", w4a8], calib=calib),
+        "w4a8, ends in 8 bit": Arm(passes=[{**w4a8, **ends}], calib=calib),
+        "w4a8, ends in 8 bit, biases": Arm(
+            passes=[{**w4a8, **biases, **ends}], calib=calib, corrected="mean"
+        ),
+        "w4a8, adaround": Arm(passes=[{**w4a8, **learned}], calib=calib, corrected="mean"),
+        "full w4a8, gain of predictions": Arm(passes=whole, calib=calib, corrected=True),
     }
     for at in ("uniform", "first", "middle", "last"):
         found[f"w8a8, {at} third of steps"] = Arm(passes=[w8a8], calib={**third, "at": at})
@@ -271,10 +276,11 @@ def run(
             )
     best = {name: np.array(values) for name, values in errors.items()}
     pairs = [(FULL, NEAREST), (FULL + CORRECTED, NEAREST), (FULL + CORRECTED, FULL)]
+    pairs += [("w8a8, biases, gain", "w8a8, biases"), (FULL, "w4a8, ends in 8 bit, biases")]
     pairs += [("w4a8, adaround", NEAREST), ("w4a8, ends in 8 bit, biases" + CORRECTED, NEAREST)]
     pairs += [
         ("w8a8, biases" + CORRECTED, "nearest w8a8"),
-        ("full w4a8, gain" + CORRECTED, FULL + CORRECTED),
+        ("full w4a8, gain of predictions" + CORRECTED, FULL + CORRECTED),
     ]
     pairs += [
         ("w8a8, uniform third of steps", f"w8a8, {at} third of steps")

@@ -126,15 +126,18 @@ def test_values_are_collected_in_any_order_and_not_without_end():
 
 
 @pytest.mark.slow
-def test_an_engine_with_a_table_paints_and_says_which_steps_it_knows(tmp_path):
+@pytest.mark.parametrize("word", ["timestep-table", "step-gain"])
+def test_an_engine_with_a_table_paints_and_says_which_steps_it_knows(tmp_path, monkeypatch, word):
     import json
 
     from kit import assert_letter, cli
 
+    monkeypatch.setattr("effc.passes.step_gain.LEAST_GAIN", 0)  # whatever it is worth
+
     (tmp_path / "mine.py").write_text(FACTORY)
     recipe = {
         "source": {"python": f"{tmp_path / 'mine.py'}:make"}, "bench": False,
-        "calib": {"trajectories": 2, "steps": 7}, "passes": ["timestep-table"],
+        "calib": {"trajectories": 2, "steps": 7}, "passes": [word],
     }  # fmt: skip
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     ran = cli("compile", tmp_path / "r.yaml", "-o", tmp_path / "out")
