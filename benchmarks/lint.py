@@ -25,7 +25,17 @@ from effc.lint import run
 
 sys.path.insert(0, str(common.ROOT / "tests"))
 from nets import FLOAT, Net
-from planted_onnx import S8, U8, around, convolution, four_bit, halves, product, two_activations
+from planted_onnx import (
+    S8,
+    U8,
+    around,
+    convolution,
+    four_bit,
+    halves,
+    product,
+    shared,
+    two_activations,
+)
 
 BUDGET_S = 6.0
 Build = Callable[[], Net]
@@ -61,7 +71,9 @@ def integers() -> Net:
 
 PLACES = {
     "ort": (
-        Place(rule="", layer="product 128×768×768, int8 activations", fault=product(shape=ROWS, columns=768, act=S8),
+        Place(rule="ORT001", layer="three products 128×768×768 of one value",
+              fault=shared(S8, 3, rows=128, size=768)),
+        Place(rule="", layer="one product 128×768×768 of int8", fault=product(shape=ROWS, columns=768, act=S8),
               without=product(shape=ROWS, columns=768), advice="uint8"),
         Place(rule="ORT003", layer="product 128×768×3072", fault=product(shape=ROWS, columns=3072, bias="1")),
         Place(rule="ORT003", layer="table 128×768×768", fault=product(shape=(128, 768), columns=768, bias="1")),

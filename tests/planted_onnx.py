@@ -300,6 +300,31 @@ def masked() -> Net:
     return net
 
 
+def shared(
+    act: tuple[Any, Any],
+    readers: int,
+    *,
+    behind: bool = False,
+    residual: bool = False,
+    rows: int = 16,
+    size: int = 64,
+) -> Build:
+    """Products that read one dequantised value, and a sum that reads it too."""  # fmt: skip
+
+    def build() -> Net:
+        net = Net()
+        x = net.quantized(net.input("x", ["n", rows, size]), 0.05, *act)
+        made = [net.add("MatMul", x, net.codes(size, size, axis=1)) for _ in range(readers)]
+        made = [net.quantized(y, 0.05, *act) for y in made] if behind else made
+        total = made[0]
+        for value in made[1:] + ([x] if residual else []):
+            total = net.add("Sub", total, value)
+        net.give(total)
+        return net
+
+    return build
+
+
 def of_domain(op: str, domain: str) -> Build:
     def build() -> Net:
         net = Net()
@@ -397,6 +422,9 @@ def branches() -> Net:
 STATIC = (4, 16, 64)
 
 # onnxruntime
+fault("int8 read by two products", "ort", "ORT001", shared(S8, 2), "float")
+fault("int8 read by three, with grids", "ort", "ORT001", shared(S8, 3, behind=True), "float")
+fault("int8 read by a product and a sum", "ort", "ORT001", shared(S8, 1, residual=True), "float")
 fault("integers from outside of a branch", "ort", "ORT020", branches, "float")
 fault(
     "int8 and a bias, fixed sizes",
@@ -602,6 +630,8 @@ clean(
     product(shape=("n", 64), op="Gemm", bias="int32"),
 )
 clean("uint8 without a zero point", ALL, product(act=(0, np.uint8)))
+clean("uint8 read by three", "ort openvino", shared(U8, 3, residual=True))
+clean("int8 read by three", "openvino tensorrt", shared(S8, 3, residual=True))
 clean("int8 product, free batch", "ort", product(act=S8))
 clean("int8 around 5", "ort openvino", product(act=(5, np.int8)))
 clean("int8 Gemm", "ort", product(shape=("n", 64), act=S8, op="Gemm", bias="int32"))

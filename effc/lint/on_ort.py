@@ -86,6 +86,27 @@ def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
             yield node, add
 
 
+@rule(
+    "ORT001", WARNING, ORT,
+    what="int8 activations that are dequantised once and read more than once",
+    cost="every layer that reads them runs in float; of uint8 they stay on integers",
+    fix="the same grid as uint8: zero point and codes moved by 128",
+)  # fmt: skip
+def shared_activation(graph: ir.Graph) -> Iterator[Hit]:
+    seen: set[ir.Node] = set()
+    for node in nodes(graph, "MatMul", "Gemm", "Conv"):
+        dq = activation(given(node, 0))
+        if dq is None or dq in seen or not _is_integer(node) or grid(dq).kind != ir.DataType.INT8:
+            continue
+        others = len(readers(dq.outputs[0])) - 1 + dq.outputs[0].is_graph_output()
+        if others:
+            seen.add(dq)
+            yield Hit(
+                node=node, tensor=name(dq.outputs[0]), evidence=f"{others} more read {name(dq.outputs[0])}",
+                repair=_to_unsigned(graph, behind(dq.inputs[0], Q, ("Clip",))),
+            )  # fmt: skip
+
+
 def _to_unsigned(graph: ir.Graph, quantize: ir.Node | None) -> edit.Edit | None:
     """Move a grid by 128, with all that stands on it; None where something else reads its codes."""
     if quantize is None or grid(quantize).zero is None:

@@ -12,7 +12,7 @@ from effc.lint.on_tensorrt import CONTRIB, REFUSED
 
 NEEDS = {"ort": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt_rtx_bindings"}
 EXACT = {
-    "QDQ004", "QDQ005", "ORT002", "ORT003", "ORT004", "ORT005", "ORT009", "ORT010", "ORT011", "ORT016",
+    "QDQ004", "QDQ005", "ORT001", "ORT002", "ORT003", "ORT004", "ORT005", "ORT009", "ORT010", "ORT011", "ORT016",
     "OV001", "TRT001", "TRT002",
 }  # fmt: skip
 """Rules that have places that can be put right."""
