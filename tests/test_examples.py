@@ -50,7 +50,16 @@ KEYS = {
         "engine_rel_l2",
         "prefill_speedup",
     },
-    "q_diffusion": {"arms", "compared", "disk_ratio", "loop_speedup", "steps", "is_trained"},
+    "q_diffusion": {
+        "arms",
+        "compared",
+        "disk_ratio",
+        "coded_ratio",
+        "loop_speedup",
+        "engine_steps_off",
+        "steps",
+        "is_trained",
+    },
     "own_pass": {"before", "after", "sites", "max_abs", "recipe"},
 }
 CAUSAL_KEYS = {"arms", "ahead", "untrained", "left_out", "about", "data"}

@@ -269,6 +269,30 @@ def test_four_bits_take_half_the_room(tmp_path):
     assert sizes[4] < 0.65 * sizes[8]
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "kernel"),
+    [
+        (nn.Linear(32, 32), (4, 32), "MatMulIntegerToFloat"),
+        (nn.Conv2d(16, 16, 3), (2, 16, 6, 6), "QLinearConv"),
+    ],
+)
+def test_codes_of_four_bits_beside_bytes_lie_in_half_a_byte_and_run_as_bytes(
+    layer, shape, kernel, tmp_path
+):
+    torch.manual_seed(0)
+    program = effc.trace(nn.Sequential(layer, nn.Sigmoid()), torch.randn(*shape))
+    quantize(program, batches("input", *shape), bits=4)
+    lowered = lower(program, tmp_path)
+    assert [(site.kernel, site.int8) for site in lowered.sites] == [(kernel, True)]
+    model = onnx.load(tmp_path / "model.onnx")
+    (packed,) = [v for v in model.graph.initializer if v.data_type == onnx.TensorProto.INT4]
+    assert len(packed.raw_data) == layer.weight.numel() / 2
+    x = normal(*shape, seed=9)
+    wanted = program.run(input=x)["output"]
+    with Ort().open(lowered, threads=1) as opened:
+        assert distance(torch.from_numpy(opened({"input": x.numpy()})["output"]), wanted) < 0.01
+
+
 def test_a_tied_table_is_one_initialiser_and_both_its_sites_are_int8(tmp_path):
     program = effc.trace(Tied(), torch.ones(2, 6, dtype=torch.int64))
     ids = np.random.default_rng(0).integers(0, 40, (4, 6))
