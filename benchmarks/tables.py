@@ -1507,7 +1507,8 @@ def kept_fresh() -> list[str]:
             "is what all of the change takes. What arms are is in examples/cloud_device/arms.py. "
             + circumstances(found),
             "",
-            f"Of what labels give, akd recovered {_recovery(found['recovered']['akd'])} over {', '.join(most)}, with "
+            f"Of what labels give, akd recovered {_recovery(found['recovered']['akd'])} over {', '.join(most)} "
+            f"({', '.join(f'of {t} alone {_recovery(r)}' for t, r in found['recovered_by_task'].items())}), with "
             f"at most {max(a['up_share_most'] for a in shown):.2%} up and "
             f"{max(a['down_share_most'] for a in shown):.2%} down in a round. {found['faults']['survived']:,} of "
             f"{found['faults']['injected']:,} spoiled releases were refused while the engine answered on, "

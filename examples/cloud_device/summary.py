@@ -23,6 +23,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 ENOUGH = 0.9
 """Of what labels give, for how soon it is reached."""
 DRAWS = 2000
+TASKS = ("questions", "captions")
+"""What accuracy is taken of apart, beside all."""
 
 
 def told(units: Units) -> Json:
@@ -57,6 +59,7 @@ def told(units: Units) -> Json:
         "recovered": {
             arm: recovery(plain, arm) for arm in _arms(plain) if arm not in made_of.GRID
         },
+        "recovered_by_task": {task: recovery(plain, SHOWN, task) for task in TASKS},
         "ahead": {d: _ahead(found, SHOWN) for d, found in plain.items()},
         "above_chance": {d: _above(found) for d, found in plain.items()},
         "soon": {d: _soon(found) for d, found in plain.items() if WHOLE in found},
@@ -87,9 +90,10 @@ def final(units: Sequence[Json]) -> float:
     return float(np.mean([unit["rounds"][-1]["accuracy_after"] for unit in units]))
 
 
-def gain(unit: Json) -> float:
-    rounds = unit["rounds"]
-    return float(rounds[-1]["accuracy_after"] - rounds[0]["accuracy_before"])
+def gain(unit: Json, task: str = "all") -> float:
+    """Of the engine's accuracy in the domain of the last round: behind that round, less before the first."""
+    last = unit["rounds"][-1]
+    return float(last["accuracy"][last["domain"]][task] - unit["begun"][last["domain"]][task])
 
 
 def _both(first: Sequence[Json], other: Sequence[Json]) -> list[tuple[Json, Json]]:
@@ -98,25 +102,27 @@ def _both(first: Sequence[Json], other: Sequence[Json]) -> list[tuple[Json, Json
     return [(unit, by_seed[unit["seed"]]) for unit in first if unit["seed"] in by_seed]
 
 
-def recovered(units: Units, arm: str) -> float | None:
+def recovered(units: Units, arm: str, task: str = "all") -> float | None:
     """The arm's gain over that of labels, both summed over domains and seeds; None where labels gain nothing."""
     pairs = [
         pair for found in units.values() for pair in _both(found.get(arm, []), found.get(WHOLE, []))
     ]
     own, whole = (
-        (sum(map(gain, side)) for side in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+        (sum(gain(unit, task) for unit in side) for side in zip(*pairs, strict=True))
+        if pairs
+        else (0.0, 0.0)
     )
     return own / whole if whole > 0 else None
 
 
-def recovery(units: Units, arm: str) -> Json:
+def recovery(units: Units, arm: str, task: str = "all") -> Json:
     """`recovered`, and an interval of 95 %: seeds are drawn again, in every domain those of the same numbers."""
-    found: Json = {"share": recovered(units, arm)}
+    found: Json = {"share": recovered(units, arm, task)}
     by_seed: dict[int, Array] = {}
     for each in units.values():
         for own, whole in _both(each.get(arm, []), each.get(WHOLE, [])):
             sums = by_seed.setdefault(own["seed"], np.zeros(2))
-            sums += gain(own), gain(whole)
+            sums += gain(own, task), gain(whole, task)
     if found["share"] is None or len(by_seed) < 3:
         return found
     every = np.stack([*by_seed.values()])  # a student is the same in every domain
@@ -143,7 +149,7 @@ def arm_told(units: Sequence[Json], whole: Sequence[Json]) -> Json:
         "source_after": float(np.mean([u["rounds"][-1]["source_accuracy"] for u in units])),
         "tasks": {
             task: float(np.mean([r["accuracy"][r["domain"]][task] for r in [u["rounds"][-1] for u in units]]))
-            for task in ("questions", "captions")
+            for task in TASKS
         },
         "taken": sum(r["taken"] for r in rounds) / sum(r["of"] for r in rounds),
         "up_share": sum(r["bytes_up"] for r in rounds) / sum(r["jpeg_bytes"] for r in rounds),
