@@ -1,6 +1,6 @@
 """A device and its cloud as processes over a slow line that breaks: how long every stage of a round takes, both ways.
 
-    python benchmarks/delta_loop.py [--state DIR] [--rounds N] [--smoke]   # 15 min; writes results/delta_loop.json
+    python benchmarks/delta_loop.py [--state DIR] [--rounds N] [--smoke]   # 8 min; writes results/delta_loop.json
 
 World, models and training are those of examples/cloud_device, in little: its plan `fast`, the arm `akd` by `dusk`. The
 cloud trains, compiles and makes releases in a process of its own, beside `effc delta serve --uplink`; the device, which

@@ -1472,9 +1472,8 @@ def looped() -> list[str]:
             "",
         ]  # fmt: skip
         many = found["lines"]
-        rows = [
-            [name, *(f"{of['seconds'][name]:.2f}" for of in many)] for name in many[0]["seconds"]
-        ]
+        stages = "answer calibrate pack up wait train compile weigh make fetch take round"
+        rows = [[name, *(f"{of['seconds'][name]:.2f}" for of in many)] for name in stages.split()]
         rows += [
             ["rounds", *(str(of["rounds"]) for of in many)],
             ["bytes up", *(f"{of['bytes_up']:,}" for of in many)],
