@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from effc import compiler, package, recipe, solving
-from effc.errors import GateRefused
 from effc.source import guess, load
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
