@@ -77,7 +77,35 @@ def _problem(model: onnx.ModelProto) -> str | None:
         return f"it has opset {opset}, and {_OLDEST} to {newest} are known"
     if wrong := next(filter(None, map(_wrong_tensor, _tensors(model.graph))), None):
         return wrong
-    return _unordered(model.graph, frozenset())
+    return _unordered(model.graph, frozenset()) or _miscalled(model.graph, opset)
+
+
+def _miscalled(graph: onnx.GraphProto, opset: int) -> str | None:
+    """A node that has too few inputs for its operator, too many, or not one that it must have."""
+    for node in graph.node:
+        for inner in _graphs(node):
+            if wrong := _miscalled(inner, opset):
+                return wrong
+        try:
+            schema = (
+                onnx.defs.get_schema(node.op_type, opset, "")
+                if node.domain in ("", "ai.onnx")
+                else None
+            )
+        except onnx.defs.SchemaError:
+            continue  # nobody knows what it takes
+        if schema is None:
+            continue
+        count = len(node.input)
+        missing = [
+            formal.name
+            for formal, name in zip(schema.inputs, node.input, strict=False)
+            if not name and formal.option == onnx.defs.OpSchema.FormalParameterOption.Single
+        ]
+        if missing or not schema.min_input <= count <= schema.max_input:
+            what = f"no {missing[0]}" if missing else f"{count} inputs"
+            return f"{_called(node)} has {what}"
+    return None
 
 
 def _unordered(graph: onnx.GraphProto, outer: frozenset[str]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ import common
 import numpy as np
 
 from effc.backends.openvino_engine import OpenVinoEngine
+from effc.backends.ort import optimized
 from effc.backends.ort_engine import OrtEngine
 from effc.bench import Case, compare
 from effc.lint import run
@@ -158,7 +160,68 @@ def timed(target: str, place: Place, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def whole(folder: Path) -> dict[str, Any]:
+    """MiniLM as `quantize_static` of onnxruntime quantises it by default, to int8, and the same behind --fix."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    common.run_cli(
+        "compile", common.minilm(), "-o", folder / "plain", "--target", "onnx", "--no-bench"
+    )
+    plain, fault, without = (
+        folder / "plain" / "model.onnx",
+        folder / "fault.onnx",
+        folder / "without.onnx",
+    )
+    draw = np.random.default_rng(0)
+
+    def drawn(batch: int, length: int) -> dict[str, Any]:
+        with OrtEngine(plain, threads=1) as engine:
+            names = [p.name for p in engine.inputs]
+        ids = draw.integers(1000, 20000, (batch, length))
+        return {n: ids if n == "input_ids" else np.full_like(ids, "mask" in n) for n in names}
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = [drawn(2, 32) for _ in range(4)]
+
+        def get_next(self) -> Any:
+            return self.left.pop() if self.left else None
+
+    quantize_static(
+        plain, fault, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, weight_type=QuantType.QInt8,
+        activation_type=QuantType.QInt8,
+    )  # fmt: skip
+    rules = run.chosen("ort")
+    repaired = run.repair(fault, without, rules)
+    openers = {
+        "engine": opener("ort", without),
+        "fault": opener("ort", fault),
+        "float": opener("ort", plain),
+    }
+    case = Case(batch=1, length=128, feeds=drawn(1, 128))
+    shape = compare(openers, [case], threads=1, budget_s=30).to_json()["shapes"][0]
+    kinds = [[node.op_type for node in optimized(file).graph] for file in (fault, without)]
+    return {
+        "fixed": dict(Counter(one.id for one in repaired.done)),
+        "left": dict(Counter(one.id for one in repaired.left)),
+        "gap": repaired.gap,
+        "float_products": [found.count("MatMul") + found.count("Gemm") for found in kinds],
+        "integer_products": [
+            found.count("QLinearMatMul") + found.count("MatMulIntegerToFloat") for found in kinds
+        ],
+        "shape": shape,
+    }
+
+
 def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="effc-lint-") as folder:
+        model = whole(Path(folder))
+    print({k: v for k, v in model.items() if k != "shape"}, model["shape"]["against"], flush=True)
     found = []
     for target, places in PLACES.items():
         for place in places:
@@ -169,7 +232,10 @@ def main() -> int:
                 flush=True,
             )
     print(
-        common.write(f"lint-{common.features()}", {"name": "lint", "threads": 1, "places": found})
+        common.write(
+            f"lint-{common.features()}",
+            {"name": "lint", "threads": 1, "places": found, "model": model},
+        )
     )
     return 0
 

@@ -155,7 +155,7 @@ def baked(graph: ir.Graph) -> Iterator[Hit]:
         had = sizes(node.inputs[0])
         if shape is None or not had or fixed(had) or (shape <= 0).any():
             continue
-        evidence = f"{_shown(had)} becomes {[int(n) for n in shape]}"
+        evidence = f"{_shown(had)} becomes {[int(n) for n in shape.ravel()]}"
         yield Hit(node=node, tensor=name(node.inputs[0]), evidence=evidence)
 
 

@@ -42,10 +42,10 @@ class Grid:
 
 
 def grid(node: ir.Node) -> Grid:
-    scale = constant(node.inputs[1])
-    point = node.inputs[2] if len(node.inputs) > 2 else None
+    scale = constant(given(node, 1))
+    point = given(node, 2)
     zero = constant(point) if point is not None else np.zeros(1, np.int8)
-    codes = node.outputs[0] if node.op_type == Q else node.inputs[0]
+    codes = node.outputs[0] if node.op_type == Q else given(node, 0)
     kind = point.dtype if point is not None and point.dtype is not None else None
     if kind is None and codes is not None:
         kind = codes.dtype
@@ -69,7 +69,7 @@ def behind(value: ir.Value | None, kind: str, through: Sequence[str] = ()) -> ir
     """The node of a kind that makes a value, other nodes between allowed."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in through and node.op_type != kind:
-        value = node.inputs[0]
+        value = given(node, 0)
         node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == kind else None
 
@@ -88,14 +88,14 @@ def activation(value: ir.Value | None) -> ir.Node | None:
 
 def codes(node: ir.Node) -> ir.Value | None:
     """The constant codes that a dequantise node reads; None where they are computed."""
-    value = node.inputs[0]
+    value = given(node, 0)
     while value is not None and value.const_value is None:
         made = value.producer()
         if made is None or (made.op_type not in _WEIGHTS_THROUGH and made.op_type != "Constant"):
             return None
         if made.op_type == "Constant":
             return value
-        value = made.inputs[0]
+        value = given(made, 0)
     return value
 
 

@@ -154,3 +154,11 @@ def test_branches_read_what_is_outside_of_them(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "m.onnx")
     assert "not a plain file" in refused(tmp_path / "m.onnx")
+
+
+def test_an_operator_without_what_it_must_have_is_refused(tmp_path):
+    model = net().model()
+    model.graph.node[0].input[1] = ""
+    assert "MatMul 'MatMul_0' has no B" in refused(written(tmp_path, model))
+    del model.graph.node[0].input[1:]
+    assert "MatMul 'MatMul_0' has 1 inputs" in refused(written(tmp_path, model))
