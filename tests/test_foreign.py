@@ -14,8 +14,8 @@ from onnx_files import node, save
 
 from effc.backends import BACKENDS
 from effc.backends.ort_engine import OrtEngine
+from effc.compiler import trace_source
 from effc.foreign import module as reading
-from effc.ir.trace import trace
 from effc.source import from_directory, load
 from kit import assert_letter, cli, made
 
@@ -30,9 +30,7 @@ def floats(*shape, scale=1.0):
 def place(tmp_path_factory):
     """A folder with a text encoder as a file, its tokenizer beside it."""
     place = tmp_path_factory.mktemp("foreign")
-    source = from_directory(made().model)
-    graph = trace(source.module, source.inputs["main"], dims=source.dims["main"]).only()
-    BACKENDS["onnx"]().lower(graph, place)
+    BACKENDS["onnx"]().lower(trace_source(from_directory(made().model)).only(), place)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(made().model / name, place)
     return place
