@@ -252,7 +252,9 @@ Json = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="The model it was made from: directory or module:factory."),
+    typer.Option(
+        "--model", help="The model it was made from: directory, model.onnx or module:factory."
+    ),
 ]
 TrustCode = Annotated[
     bool,
@@ -531,11 +533,14 @@ def tune(
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="A directory that effc compile wrote.")],
+    out: Annotated[
+        Path, typer.Argument(help="A directory that effc compile wrote, or anybody's ONNX file.")
+    ],
     model: Model = None,
     trust_code: TrustCode = False,
     calib: Calib = None,
     metric: Metric = None,
+    tokenizer: Tokenizer = None,
     threads: Threads = None,
     json_: Json = None,
     debug: Debug = False,
@@ -543,13 +548,30 @@ def verify(
 ) -> None:
     """Check that a package is whole; with --model, that it does what the model does.
 
+    Of an ONNX file it says what it is, quantised or not, and with --model what it is worth beside that.
+
     \b
-    Example:
+    Examples:
       effc verify OUT --model MODEL_DIR --metric sts:stsb.csv
+      effc verify quantised.onnx --model MODEL_DIR --metric sts:stsb.csv
     """
     _outside(json_, out)
-    from effc import inspection
+    from effc import compared, inspection
 
+    if compared.is_file(out):
+        with terminal() as progress:
+            found = compared.verify(
+                out, model=model, tokenizer=tokenizer, calib=calib, metric=metric, threads=threads,
+                progress=progress,
+            )  # fmt: skip
+        for line in compared.lines(found):
+            _say(line, json_)
+        _write_json(json_, found)
+        return
+    if tokenizer is not None:
+        raise UsageError(
+            "--tokenizer is for an ONNX file, and a package has its own", hint="leave it out"
+        )
     with terminal() as progress:
         found = inspection.verify(
             out, model=model, calib=calib, metric=metric, threads=threads, progress=progress,
@@ -859,7 +881,9 @@ def explain(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A package, a model directory, or module:factory.")],
+    model: Annotated[
+        str, typer.Argument(help="A package, a model directory, model.onnx, or module:factory.")
+    ],
     target: Annotated[str, typer.Option("--target", help="Whose dialect to show.")] = "ort",
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the graph, one line per node.")

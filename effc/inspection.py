@@ -348,7 +348,11 @@ def inspect(model: str, *, target: str, graph: bool, coupling: bool = False) -> 
     if is_package(model):
         manifest = package.read(path)
         return {"package": dataclasses.asdict(manifest), "bytes": manifest.model_bytes(path)}
-    from effc import compiler, coupled
+    from effc import compared, compiler, coupled
+
+    file = compared.described(path) if compared.is_file(model) else None
+    if file is not None and file["quantised"] is not None:
+        return {"file": file}
     from effc.backends.dialect import DIALECTS
     from effc.ir.select import op_name, site_names
     from effc.ir.show import show
@@ -411,6 +415,10 @@ def inspect_lines(found: Mapping[str, Any]) -> list[str]:
         for p in manifest["passes"]:
             lines.append(f"{p['name']}: {p['sites']} sites, {p['effect']}")
         return lines
+    if "file" in found:
+        from effc import compared
+
+        return compared.lines(found)
     lines = [f"{found['name']}, {found['kind']}"]
     if any("coupling" in r for r in found["roles"].values()):
         return [*lines, *_coupling_lines(found)]

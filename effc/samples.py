@@ -231,6 +231,17 @@ class Samples:
         found = {"data": data.digest(path), "spec": {**dataclasses.asdict(spec), "file": column}}
         return key_of("samples", files=files, **found)
 
+    @cached_property
+    def _fixed_rows(self) -> int | None:
+        """How many rows a batch has, where an ONNX file was written for that many alone; None where it is free."""
+        if self.source.file is None:
+            return None
+        (role,) = self.source.inputs
+        dims, inputs = self.source.dims[role], self.source.inputs[role]
+        sizes = {len(x) for x in inputs.values() if x.dim()}
+        is_free = any(0 in axes for axes in dims.values())
+        return None if is_free or len(sizes) != 1 else sizes.pop()
+
     def description(self) -> dict[str, Any] | None:
         """Name, size and sha256 of the file, for the manifest."""
         if self.trajectories is not None:
@@ -262,6 +273,8 @@ class Samples:
     def _batched(self, records: Iterable[Record], size: int | None = None) -> Iterator[Batch]:
         assert self.spec is not None
         size = size or self.spec.batch
+        if (fixed := self._fixed_rows) is not None:
+            size, records = fixed, _full(records, fixed)
         processor = self.source.processor
         if processor is not None:
             yield from processor.batches(records, size=size, max_length=self.spec.max_length)
@@ -274,6 +287,13 @@ class Samples:
                     hint="calibrate with an .npz whose arrays are named as the inputs, or `calib: {callable: …}`",
                 )
             yield stack(chunk)
+
+
+def _full(records: Iterable[Record], rows: int) -> Iterator[Record]:
+    """Samples as long as they fill batches of so many rows."""
+    records = iter(records)
+    while len(chunk := list(itertools.islice(records, rows))) == rows:
+        yield from chunk
 
 
 def _holds_arrays(spec: CalibSpec) -> bool:

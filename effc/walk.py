@@ -39,7 +39,7 @@ from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, Trainer
 from effc.passes.pipeline import apply
 from effc.progress import Progress
-from effc.recipe import WORDS, Recipe
+from effc.recipe import OF_FILE, WORDS, Recipe
 from effc.remedy import Remedy, remedies
 from effc.samples import Samples
 from effc.verify import Tolerance, parity
@@ -157,7 +157,7 @@ def walk(
     }  # fmt: skip
 
 
-SOURCE = (*WORDS, "cache", "roles")
+SOURCE = (*WORDS, *OF_FILE, "cache", "roles")
 
 
 def _recipe(out: Path, spec: Json, trust_code: bool, calib: str | None) -> Recipe:

@@ -49,6 +49,7 @@ LINES = [
     trial remedy layout_pipeline
     search
     compiler
+    compared
     inspection plan writing painting solving layout
     walk
     cli

@@ -117,8 +117,11 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwi
         ("source: {transformers: [", "line 1 is not YAML"),
         ("targets: [ort]", "a recipe needs a source"),
         ("effc: 2\nsource: {transformers: D}", "version 2; effc reads 1"),
-        ("source: {}", "one of transformers, diffusers, gguf, python"),
-        ("source: {transformers: D, python: m:f}", "one of transformers, diffusers, gguf, python"),
+        ("source: {}", "one of transformers, diffusers, gguf, onnx, python"),
+        (
+            "source: {transformers: D, python: m:f}",
+            "one of transformers, diffusers, gguf, onnx, python",
+        ),
         ("source: D", "source is a mapping"),
         ("source: {transformers: D}\ntargets: []", "list of words"),
         ("source: {transformers: D}\ntargets: [{ort: {}}]", "target ort has no options"),

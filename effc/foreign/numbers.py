@@ -36,15 +36,20 @@ def numbers_of(tensor: Tensor) -> Numbers | None:
 
 
 def tensor(value: Any) -> Tensor:
-    """A value as a tensor, symbols in it as sizes that the graph works out."""
+    """A value as a tensor, symbols in it as sizes that the graph works out.
+
+    Numbers are written into the graph and are no constants of it: torch takes a graph with constants of its own apart,
+    and reshapes in it become views, which a value of another layout breaks.
+    """
     if isinstance(value, Tensor):
         return value
-    if value.dtype != object:
-        return torch.tensor(value.tolist(), dtype=getattr(torch, str(value.dtype)))
     parts = [v.item() if isinstance(v, np.generic) else v for v in value.reshape(-1)]
-    kind = (
-        torch.float32 if any(isinstance(v, float | torch.SymFloat) for v in parts) else torch.int64
-    )
+    is_float = any(isinstance(v, float | torch.SymFloat) for v in parts)
+    kind = torch.float32 if is_float else torch.int64
+    if value.dtype != object:
+        kind = getattr(torch, str(value.dtype))
+        if value.ndim and len(set(parts)) == 1:
+            return torch.full(value.shape, parts[0], dtype=kind)
     made = [torch.scalar_tensor(v, dtype=kind) for v in parts]
     return torch.stack(made).reshape(value.shape) if value.ndim else made[0]
 

@@ -94,10 +94,8 @@ def _cast(step: Step, x: Any, like: Any = None) -> Any:
 
 
 def _where(step: Step, chosen: Any, a: Any, b: Any) -> Any:
-    a, b = _number(a), _number(b)
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        a = tensor(a)
-    return torch.where(tensor(chosen), a, b)
+    both_numbers = is_numbers(a) and is_numbers(b)
+    return torch.where(tensor(chosen), tensor(a) if both_numbers else _number(a), _number(b))
 
 
 def _gelu(step: Step, x: Any) -> Any:
@@ -144,8 +142,8 @@ def _flatten(step: Step, x: Any) -> Any:
     axis = step.get("axis", 1)
     x = tensor(x)
     axis = axis + x.dim() if axis < 0 else axis
-    if axis == 0:
-        return x.reshape(1, -1)
+    if axis in (0, x.dim()):
+        return x.reshape((1, -1) if axis == 0 else (-1, 1))
     return torch.flatten(x, axis) if axis == 1 else torch.flatten(x, axis).flatten(0, axis - 1)
 
 

@@ -241,7 +241,7 @@ def _attention(sheet: _Sheet, softmax: Step) -> None:
         return
     end = _weights(sheet, softmax)
     product = sheet.only(end, "MatMul")
-    turned = _turned(sheet, scores.inputs[1], softmax)
+    turned = _turned(sheet, scores.inputs[1])
     if product is None or product.inputs[0] != end or turned is None:
         return
     key, steps = turned
@@ -290,25 +290,29 @@ def _weights(sheet: _Sheet, softmax: Step) -> str:
     return name
 
 
-def _turned(sheet: _Sheet, name: str, near: Step) -> tuple[str, list[Step]] | None:
+def _turned(sheet: _Sheet, name: str) -> tuple[str, list[Step]] | None:
     """A key as it was before it was turned round for the product, and the steps that make it so."""
     step = sheet.makers.get(name)
     scaled = None
     if step is not None and step.op == "Mul":
-        places = [i for i, v in enumerate(step.inputs) if sheet.maker(v, "Transpose")]
+        places = [i for i, v in enumerate(step.inputs) if sheet.maker(v, "Transpose", "Reshape")]
         if len(places) != 1:
             return None
         scaled, step = (step, places[0]), sheet.makers[step.inputs[places[0]]]
-    if step is None or step.op != "Transpose":
+    made: list[Step] = []
+    if step is not None and step.op == "Reshape":
+        flat = _turned_flat(sheet, step)
+        if flat is None:
+            return None
+        key = flat
+    elif step is not None and len(order := list(step.get("perm") or ())) == 4:
+        order[2:] = order[3], order[2]
+        key = step.inputs[0]
+        if order != [0, 1, 2, 3]:
+            key = f"{name}.key"
+            made.append(renamed(step, outputs=(key,), attributes={"perm": order}))
+    else:
         return None
-    order = list(step.get("perm") or ())
-    if len(order) != 4:
-        return None
-    order = [order[0], order[1], order[3], order[2]]
-    made, key = [], step.inputs[0]
-    if order != [0, 1, 2, 3]:
-        key = f"{name}.key"
-        made.append(renamed(step, outputs=(key,), attributes={"perm": order}))
     if scaled is not None:
         of, place = scaled
         inputs = [*of.inputs]
@@ -316,6 +320,14 @@ def _turned(sheet: _Sheet, name: str, near: Step) -> tuple[str, list[Step]] | No
         key = f"{name}.scaled_key"
         made.append(renamed(of, inputs=tuple(inputs), outputs=(key,)))
     return key, made
+
+
+def _turned_flat(sheet: _Sheet, step: Step) -> str | None:
+    """The key in front of what newer exporters write: batch and heads as one axis, turned, and two axes again."""
+    turned = sheet.maker(step.inputs[0], "Transpose")
+    flat = sheet.maker(turned.inputs[0], "Reshape") if turned is not None else None
+    is_last = turned is not None and list(turned.get("perm") or ()) == [0, 2, 1]
+    return flat.inputs[0] if flat is not None and is_last else None
 
 
 def _linear(sheet: _Sheet, product: Step) -> None:

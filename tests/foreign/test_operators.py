@@ -44,6 +44,9 @@ CASES = [
     ("Clip at 0", X, [node("Clip", "x l", "y")], {"l": np.float32(0)}),
     ("Sum", X, [node("Sum", "x x w", "y")], {"w": floats(8)}),
     ("Cast", X, [node("Cast", "x", "y", to=TensorProto.INT32)], {}),
+    ("Where of two numbers", X, [node("Greater", "x z", "c"), node("Where", "c o z", "y")],
+     {"z": np.float32(0), "o": np.float32(1)}),
+    ("Flatten at its end", X, [node("Flatten", "x", "y", axis=4)], {}),
     ("Where", X, [node("Greater", "x z", "c"), node("Where", "c x z", "y")], {"z": np.float32(0)}),
     ("And Or Xor Not", X, [
         node("Greater", "x z", "a"), node("Less", "x o", "b"), node("And", "a b", "c"), node("Or", "a c", "d"),

@@ -109,6 +109,11 @@ ATTENTIONS = {
         KEY, node("Mul", "q c", "qq"), node("Mul", "t c", "tt"), node("MatMul", "qq tt", "s"),
         node("Add", "s mask", "a"), node("Softmax", "a", "w"), node("MatMul", "w v", "y"),
     ],
+    "turned with batch and heads as one": [
+        node("Transpose", "k", "kk", perm=[0, 2, 1, 3]), node("Reshape", "kk flat", "f"),
+        node("Transpose", "f", "t", perm=[0, 2, 1]), node("Reshape", "t two", "r"), node("Mul", "r c", "tt"),
+        node("Mul", "q c", "qq"), node("MatMul", "qq tt", "s"), node("Softmax", "s", "w"), node("MatMul", "w v", "y"),
+    ],
     "watched for rows that see nothing": [
         KEY, node("MatMul", "q t", "s"), node("Add", "s mask", "a"), node("Softmax", "a", "w"), node("IsNaN", "w", "i"),
         node("Where", "i zero w", "o"), node("MatMul", "o v", "y"),
@@ -122,7 +127,8 @@ def heads():
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_attention_is_put_together(kind, tmp_path):
-    tensors = {"c": number(2), "zero": number(0), "mask": floats(1, 1, 1, 5)}
+    tensors = {"c": number(2), "zero": number(0), "mask": floats(1, 1, 1, 5), "flat": np.array([-1, 5, 4]),
+               "two": np.array([-1, 2, 4, 5])}  # fmt: skip
     made = module(place := save(tmp_path / "m.onnx", ATTENTIONS[kind], HEADS, tensors))
     assert "Attention" in ops(made) and not {"Softmax", "MatMul"} & set(ops(made))
     same(place, made, heads())
