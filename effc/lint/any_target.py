@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import ml_dtypes  # noqa: F401  # numpy reads bfloat16 and fp8 with it
 import numpy as np
 import onnx
 import onnx_ir as ir

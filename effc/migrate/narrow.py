@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes  # noqa: F401  # numpy has bfloat16 of it
 import numpy as np
 import onnx
 import onnx_ir as ir

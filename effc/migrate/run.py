@@ -63,7 +63,7 @@ class Migrated:
         for note in self.notes:
             word = "not carried over" if note.is_lost else "carried over as"
             told.append(f"    --{note.flag} {word}: {note.became}")
-        return told
+        return [*told, f"    {TIMES}"]
 
 
 def flags_of(file: Path) -> str:
@@ -106,7 +106,6 @@ def migrate(line: str, place: Path, *, tolerance: float | None = None) -> Migrat
         )
 
     gap = onnx_out.write(model, place, check)
-    notes.append(Note(flag="(defaults)", became=TIMES))
     return Migrated(
         onnx=str(place), source=command.onnx, kind=narrowest, gap=gap, tolerance=limit,
         narrow_nodes=found.nodes if found else 0, wide_nodes=found.wide if found else len(model.graph),
@@ -243,8 +242,9 @@ def _narrowed(model: ir.Model, kind: str, command: Command, notes: list[Note]) -
     )
     if found.too_large:
         names = ", ".join(found.too_large[:3])
-        became = f"constants beyond 16 bit keep {len(found.too_large)} nodes in float32: {names}"
-        notes.append(Note(flag=flag, became=became, is_lost=True))
+        count = len(found.too_large)
+        became = f"float32 of {count} node{'s' if count > 1 else ''} whose constants are beyond 16 bit: {names}"
+        notes.append(Note(flag=flag, became=became))
     if command.layers:
         notes.append(
             Note(flag="layerPrecisions", became="types in the graph, by the names of its nodes")
