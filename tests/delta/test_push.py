@@ -6,13 +6,16 @@ import json
 import re
 import socket
 import textwrap
+import threading
 import time
-from contextlib import suppress
+import tracemalloc
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from lines import answer, answering
 from lines import served as serving
 from payloads import WHO, Clock, tokens
@@ -22,6 +25,8 @@ from effc.delta.inbox import Inbox, Refused
 from effc.delta.uplink import Limits, Queue
 from effc.errors import DeltaError
 from kit import assert_letter, cli
+
+WAIT = time.sleep
 
 
 @pytest.fixture(autouse=True)
@@ -138,14 +143,14 @@ def test_one_server_counts_for_an_inbox(tmp_path):
 def test_a_payload_that_breaks_off_costs_what_it_brought(tmp_path):
     box = taking(tmp_path, bytes_a_day=100)
     box.clock = Clock()
-    with suppress(ConnectionError), box.arriving(60) as content:
-        content += bytes(30)
+    with suppress(ConnectionError), box.arriving(60) as arrival:
+        arrival.add(bytes(30))
         raise ConnectionError
     assert uplink.spent(box.place, box.clock())[1] == 30
-    with box.arriving(60) as content:
+    with box.arriving(60) as arrival:
+        arrival.add(bytes(60))
         with pytest.raises(Refused, match="of the day"), box.arriving(20):
             pass  # what is on its way has its bytes already
-        content += bytes(60)
     with pytest.raises(Refused, match="of the day") as refused, box.arriving(20):
         pass
     assert 0 < refused.value.after_s <= uplink.DAY_S + 1
@@ -154,27 +159,109 @@ def test_a_payload_that_breaks_off_costs_what_it_brought(tmp_path):
         pass
 
 
-def test_no_more_is_on_its_way_than_memory_is_meant_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bound", "word"),
+    [("MOST_ARRIVING", "no room"), ("bytes_a_day", "of the day"), ("bytes_waiting", "no room")],
+)
+def test_bytes_have_their_room_as_they_arrive_and_not_as_they_are_announced(
+    tmp_path, monkeypatch, bound, word
+):
     monkeypatch.setattr(inbox, "MOST_ARRIVING", 100)
-    box = taking(tmp_path)
-    with box.arriving(60), pytest.raises(Refused, match="no room now"), box.arriving(60):
-        pass
+    box = taking(tmp_path, **({} if bound == "MOST_ARRIVING" else {bound: 100}))
+    with box.arriving(60) as one, box.arriving(60) as other:
+        one.add(bytes(50))
+        other.add(bytes(50))
+        with pytest.raises(Refused, match=word):
+            one.add(b"x")
+        with pytest.raises(Refused, match=word), box.arriving(1):
+            pass
 
 
-def test_who_sends_drop_by_drop_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "PATIENCE_S", 0)
-    monkeypatch.setattr(serve, "LEAST_RATE", 1 << 30)
+def test_a_payload_has_no_more_bytes_than_it_announced(tmp_path):
     from starlette.testclient import TestClient
 
-    def drops():
-        yield b"x"
-        time.sleep(0.1)
-        yield b"y"
-
     box = taking(tmp_path)
+    with box.arriving(5) as arrival:
+        arrival.add(b"12345")
+        with pytest.raises(Refused, match="announced") as refused:
+            arrival.add(b"6")
+    assert refused.value.status == 413
     with TestClient(serve.application(tmp_path, box)) as client:
-        found = client.put("/a.effu", content=drops(), headers={"Content-Length": "2"})
-    assert found.status_code in (400, 408) and not box.waiting()
+        found = client.put("/a.effu", content=b"123456", headers={"Content-Length": "5"})
+    assert found.status_code == 413
+
+
+def test_a_payload_is_held_once(tmp_path):
+    box, chunk = taking(tmp_path, bytes_a_day=1 << 24), bytes(1 << 16)
+    with box.arriving(1 << 23) as arrival:
+        tracemalloc.start()
+        for _ in range(1 << 7):
+            arrival.add(chunk)
+        content = arrival.content()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert len(content) == 1 << 23 and peak < 1.3 * len(content)
+
+
+def head(size, *more):
+    lines = ["PUT /a.effu HTTP/1.1", "Host: a", f"Content-Length: {size}", *more]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+@contextmanager
+def line_to(url):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as line:
+        yield line
+
+
+def test_what_comes_in_chunks_without_an_end_is_refused_at_its_head(tmp_path):
+    box = taking(tmp_path)
+    with served(tmp_path, uplink=box.place) as url, line_to(url) as line:
+        line.sendall(head(5, "Transfer-Encoding: chunked"))
+        found = line.recv(4096)
+        assert found.startswith(b"HTTP/1.1 411") and b"connection: close" in found.lower()
+        assert line.recv(4096) == b""  # and nobody listens to what follows
+    assert uplink.spent(box.place, time.time())[1] == 0
+
+
+@contextmanager
+def beside(tmp_path, box):
+    """The server in a thread of this process, so that it has what a test has set."""
+    taken = serve.listening("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(serve.application(tmp_path, box), log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.mark.parametrize("sent", [[], [b"x"] * 9, [bytes(1 << 20)]])
+def test_who_sends_nothing_or_drop_by_drop_is_cut_off(tmp_path, monkeypatch, sent):
+    monkeypatch.setattr(serve, "PATIENCE_S", 0.5)
+    box = taking(tmp_path, bytes_a_day=1 << 28, bytes_waiting=1 << 28)
+    with beside(tmp_path, box) as url, line_to(url) as line:
+        line.sendall(head(64 << 20))
+        began = time.monotonic()
+        with suppress(OSError):  # it may be closed before the last drop
+            for part in sent:
+                line.sendall(part)
+                WAIT(0.1)
+        assert line.recv(4096).startswith(b"HTTP/1.1 408")
+        assert 0.4 < time.monotonic() - began < 5  # what came fast before gives no more time
+    assert not box.waiting()
+
+
+def test_who_announces_much_and_sends_nothing_keeps_nobody_out(tmp_path):
+    box = taking(tmp_path)
+    with served(tmp_path, uplink=box.place) as url, ExitStack() as idle:
+        for _ in range(8):
+            idle.enter_context(line_to(url)).sendall(head(64 << 20))
+        WAIT(0.5)
+        name = hashlib.sha256(payload()).hexdigest()
+        assert asked(url, "PUT", f"/{name}.effu", payload()) == 201
 
 
 def test_an_inbox_that_is_harmed_or_of_nobody_takes_nothing(tmp_path):
