@@ -302,7 +302,8 @@ def test_a_full_disk_is_no_answer_that_loses_a_payload(tmp_path, monkeypatch):
         ([answer(b"", "503 Service Unavailable")] * channel.TRIES, "answers 503"),
         ([answer(b"", "429 Too Many Requests")], "answers 429"),
         ([answer(b"", "302 Found", Location="http://127.0.0.1:1/")], "answers 302"),
-        ([answer(b"", "200 OK")] * 2, None),
+        ([answer(b"<html>log in", "200 OK")], "answers 200"),
+        ([answer(b"", "204 No Content")] * 2, None),
         ([b"", answer(b"", "201 Created"), answer(b"", "409 Conflict")], None),
     ],
 )
@@ -319,12 +320,30 @@ def test_whatever_a_server_says_nothing_is_lost_before_it_was_taken(tmp_path, se
     assert len(heard) == len(sent)
 
 
-def test_every_attempt_counts_in_the_day_of_the_device(tmp_path):
+def test_every_attempt_counts_in_the_day_of_the_device_and_its_last_problem_is_told(tmp_path):
     size = len(payload())
     up = queue(tmp_path, payload(), bytes_a_day=2 * size)
-    with answering(*[answer(b"", "503 Service Unavailable")] * 2) as (url, heard):
-        found = push.push(url, up)
-    assert (found.taken, found.waiting, len(heard)) == (0, 1, 2)
+    busy = answer(b"", "503 Service Unavailable")
+    with answering(busy, busy) as (url, heard):
+        with pytest.raises(DeltaError, match="answers 503") as error:
+            push.push(url, up)
+        assert "1 payloads wait" in error.value.hint and "tomorrow" in error.value.hint
+    assert len(heard) == 2 and uplink.spent(up.place, time.time())[1] == 2 * size
+    found = push.push(url, up)  # the day was over before: nothing was tried, so nothing went wrong
+    assert (found.taken, found.waiting) == (0, 1)
+
+
+def test_where_nobody_is_there_the_day_is_kept_for_who_comes(tmp_path):
+    size = len(payload())
+    box, up = taking(tmp_path), queue(tmp_path, payload(), bytes_a_day=size)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    ran = cli("delta", "push", f"http://127.0.0.1:{port}", up.place)
+    assert_letter(ran, "DeltaError", 14, "takes nothing now", "refused", "1 payloads wait")
+    assert uplink.spent(up.place, time.time())[1] == 0
+    with served(tmp_path, uplink=box.place) as url:
+        assert push.push(url, up).taken == 1
+    assert uplink.spent(up.place, time.time())[1] == size
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "delta.md"
