@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -158,10 +159,11 @@ def serve(
     inbox: Inbox | None = None,
     cert: Path | None = None,
     cert_key: Path | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer on a socket until the process is told to end, in TLS where there is a certificate. Raises DeltaError.
 
-    An inbox is one server's at a time, which counts what comes.
+    An inbox is one server's at a time, which counts what comes. `ready` is called when nothing is left that may fail.
     """
     config = uvicorn.Config(
         application(directory, inbox), log_config=None, access_log=False, limit_concurrency=MOST_CLIENTS,
@@ -175,5 +177,6 @@ def serve(
             f"{cert} does not serve as a certificate: {error}",
             hint="--cert and --cert-key name files in PEM",
         ) from error
-    with device.alone(inbox.place, ".serve") if inbox is not None else nullcontext():
+    with inbox.alone() if inbox is not None else nullcontext():
+        ready()
         uvicorn.Server(config).run(sockets=[taken])

@@ -92,10 +92,11 @@ def test_nothing_goes_up_unless_it_is_asked_for(tmp_path):
     assert not nobody.place.exists()
     ran = cli("delta", "serve", tmp_path, "--port", 0, "--uplink", tmp_path / "none")
     assert_letter(ran, "DeltaError", 14, "whose tokens it takes")
-    assert_letter(
-        cli("delta", "serve", tmp_path, "--uplink", tmp_path, "--uplink-limit", "much"),
-        "UsageError", 2, "--uplink-limit",
-    )  # fmt: skip
+    for size in ("much", "0B", "-1MB"):
+        assert_letter(
+            cli("delta", "serve", tmp_path, "--uplink", tmp_path, f"--uplink-limit={size}"),
+            "UsageError", 2, "--uplink-limit",
+        )  # fmt: skip
 
 
 def test_tokens_of_another_model_are_refused_and_not_sent_again(tmp_path):
@@ -138,6 +139,66 @@ def test_one_server_counts_for_an_inbox(tmp_path):
         asked(url, "GET", "/")  # it is up
         ran = cli("delta", "serve", tmp_path, "--port", 0, "--uplink", box.place)
         assert_letter(ran, "DeltaError", 14, "another process")
+        assert "releases at" not in ran.out  # nothing is announced that does not come
+
+
+def test_what_a_killed_server_left_half_written_goes(tmp_path):
+    box = taking(tmp_path)
+    part = box.place / f".{'0' * 64}.effu.part"
+    part.write_bytes(b"half")
+    with served(tmp_path, uplink=box.place):
+        assert not part.exists() and box.expected() == WHO
+
+
+def test_files_have_a_bound_too_and_are_looked_at_only_where_it_is_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(inbox, "MOST_FILES", 2)
+    box, looks = taking(tmp_path), []
+    look = box._stats
+    monkeypatch.setattr(box, "_stats", lambda: looks.append(1) or look())
+
+    def comes(content):
+        with box.arriving(len(content)) as arrival:
+            arrival.add(content)
+            box.keep(hashlib.sha256(content).hexdigest(), arrival.content())
+
+    comes(payload(0))
+    comes(payload(1))
+    assert len(looks) == 1  # at first
+    with pytest.raises(Refused, match="no room now") as refused:
+        comes(payload(2))
+    assert refused.value.status in channel.LATER and len(looks) == 2
+    box.waiting()[0].unlink()  # somebody has read it
+    comes(payload(2))
+    assert len(box.waiting()) == 2
+
+
+def test_who_reads_and_removes_meanwhile_is_in_nobodys_way(tmp_path):
+    box, stop = taking(tmp_path), threading.Event()
+    files = [box.place / f"{n:064x}.effu" for n in range(50)]
+
+    def reads():
+        while not stop.is_set():
+            for file in files:
+                file.write_bytes(b"x")
+            for file in files:
+                file.unlink()
+
+    reader = threading.Thread(target=reads)
+    reader.start()
+    try:
+        for _ in range(200):
+            assert len(box.waiting()) <= 50
+    finally:
+        stop.set()
+        reader.join()
+
+
+def test_an_inbox_that_forgot_whose_tokens_it_takes_asks_for_them_later(tmp_path):
+    box = taking(tmp_path)
+    (box.place / inbox.TAKES).unlink()
+    with pytest.raises(Refused, match="nobody said") as refused:
+        box.keep(hashlib.sha256(payload()).hexdigest(), payload())
+    assert refused.value.status in channel.LATER
 
 
 def test_a_payload_that_breaks_off_costs_what_it_brought(tmp_path):
