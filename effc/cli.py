@@ -1450,10 +1450,11 @@ def delta_serve(
     shown = f"[{host}]" if ":" in host else host
     scheme = "https" if cert else "http"
     known = len(serve.releases(directory))
-    print(
-        f"{known} releases at {scheme}://{shown}:{taken.getsockname()[1]}, Ctrl-C ends", flush=True
-    )
-    serve.serve(directory, taken, inbox=inbox, cert=cert, cert_key=cert_key)
+    told = f"{known} releases at {scheme}://{shown}:{taken.getsockname()[1]}, Ctrl-C ends"
+    serve.serve(
+        directory, taken, inbox=inbox, cert=cert, cert_key=cert_key,
+        ready=lambda: print(told, flush=True),
+    )  # fmt: skip
 
 
 def _inbox(place: Path, limit: str) -> Any:

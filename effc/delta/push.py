@@ -3,8 +3,9 @@
     PUT URL/<sha256 of the payload>.effu
 
 A payload that was taken is forgotten, and so is one that will not be taken at a second try either; where the line
-breaks, or the other side has no room or no day left, the rest waits. Every attempt counts in the queue's day. Nothing
-is sent anywhere but to the address that was given, and of what comes back the status alone is looked at.
+breaks, or the other side has no room or no day left, the rest waits. Every attempt that found somebody counts in the
+queue's day. Nothing is sent anywhere but to the address that was given, and of what comes back the status alone is
+looked at: 201, or 204 from other servers, since any page that wants a login is a 200.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import urllib3
 
 from effc.delta import channel
 from effc.delta.channel import LATER, TRIES
-from effc.delta.uplink import SUFFIX, Queue
+from effc.delta.uplink import SUFFIX, Queue, Unsent
 from effc.errors import DeltaError
 
-_TAKEN = (200, 201, 204)
+_TAKEN = (201, 204)
 _FOR_GOOD = {
     409: "another model's tokens are taken there",
     413: "too large for what is taken there",
     422: "harmed, or of another version",
 }
+_NO_LINE = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ def push(url: str, queue: Queue, *, ca: Path | None = None) -> Pushed:
         )
     base = channel.address(url)
     refused: list[str] = []
+    problem: str | None = None
+    then = "the next push goes on with them"
     taken = idle = 0
     with channel.pool_of(ca) as pool:
         while True:
@@ -56,15 +60,21 @@ def push(url: str, queue: Queue, *, ca: Path | None = None) -> Pushed:
             went = queue.send(line.post)
             refused += line.refused
             taken += went - len(line.refused)
-            if line.problem is None:
-                return Pushed(taken=taken, refused=tuple(refused), waiting=len(queue.waiting()))
+            waiting = len(queue.waiting())
+            # with nothing sent the day is over: then what went wrong before is still how it stands
+            problem = line.problem or (problem if not went and waiting else None)
+            if problem is None:
+                return Pushed(taken=taken, refused=tuple(refused), waiting=waiting)
             idle = 0 if went else idle + 1
+            if line.problem is None:
+                then = "tomorrow has bytes for them again"
+                break
             if idle == TRIES or not line.is_to_try_again:
                 break
             channel.pause(idle)
     raise DeltaError(
-        f"{url} takes nothing now: {line.problem}",
-        hint=f"{len(queue.waiting())} payloads wait, and the next push goes on with them",
+        f"{url} takes nothing now: {problem}",
+        hint=f"{waiting} payloads wait, and {then}",
     )
 
 
@@ -88,7 +98,9 @@ class _Line:
             answer.close()
         except urllib3.exceptions.HTTPError as error:
             self.problem = channel.why(error)
-            raise ConnectionError(self.problem) from error
+            given_up_for = getattr(error, "reason", None) or error
+            lost = Unsent if isinstance(given_up_for, _NO_LINE) else ConnectionError
+            raise lost(self.problem) from error
         if answer.status in _TAKEN:
             return
         if answer.status in _FOR_GOOD:

@@ -16,11 +16,12 @@ import functools
 import logging
 import os
 import socket
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from effc.delta import device, packet, uplink
-from effc.delta.inbox import Inbox, Refused
+from effc.delta.inbox import Arrival, Inbox, Refused
 from effc.errors import DeltaError, UsageError
 
 try:
@@ -39,8 +40,9 @@ log = logging.getLogger(__name__)
 SUFFIX = ".effd"
 MOST_CLIENTS = 256
 LEAST_RATE = 4000
-"""Bytes in a second: who sends a payload more slowly is cut off, after some patience."""
-PATIENCE_S = 30
+"""Bytes in a second: who sends a payload more slowly is cut off."""
+PATIENCE_S = 20
+"""How long a sender may pause or be slower than that; what came faster before gives no more of it."""
 
 
 def application(directory: Path, inbox: Inbox | None = None) -> Starlette:
@@ -63,8 +65,10 @@ def application(directory: Path, inbox: Inbox | None = None) -> Starlette:
             await _received(request, inbox)
         except Refused as refused:
             log.info("a payload is refused: %s", refused.what)
-            later = {} if refused.after_s is None else {"Retry-After": str(refused.after_s)}
-            return Response(status_code=refused.status, headers=later)
+            headers = {} if refused.after_s is None else {"Retry-After": str(refused.after_s)}
+            if refused.status in (408, 411):  # nobody knows where the next request would begin
+                headers["Connection"] = "close"
+            return Response(status_code=refused.status, headers=headers)
         except DeltaError as error:  # the disk is full
             log.warning("a payload cannot be kept: %s", error.what)
             return Response(status_code=503, headers={"Retry-After": "60"})
@@ -78,16 +82,30 @@ def application(directory: Path, inbox: Inbox | None = None) -> Starlette:
 
 async def _received(request: Request, inbox: Inbox) -> None:
     """Put a payload into the inbox. Raises Refused."""
+    if "transfer-encoding" in request.headers:  # which goes before a length that is told as well
+        raise Refused("its length is not told", hint="send Content-Length alone", status=411)
     size = packet.number(request.headers.get("content-length", ""))
-    digest = request.path_params["digest"]
-    with inbox.arriving(size) as content:
+    with ExitStack() as held:
+        # whatever looks at the disk does so beside the loop that answers everybody
+        arrival = await run_in_threadpool(held.enter_context, inbox.arriving(size))
         try:
-            async with asyncio.timeout(PATIENCE_S + size / LEAST_RATE):
-                async for chunk in request.stream():
-                    content += chunk
-        except (ClientDisconnect, TimeoutError) as error:
-            raise Refused("it broke off", hint="send it again", status=408, after_s=1) from error
-        await run_in_threadpool(inbox.keep, digest, bytes(content))
+            await _arrived(request, arrival)
+            await run_in_threadpool(inbox.keep, request.path_params["digest"], arrival.content())
+        finally:
+            await run_in_threadpool(held.close)
+
+
+async def _arrived(request: Request, arrival: Arrival) -> None:
+    """Fill a payload from the line. Raises Refused."""
+    now = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout_at(now() + PATIENCE_S) as cut:
+            async for chunk in request.stream():
+                arrival.add(chunk)
+                slower = (cut.when() or now()) + len(chunk) / LEAST_RATE
+                cut.reschedule(min(now() + PATIENCE_S, slower))
+    except (ClientDisconnect, TimeoutError) as error:
+        raise Refused("it broke off", hint="send it again", status=408, after_s=1) from error
 
 
 def newest(directory: Path, base: str, above: int) -> Path | None:
@@ -141,10 +159,11 @@ def serve(
     inbox: Inbox | None = None,
     cert: Path | None = None,
     cert_key: Path | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer on a socket until the process is told to end, in TLS where there is a certificate. Raises DeltaError.
 
-    An inbox is one server's at a time, which counts what comes.
+    An inbox is one server's at a time, which counts what comes. `ready` is called when nothing is left that may fail.
     """
     config = uvicorn.Config(
         application(directory, inbox), log_config=None, access_log=False, limit_concurrency=MOST_CLIENTS,
@@ -158,5 +177,6 @@ def serve(
             f"{cert} does not serve as a certificate: {error}",
             hint="--cert and --cert-key name files in PEM",
         ) from error
-    with device.alone(inbox.place, ".serve") if inbox is not None else nullcontext():
+    with inbox.alone() if inbox is not None else nullcontext():
+        ready()
         uvicorn.Server(config).run(sockets=[taken])

@@ -297,6 +297,10 @@ class Limits:
     days: float = 7.0
 
 
+class Unsent(ConnectionError):
+    """Nobody was there to send to, so no byte of a payload has left."""
+
+
 class Queue:
     """Payloads of a device that wait to be taken, oldest first; each is a file, and whole or not there.
 
@@ -364,7 +368,8 @@ class Queue:
         """Give what waits to `post`, as far as the day allows, and forget what it took; gives how many those were.
 
         Where `post` raises OSError the rest stays for another time, and nothing is raised: a device need not have a
-        line. What it took and a crash kept from being forgotten is sent once more.
+        line. That counts in the day all the same, unless it was `Unsent`. What it took and a crash kept from being
+        forgotten is sent once more.
         """
         taken = 0
         if self.limits() is None:
@@ -374,6 +379,9 @@ class Queue:
                 file, content = chosen
                 try:
                     post(content)  # what takes long keeps nobody from adding to what waits
+                except Unsent:
+                    self._give_back(len(content))
+                    break
                 except OSError:
                     break
                 file.unlink(missing_ok=True)
@@ -394,6 +402,11 @@ class Queue:
             # counted before it is sent: a line that breaks has cost what it carried
             spend(self.place, day, used + len(content))
             return waiting[0], content
+
+    def _give_back(self, size: int) -> None:
+        with alone(self.place):
+            day, used = spent(self.place, self.clock())
+            spend(self.place, day, max(0, used - size))  # 0 where another day has begun
 
     def _fresh(self, limits: Limits) -> list[Path]:
         """What waits and is not too old; the rest is removed, with what a killed process left half written."""

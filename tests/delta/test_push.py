@@ -6,13 +6,16 @@ import json
 import re
 import socket
 import textwrap
+import threading
 import time
-from contextlib import suppress
+import tracemalloc
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from lines import answer, answering
 from lines import served as serving
 from payloads import WHO, Clock, tokens
@@ -22,6 +25,8 @@ from effc.delta.inbox import Inbox, Refused
 from effc.delta.uplink import Limits, Queue
 from effc.errors import DeltaError
 from kit import assert_letter, cli
+
+WAIT = time.sleep
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +92,11 @@ def test_nothing_goes_up_unless_it_is_asked_for(tmp_path):
     assert not nobody.place.exists()
     ran = cli("delta", "serve", tmp_path, "--port", 0, "--uplink", tmp_path / "none")
     assert_letter(ran, "DeltaError", 14, "whose tokens it takes")
-    assert_letter(
-        cli("delta", "serve", tmp_path, "--uplink", tmp_path, "--uplink-limit", "much"),
-        "UsageError", 2, "--uplink-limit",
-    )  # fmt: skip
+    for size in ("much", "0B", "-1MB"):
+        assert_letter(
+            cli("delta", "serve", tmp_path, "--uplink", tmp_path, f"--uplink-limit={size}"),
+            "UsageError", 2, "--uplink-limit",
+        )  # fmt: skip
 
 
 def test_tokens_of_another_model_are_refused_and_not_sent_again(tmp_path):
@@ -133,19 +139,79 @@ def test_one_server_counts_for_an_inbox(tmp_path):
         asked(url, "GET", "/")  # it is up
         ran = cli("delta", "serve", tmp_path, "--port", 0, "--uplink", box.place)
         assert_letter(ran, "DeltaError", 14, "another process")
+        assert "releases at" not in ran.out  # nothing is announced that does not come
+
+
+def test_what_a_killed_server_left_half_written_goes(tmp_path):
+    box = taking(tmp_path)
+    part = box.place / f".{'0' * 64}.effu.part"
+    part.write_bytes(b"half")
+    with served(tmp_path, uplink=box.place):
+        assert not part.exists() and box.expected() == WHO
+
+
+def test_files_have_a_bound_too_and_are_looked_at_only_where_it_is_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(inbox, "MOST_FILES", 2)
+    box, looks = taking(tmp_path), []
+    look = box._stats
+    monkeypatch.setattr(box, "_stats", lambda: looks.append(1) or look())
+
+    def comes(content):
+        with box.arriving(len(content)) as arrival:
+            arrival.add(content)
+            box.keep(hashlib.sha256(content).hexdigest(), arrival.content())
+
+    comes(payload(0))
+    comes(payload(1))
+    assert len(looks) == 1  # at first
+    with pytest.raises(Refused, match="no room now") as refused:
+        comes(payload(2))
+    assert refused.value.status in channel.LATER and len(looks) == 2
+    box.waiting()[0].unlink()  # somebody has read it
+    comes(payload(2))
+    assert len(box.waiting()) == 2
+
+
+def test_who_reads_and_removes_meanwhile_is_in_nobodys_way(tmp_path):
+    box, stop = taking(tmp_path), threading.Event()
+    files = [box.place / f"{n:064x}.effu" for n in range(50)]
+
+    def reads():
+        while not stop.is_set():
+            for file in files:
+                file.write_bytes(b"x")
+            for file in files:
+                file.unlink()
+
+    reader = threading.Thread(target=reads)
+    reader.start()
+    try:
+        for _ in range(200):
+            assert len(box.waiting()) <= 50
+    finally:
+        stop.set()
+        reader.join()
+
+
+def test_an_inbox_that_forgot_whose_tokens_it_takes_asks_for_them_later(tmp_path):
+    box = taking(tmp_path)
+    (box.place / inbox.TAKES).unlink()
+    with pytest.raises(Refused, match="nobody said") as refused:
+        box.keep(hashlib.sha256(payload()).hexdigest(), payload())
+    assert refused.value.status in channel.LATER
 
 
 def test_a_payload_that_breaks_off_costs_what_it_brought(tmp_path):
     box = taking(tmp_path, bytes_a_day=100)
     box.clock = Clock()
-    with suppress(ConnectionError), box.arriving(60) as content:
-        content += bytes(30)
+    with suppress(ConnectionError), box.arriving(60) as arrival:
+        arrival.add(bytes(30))
         raise ConnectionError
     assert uplink.spent(box.place, box.clock())[1] == 30
-    with box.arriving(60) as content:
+    with box.arriving(60) as arrival:
+        arrival.add(bytes(60))
         with pytest.raises(Refused, match="of the day"), box.arriving(20):
             pass  # what is on its way has its bytes already
-        content += bytes(60)
     with pytest.raises(Refused, match="of the day") as refused, box.arriving(20):
         pass
     assert 0 < refused.value.after_s <= uplink.DAY_S + 1
@@ -154,27 +220,109 @@ def test_a_payload_that_breaks_off_costs_what_it_brought(tmp_path):
         pass
 
 
-def test_no_more_is_on_its_way_than_memory_is_meant_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bound", "word"),
+    [("MOST_ARRIVING", "no room"), ("bytes_a_day", "of the day"), ("bytes_waiting", "no room")],
+)
+def test_bytes_have_their_room_as_they_arrive_and_not_as_they_are_announced(
+    tmp_path, monkeypatch, bound, word
+):
     monkeypatch.setattr(inbox, "MOST_ARRIVING", 100)
-    box = taking(tmp_path)
-    with box.arriving(60), pytest.raises(Refused, match="no room now"), box.arriving(60):
-        pass
+    box = taking(tmp_path, **({} if bound == "MOST_ARRIVING" else {bound: 100}))
+    with box.arriving(60) as one, box.arriving(60) as other:
+        one.add(bytes(50))
+        other.add(bytes(50))
+        with pytest.raises(Refused, match=word):
+            one.add(b"x")
+        with pytest.raises(Refused, match=word), box.arriving(1):
+            pass
 
 
-def test_who_sends_drop_by_drop_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(serve, "PATIENCE_S", 0)
-    monkeypatch.setattr(serve, "LEAST_RATE", 1 << 30)
+def test_a_payload_has_no_more_bytes_than_it_announced(tmp_path):
     from starlette.testclient import TestClient
 
-    def drops():
-        yield b"x"
-        time.sleep(0.1)
-        yield b"y"
-
     box = taking(tmp_path)
+    with box.arriving(5) as arrival:
+        arrival.add(b"12345")
+        with pytest.raises(Refused, match="announced") as refused:
+            arrival.add(b"6")
+    assert refused.value.status == 413
     with TestClient(serve.application(tmp_path, box)) as client:
-        found = client.put("/a.effu", content=drops(), headers={"Content-Length": "2"})
-    assert found.status_code in (400, 408) and not box.waiting()
+        found = client.put("/a.effu", content=b"123456", headers={"Content-Length": "5"})
+    assert found.status_code == 413
+
+
+def test_a_payload_is_held_once(tmp_path):
+    box, chunk = taking(tmp_path, bytes_a_day=1 << 24), bytes(1 << 16)
+    with box.arriving(1 << 23) as arrival:
+        tracemalloc.start()
+        for _ in range(1 << 7):
+            arrival.add(chunk)
+        content = arrival.content()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert len(content) == 1 << 23 and peak < 1.3 * len(content)
+
+
+def head(size, *more):
+    lines = ["PUT /a.effu HTTP/1.1", "Host: a", f"Content-Length: {size}", *more]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+@contextmanager
+def line_to(url):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as line:
+        yield line
+
+
+def test_what_comes_in_chunks_without_an_end_is_refused_at_its_head(tmp_path):
+    box = taking(tmp_path)
+    with served(tmp_path, uplink=box.place) as url, line_to(url) as line:
+        line.sendall(head(5, "Transfer-Encoding: chunked"))
+        found = line.recv(4096)
+        assert found.startswith(b"HTTP/1.1 411") and b"connection: close" in found.lower()
+        assert line.recv(4096) == b""  # and nobody listens to what follows
+    assert uplink.spent(box.place, time.time())[1] == 0
+
+
+@contextmanager
+def beside(tmp_path, box):
+    """The server in a thread of this process, so that it has what a test has set."""
+    taken = serve.listening("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(serve.application(tmp_path, box), log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.mark.parametrize("sent", [[], [b"x"] * 9, [bytes(1 << 20)]])
+def test_who_sends_nothing_or_drop_by_drop_is_cut_off(tmp_path, monkeypatch, sent):
+    monkeypatch.setattr(serve, "PATIENCE_S", 0.5)
+    box = taking(tmp_path, bytes_a_day=1 << 28, bytes_waiting=1 << 28)
+    with beside(tmp_path, box) as url, line_to(url) as line:
+        line.sendall(head(64 << 20))
+        began = time.monotonic()
+        with suppress(OSError):  # it may be closed before the last drop
+            for part in sent:
+                line.sendall(part)
+                WAIT(0.1)
+        assert line.recv(4096).startswith(b"HTTP/1.1 408")
+        assert 0.4 < time.monotonic() - began < 5  # what came fast before gives no more time
+    assert not box.waiting()
+
+
+def test_who_announces_much_and_sends_nothing_keeps_nobody_out(tmp_path):
+    box = taking(tmp_path)
+    with served(tmp_path, uplink=box.place) as url, ExitStack() as idle:
+        for _ in range(8):
+            idle.enter_context(line_to(url)).sendall(head(64 << 20))
+        WAIT(0.5)
+        name = hashlib.sha256(payload()).hexdigest()
+        assert asked(url, "PUT", f"/{name}.effu", payload()) == 201
 
 
 def test_an_inbox_that_is_harmed_or_of_nobody_takes_nothing(tmp_path):
@@ -215,7 +363,8 @@ def test_a_full_disk_is_no_answer_that_loses_a_payload(tmp_path, monkeypatch):
         ([answer(b"", "503 Service Unavailable")] * channel.TRIES, "answers 503"),
         ([answer(b"", "429 Too Many Requests")], "answers 429"),
         ([answer(b"", "302 Found", Location="http://127.0.0.1:1/")], "answers 302"),
-        ([answer(b"", "200 OK")] * 2, None),
+        ([answer(b"<html>log in", "200 OK")], "answers 200"),
+        ([answer(b"", "204 No Content")] * 2, None),
         ([b"", answer(b"", "201 Created"), answer(b"", "409 Conflict")], None),
     ],
 )
@@ -232,12 +381,30 @@ def test_whatever_a_server_says_nothing_is_lost_before_it_was_taken(tmp_path, se
     assert len(heard) == len(sent)
 
 
-def test_every_attempt_counts_in_the_day_of_the_device(tmp_path):
+def test_every_attempt_counts_in_the_day_of_the_device_and_its_last_problem_is_told(tmp_path):
     size = len(payload())
     up = queue(tmp_path, payload(), bytes_a_day=2 * size)
-    with answering(*[answer(b"", "503 Service Unavailable")] * 2) as (url, heard):
-        found = push.push(url, up)
-    assert (found.taken, found.waiting, len(heard)) == (0, 1, 2)
+    busy = answer(b"", "503 Service Unavailable")
+    with answering(busy, busy) as (url, heard):
+        with pytest.raises(DeltaError, match="answers 503") as error:
+            push.push(url, up)
+        assert "1 payloads wait" in error.value.hint and "tomorrow" in error.value.hint
+    assert len(heard) == 2 and uplink.spent(up.place, time.time())[1] == 2 * size
+    found = push.push(url, up)  # the day was over before: nothing was tried, so nothing went wrong
+    assert (found.taken, found.waiting) == (0, 1)
+
+
+def test_where_nobody_is_there_the_day_is_kept_for_who_comes(tmp_path):
+    size = len(payload())
+    box, up = taking(tmp_path), queue(tmp_path, payload(), bytes_a_day=size)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    ran = cli("delta", "push", f"http://127.0.0.1:{port}", up.place)
+    assert_letter(ran, "DeltaError", 14, "takes nothing now", "refused", "1 payloads wait")
+    assert uplink.spent(up.place, time.time())[1] == 0
+    with served(tmp_path, uplink=box.place) as url:
+        assert push.push(url, up).taken == 1
+    assert uplink.spent(up.place, time.time())[1] == size
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "delta.md"
