@@ -54,8 +54,10 @@ def pull(
     """
     with device.alone(store, ".pull"):
         record = device.record_of(store)
-        device.expect_proved(record)
-        file = _fetched(url, store, record, ca)
+        is_lost = device.needs_anchor(store, record)
+        if not is_lost:
+            device.expect_proved(record)
+        file = _fetched(url, store, record, ca, is_lost=is_lost)
         if file is None:
             return None
         try:
@@ -64,11 +66,15 @@ def pull(
             _forget(file.parent)
 
 
-def _fetched(url: str, store: Path, record: Record, ca: Path | None) -> Path | None:
+def _fetched(
+    url: str, store: Path, record: Record, ca: Path | None, *, is_lost: bool
+) -> Path | None:
     place = store / INCOMING
     place.mkdir(exist_ok=True)
-    base = packet.ANCHOR if device.needs_anchor(store, record) else record.id
-    asked = f"{address(url)}/{base}.effd?above={record.highest}"
+    base, above = (packet.ANCHOR if is_lost else record.id), record.highest
+    if is_lost and record.counter == above:
+        above = max(0, above - 1)  # what was lost comes back by its own number too
+    asked = f"{address(url)}/{base}.effd?above={above}"
     transfer = _Transfer(asked, place, device.most_bytes(store, record))
     idle = 0
     with pool_of(ca) as pool:

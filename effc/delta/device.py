@@ -201,15 +201,6 @@ def apply(store: Path, file: Path) -> Record:
         content = packet.read(file, most_bytes(store, record))
         packet.check_signature(content, keys_of(store))
         found = packet.parsed(content)
-        if (found.target, found.counter) == (record.id, record.counter):
-            return record  # it is here already
-        _refuse(record, found)
-        if found.target == record.id and not (found.entries or found.texts):
-            same = replace(
-                record, sequence=record.sequence + 1, counter=found.counter, highest=found.counter
-            )
-            _write(store, same)  # what serves is the release already
-            return same
         base, slot = store / "slots" / record.slot, store / "slots" / record.spare
         broken = problems(base, record.id)
         if broken and (not found.is_anchor or _has_other(store, record)):
@@ -217,6 +208,15 @@ def apply(store: Path, file: Path) -> Record:
                 f"the package that serves is harmed: {broken[0]}",
                 hint="effc delta rollback, else take an anchor",
             )
+        if not broken and (found.target, found.counter) == (record.id, record.counter):
+            return record  # it is here already
+        _refuse(record, found, is_lost=bool(broken))
+        if found.target == record.id and not (found.entries or found.texts):
+            same = replace(
+                record, sequence=record.sequence + 1, counter=found.counter, highest=found.counter
+            )
+            _write(store, same)  # what serves is the release already
+            return same
         cleared = replace(record, sequence=record.sequence + 1, other="", other_counter=0)
         _write(store, cleared)
         try:
@@ -265,17 +265,24 @@ def expect_proved(record: Record) -> None:
         )
 
 
-def _refuse(record: Record, found: Packet) -> None:
-    expect_proved(record)
-    if found.counter <= record.highest:
+def _refuse(record: Record, found: Packet, *, is_lost: bool) -> None:
+    """Raise DeltaError for a release that is not to be taken. What is lost as a whole comes back by its own number."""
+    if not is_lost:
+        expect_proved(record)
+    is_own = is_lost and found.target == record.id and found.counter == record.highest
+    if found.counter <= record.highest and not is_own:
         raise DeltaError(
             f"release {found.counter} is not above {record.highest}, which was taken before",
-            hint="older releases come back by effc delta rollback alone",
+            hint=f"take an anchor above {record.highest}, or one of {record.highest} with the package that was lost"
+            if is_lost
+            else "older releases come back by effc delta rollback alone",
         )
     if found.base != record.id and not found.is_anchor:
         raise DeltaError(
             f"the delta is for package {found.base[:12]}, and {record.id[:12]} serves",
-            hint="have a delta made from the package that serves, or take an anchor",
+            hint="effc delta rollback first, for it is made from the package that this brings back"
+            if found.base == record.other
+            else "have a delta made from the package that serves, or take an anchor",
         )
 
 

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from lines import served
 from packages import weights, write
 
 from effc.delta import channel, codec, device, make, packet, serve
@@ -97,6 +96,69 @@ def _harm(slot, where=None):
     at = raw.find(b"Gemm") if where == "graph" else max(raw.find(known), 0) or 2 * len(raw) // 3
     raw[at] ^= 1
     file.write_bytes(raw)
+
+
+def lost(world, *, confirmed):
+    """A store that took release 1 and then lost both of its packages."""
+    store = world.store()
+    device.apply(store, world.delta(counter=1))
+    if confirmed:
+        device.confirm(store)
+    for slot in device.SLOTS:
+        _harm(store / "slots" / slot)
+    return store
+
+
+@pytest.mark.parametrize("counter", [1, 2])
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_what_was_lost_comes_back_by_an_anchor_of_its_own_number_too(world, counter, confirmed):
+    """Also where the release that was lost had not proved itself: there is nothing left to prove it against."""
+    store = lost(world, confirmed=confirmed)
+    with pytest.raises(DeltaError, match="nothing to go back to") as told:
+        device.start(store)
+    assert "take an anchor" in told.value.hint
+    record = device.apply(store, anchored(world, counter))
+    assert (record.counter, record.highest, record.pending) == (counter, counter, False)
+    assert device.start(store)[1] == record
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_device_that_is_up_to_date_and_lost_pulls_the_anchor_of_its_number(world, confirmed):
+    store, releases = lost(world, confirmed=confirmed), world.place / "releases"
+    releases.mkdir()
+    shutil.move(anchored(world, 1), releases)
+    with served(releases) as url:
+        assert channel.pull(url, store).counter == 1
+        assert device.start(store)[1].counter == 1
+        assert channel.pull(url, store) is None
+
+
+def test_what_is_lost_comes_back_by_no_older_release_and_by_no_other_of_its_number(world):
+    store = world.store()
+    device.apply(store, world.delta(counter=3))
+    device.rollback(store)
+    _harm(store / "slots" / "a")
+    up = {
+        "older": anchored(world, 2, "older", new=world.old),
+        "other": anchored(world, 3, "other", new=world.new),  # which was taken back here
+    }
+    for file in up.values():
+        with pytest.raises(DeltaError, match="not above 3") as refused:
+            device.apply(store, file)
+        assert "an anchor above 3" in refused.value.hint
+    assert device.apply(store, anchored(world, 3, new=world.old)).counter == 3
+
+
+def test_what_is_harmed_and_not_lost_goes_back_before_anything_is_taken(world):
+    """An anchor of the number that serves is not taken for being here already."""
+    store = world.store()
+    device.apply(store, world.delta(counter=1))
+    _harm(store / "slots" / "b")
+    for file in (anchored(world, 1), world.delta(counter=1)):
+        with pytest.raises(DeltaError, match="serves is harmed") as refused:
+            device.apply(store, file)
+        assert "rollback" in refused.value.hint
+    assert device.start(store)[1].slot == "a"
 
 
 def test_what_is_whole_is_never_given_up_for_an_anchor(world):
@@ -218,17 +280,12 @@ def test_a_device_that_no_delta_is_for_pulls_the_anchor(world, harmed):
     shutil.move(world.delta(counter=1, name="one.effd"), releases)
     if harmed:
         _harm(store / "slots" / "a")
-    words = [sys.executable, "-m", "effc", "delta", "serve", str(releases), "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            url = process.stdout.readline().split()[3].rstrip(",")
-            assert channel.pull(url, store) is None
-            shutil.move(anchored(world, 2), releases)
-            assert channel.pull(url, store).counter == 2
-            device.confirm(store)
-            assert channel.pull(url, store) is None
-        finally:
-            process.terminate()
+    with served(releases) as url:
+        assert channel.pull(url, store) is None
+        shutil.move(anchored(world, 2), releases)
+        assert channel.pull(url, store).counter == 2
+        device.confirm(store)
+        assert channel.pull(url, store) is None
 
 
 def test_the_command_line_makes_an_anchor(world):

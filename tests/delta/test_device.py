@@ -72,6 +72,26 @@ def test_nothing_is_taken_on_top_of_what_is_not_proved(world):
         device.apply(store, world.delta(world.new, world.old, 2))
 
 
+def test_a_star_of_deltas_from_one_package_goes_by_way_of_that_package(world):
+    """It stays in the other slot, so that as many numbers may follow as there are."""
+    store = world.store()
+    device.apply(store, world.delta(counter=1))
+    device.confirm(store)
+    for counter in (2, 3):
+        new = write(world.place / str(counter), weights(counter, 0.01), source=str(counter))
+        up = world.delta(world.old, new, counter)
+        before = device.record_of(store)
+        with pytest.raises(DeltaError, match="is for package") as refused:
+            device.apply(store, up)
+        assert "effc delta rollback first" in refused.value.hint
+        assert device.record_of(store) == before
+        device.rollback(store)
+        device.apply(store, up)
+        device.confirm(store)
+        assert serving(store).counter == counter
+        assert device.status(store)["slots"] == {"a": "whole", "b": "whole"}
+
+
 def test_the_wrong_base_key_or_kind_of_file_is_refused_and_nothing_changes(world):
     store = world.store()
     other = write(world.place / "c", weights(2, 0.02))
