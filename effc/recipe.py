@@ -469,6 +469,14 @@ class _Reader:
                     "is for a model directory of transformers",
                     hint="a factory's model can have an input `intuition` of its own",
                 )
+        asked = {"cache": not made.cache, "roles": made.roles, "pixels": made.pixels != "float"}
+        for word in asked if made.onnx is not None else ():
+            if asked[word]:
+                raise self._error(
+                    ("source", word),
+                    "is for a model directory; an ONNX file is taken as it is",
+                    hint="leave it out",
+                )
         if made.tokenizer is not None and made.onnx is None:
             raise self._error(
                 ("source", "tokenizer"),
