@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
+from torch import Tensor
 
 LEFT_OUT = {"SlicesSplit"}
 """Two slices as one Split: it visits all readers of all slices, and the runtimes gain nothing."""
+SMALL = 1024
+"""Elements that a constant may have to be one with those that are equal."""
 
 
-def simplify(model: ir.Model) -> None:
-    """The passes of `onnxscript.optimizer.optimize_ir` and the fusions behind it, in place."""
+def simplify(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """The passes of `onnxscript.optimizer.optimize_ir` and the fusions behind it, in place.
+
+    `weights` are the tensors that the model is saved with, by the names of initialisers.
+    """
     from onnxscript.optimizer import _constant_folding
     from onnxscript.rewriter import onnx_fusions
 
@@ -36,7 +43,10 @@ def simplify(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
+    ):
+        tidy(model)
+    _merge(model, weights)
+    for tidy in (
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
@@ -46,6 +56,28 @@ def simplify(model: ir.Model) -> None:
     common.CommonSubexpressionEliminationPass()(
         model
     )  # a rotation has a sine and a cosine of its own
+
+
+def _merge(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """Constants that are equal become one, and weights only where they are one tensor of the model.
+
+    Else the graph would hang on values: biases are all 0 before the first step of a training, and differ behind it.
+    Scalars are scales of values that a calibration saw, which has to find equal ones equal, and codes have zero points.
+    """
+    graph, alone = model.graph, {}
+    for name, tensor in weights.items():
+        value = graph.initializers.get(name)
+        if value is None or not tensor.is_floating_point() or not tensor.dim():
+            continue
+        if tensor.numel() > SMALL or value.is_graph_output():
+            continue
+        one = alone.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), value)
+        if one is not value:
+            value.replace_all_uses_with(one)
+        del graph.initializers[name]
+    common.DeduplicateInitializersPass(size_limit=SMALL)(model)
+    for value in alone.values():
+        graph.register_initializer(value)
 
 
 @functools.cache
