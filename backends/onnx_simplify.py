@@ -46,12 +46,9 @@ def simplify(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
     ):
         tidy(model)
     _merge(model, weights)
-    for tidy in (
-        common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
-    ):
-        tidy(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
     onnx_fusions.fuse(model)
     common.CommonSubexpressionEliminationPass()(
         model
@@ -62,16 +59,18 @@ def _merge(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
     """Constants that are equal become one, and weights only where they are one tensor of the model.
 
     Else the graph would hang on values: biases are all 0 before the first step of a training, and differ behind it.
-    Scalars are scales of values that a calibration saw, which has to find equal ones equal, and codes have zero points.
+    Scalars are scales that a calibration chose, and integers zero points: one of each lets equal nodes be one too.
     """
-    graph, alone = model.graph, {}
+    graph = model.graph
+    alone: dict[tuple[Any, ...], ir.Value] = {}
     for name, tensor in weights.items():
         value = graph.initializers.get(name)
         if value is None or not tensor.is_floating_point() or not tensor.dim():
             continue
         if tensor.numel() > SMALL or value.is_graph_output():
             continue
-        one = alone.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), value)
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        one = alone.setdefault(place, value)
         if one is not value:
             value.replace_all_uses_with(one)
         del graph.initializers[name]
