@@ -352,7 +352,7 @@ def translated(exported: ExportedProgram, opset: int, *, ours: bool) -> ir.Model
         made = _core._exported_program_to_onnx_program(program, registry=known)
         apis: Any = _lazy_import.onnxscript_apis  # type: ignore[attr-defined]
         model: ir.Model = apis.convert_version(made.model, opset)
-        simplify(model)
+        simplify(model, exported.state_dict)
     return model
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
+from torch import Tensor
 
 LEFT_OUT = {"SlicesSplit"}
 """Two slices as one Split: it visits all readers of all slices, and the runtimes gain nothing."""
+SMALL = 1024
+"""Elements that a constant may have to be one with those that are equal."""
 
 
-def simplify(model: ir.Model) -> None:
-    """The passes of `onnxscript.optimizer.optimize_ir` and the fusions behind it, in place."""
+def simplify(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """The passes of `onnxscript.optimizer.optimize_ir` and the fusions behind it, in place.
+
+    `weights` are the tensors that the model is saved with, by the names of initialisers.
+    """
     from onnxscript.optimizer import _constant_folding
     from onnxscript.rewriter import onnx_fusions
 
@@ -36,16 +43,40 @@ def simplify(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
     ):
         tidy(model)
+    _merge(model, weights)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
     onnx_fusions.fuse(model)
     common.CommonSubexpressionEliminationPass()(
         model
     )  # a rotation has a sine and a cosine of its own
+
+
+def _merge(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """Constants that are equal become one, and weights only where they are one tensor of the model.
+
+    Else the graph would hang on values: biases are all 0 before the first step of a training, and differ behind it.
+    Scalars are scales that a calibration chose, and integers zero points: one of each lets equal nodes be one too.
+    """
+    graph = model.graph
+    alone: dict[tuple[Any, ...], ir.Value] = {}
+    for name, tensor in weights.items():
+        value = graph.initializers.get(name)
+        if value is None or not tensor.is_floating_point() or not tensor.dim():
+            continue
+        if tensor.numel() > SMALL or value.is_graph_output():
+            continue
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        one = alone.setdefault(place, value)
+        if one is not value:
+            value.replace_all_uses_with(one)
+        del graph.initializers[name]
+    common.DeduplicateInitializersPass(size_limit=SMALL)(model)
+    for value in alone.values():
+        graph.register_initializer(value)
 
 
 @functools.cache

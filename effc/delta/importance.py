@@ -106,7 +106,7 @@ def _told(name: str, transforms: Sequence[str], parts: Sequence[Array]) -> tuple
         elif word == "transpose":
             arrays = [a.T for a in arrays]
         elif word == "concatenate":
-            arrays = [np.concatenate(arrays)]
+            arrays = [_joined(name, arrays)]
         elif not word.startswith((*STAYS, *MOVES)) or (scales and word in MOVES):
             raise DeltaError(
                 f"what {word!r} made of the importance of {name!r} is not known",
@@ -119,6 +119,16 @@ def _told(name: str, transforms: Sequence[str], parts: Sequence[Array]) -> tuple
     return arrays[0], scales
 
 
+def _joined(name: str, parts: Sequence[Array]) -> Array:
+    try:
+        return np.concatenate(parts)
+    except ValueError as error:
+        raise DeltaError(
+            f"{name!r} is of several tensors, and what is known of them cannot be joined: {error}",
+            hint="give each in the shape of the tensor in the source model",
+        ) from error
+
+
 def _laid(name: str, tail: str, h: Array, held: Weights, coded: Coded | None) -> Array:
     """An array as an initialiser has its elements; codes that are packed in blocks are unpacked, and padded with 0."""
     shape = held.tensors[name].shape
@@ -126,8 +136,8 @@ def _laid(name: str, tail: str, h: Array, held: Weights, coded: Coded | None) ->
         h = h.T
     if coded is not None and coded.bits:
         rows, blocks, _ = shape
-        room = blocks * coded.block - h.shape[-1]
-        if h.ndim == 2 and len(h) == rows and 0 <= room < coded.block:
+        room = blocks * coded.block - h.shape[-1] if h.ndim == 2 else -1
+        if 0 <= room < coded.block and len(h) == rows:
             return np.pad(h, ((0, 0), (0, room))).reshape(rows, blocks, coded.block)
     elif h.shape == shape:
         return h

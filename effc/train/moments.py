@@ -26,13 +26,16 @@ def of_inputs(model: nn.Module, samples: Iterable[Mapping[str, Any]]) -> dict[st
     counts: dict[str, int] = {}
 
     def seen(name: str, given: Tensor) -> None:
-        rows = given.detach().flatten(0, -2).double()
+        rows = given.detach().reshape(-1, given.shape[-1]).double()
         sums[name] = sums.get(name, torch.zeros(rows.shape[-1]).double()) + rows.square().sum(0)
         counts[name] = counts.get(name, 0) + len(rows)
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen(name, args[0]))
+        layer.register_forward_pre_hook(
+            lambda _, args, named, name=name: seen(name, args[0] if args else named["input"]),
+            with_kwargs=True,
+        )
         for name, layer in layers.items()
     ]
     try:

@@ -168,6 +168,29 @@ def test_a_tied_table_is_written_once(tmp_path):
     assert (tmp_path / "model.onnx").stat().st_size < 1.5 * 100 * 16 * 4
 
 
+class Twice(nn.Module):
+    """Two layers whose biases are equal, and one tensor under two names."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(8, 8) for _ in range(3))
+        nn.init.zeros_(self.one.bias)
+        nn.init.constant_(self.two.bias, step)
+        self.three.bias = self.one.bias
+
+    def forward(self, x):
+        return self.three(self.two(self.one(x).relu()).relu())
+
+
+def test_a_graph_does_not_hang_on_which_weights_are_equal():
+    """One tensor of the model is one in the file, and two that a training moves apart are two from the start."""
+    same, apart = (
+        to_onnx(effc.trace(Twice(step), torch.ones(2, 8)).only(), 21).graph for step in (0.0, 0.5)
+    )
+    assert {*same.initializers} == {*apart.initializers}
+    assert len([n for n in same.initializers if n.endswith("bias")]) == 2
+
+
 def test_all_that_cannot_be_written_is_named_at_once():
     @torch.library.custom_op("graphs::strange", mutates_args=())
     def strange(x: torch.Tensor) -> torch.Tensor:

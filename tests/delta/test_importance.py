@@ -140,6 +140,16 @@ def test_make_takes_it_as_it_is(made, tmp_path, kind):
             assert places.grid(held, each, content)[0].shape == weighed[each.codes].shape
 
 
+@pytest.mark.parametrize("shape", [(), (64,), (63, 64), (2, 64, 64)])
+def test_an_importance_of_another_shape_is_refused_also_for_packed_codes(made, shape):
+    place, _, known = made
+    name = first(n for n in known if n.endswith("query.weight"))
+    for kind in ("int8", "w4a16"):
+        with pytest.raises(DeltaError, match="does not go with") as refused:
+            importance.by_initialiser(place / kind, {name: np.ones(shape)})
+        assert "shape of the tensor" in refused.value.hint
+
+
 def _bytes(root, tensor):
     return (root / tensor.file).read_bytes()[tensor.offset : tensor.offset + tensor.length]
 
@@ -177,6 +187,14 @@ def test_tensors_that_were_joined_or_turned_are_so_too(tmp_path):
     assert importance.by_initialiser(root, {"a": known["a"]}) == {}  # of b nobody knows
 
 
+def test_what_cannot_be_joined_is_refused(tmp_path):
+    root = told(tmp_path, ["concatenate"], "a+b")
+    for b in (np.ones(()), np.ones((5, 95))):
+        with pytest.raises(DeltaError, match="cannot be joined") as refused:
+            importance.by_initialiser(root, {"a": np.ones((3, 96)), "b": b})
+        assert "shape of the tensor" in refused.value.hint
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no json"])
 def test_a_package_that_does_not_say_where_tensors_come_from_is_refused(tmp_path, text):
     root = told(tmp_path, [])
@@ -196,6 +214,28 @@ def test_moments_of_inputs_are_what_an_error_of_a_weight_costs_its_layer():
     cost = torch.einsum("nij,bj->nbi", noise, x).square().sum(-1).mean()
     told = (found["0.weight"] * noise.square()).sum((1, 2)).mean()
     assert abs(cost / told - 1) < 0.05
+
+
+class ByName(torch.nn.Module):
+    """A model that gives its layer what it reads by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.inner(input=x)
+
+
+def test_moments_are_of_layers_that_are_called_by_name_too():
+    x = torch.tensor([[1.0, 2, 3], [3, 2, 1]])
+    found = moments.of_inputs(ByName(), [{"x": x}])["inner.weight"]
+    assert torch.equal(found, torch.tensor([[5.0, 4, 5]]).expand(2, 3))
+
+
+def test_moments_of_one_row_without_a_batch_are_its_squares():
+    found = moments.of_inputs(ByName(), [{"x": torch.tensor([1.0, 2, 3])}])["inner.weight"]
+    assert torch.equal(found, torch.tensor([[1.0, 4, 9]]).expand(2, 3))
 
 
 def test_no_samples_and_no_numbers_are_refused():
