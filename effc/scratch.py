@@ -11,7 +11,9 @@ import errno
 import glob
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +41,11 @@ def held(parent: Path | None = None, prefix: str = PREFIX) -> Iterator[Path]:
     is_systems = parent is None
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep(parent, prefix)
-    place, lock = _make(parent, prefix)
+    made: tuple[Path, int] | None = None
     try:
-        yield place
+        with _uninterrupted():
+            made = _make(parent, prefix)
+        yield made[0]
     except OSError as error:
         if is_systems and error.errno in NO_ROOM:
             raise PackageError(
@@ -50,8 +54,29 @@ def held(parent: Path | None = None, prefix: str = PREFIX) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        _remove(place)
-        os.close(lock)
+        if made is not None:
+            with _uninterrupted():
+                _remove(made[0])
+                os.close(made[1])
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A signal to stop waits until the block ends: what is half made or half gone would be left behind."""
+    usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread() or None in usual.values():
+        yield  # signals are the main thread's, or those of somebody who is not Python
+        return
+    came: list[int] = []
+    for each in usual:
+        signal.signal(each, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for each, handler in usual.items():
+            signal.signal(each, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _make(parent: Path, prefix: str) -> tuple[Path, int]:

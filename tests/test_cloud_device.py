@@ -109,10 +109,11 @@ def test_an_open_loop_adds_changes_to_whatever_is_held(example, tmp_path):
 def unit(seed, before, *after, curve=(), domain="dusk"):
     rounds = [
         {"accuracy_before": b, "accuracy_after": a, "domain": domain, "curve": curve,
-         "accuracy": {domain: {"all": a}}}
+         "accuracy": {domain: {"all": a, "questions": a - 0.1}}}
         for b, a in zip((before, *after), after, strict=False)
     ]  # fmt: skip
-    return {"seed": seed, "rounds": rounds}
+    begun = {domain: {"all": before, "questions": before - 0.2}}
+    return {"seed": seed, "rounds": rounds, "begun": begun}
 
 
 def test_what_is_recovered_is_over_seeds_that_both_have(example):
@@ -122,6 +123,7 @@ def test_what_is_recovered_is_over_seeds_that_both_have(example):
         "labels": [unit(0, 0.3, 0.9), unit(1, 0.4, 0.9)],
     }}  # fmt: skip
     assert summary.recovered(units, "akd") == pytest.approx((0.5 + 0.4) / (0.6 + 0.5))
+    assert summary.recovered(units, "akd", "questions") == pytest.approx((0.6 + 0.5) / (0.7 + 0.6))
     assert summary.recovered(units, "random") is None
     assert "low" not in summary.recovery(units, "akd")  # two seeds tell no interval
     units["dusk"]["labels"].append(unit(2, 0.2, 0.8))
@@ -220,7 +222,8 @@ def measured(seed, course, gained, tested):
         })  # fmt: skip
     far = {"features": 0.5, "answers": 1.0}
     return {
-        "seed": seed, "rounds": rounds, "begun": {d: {"all": 0.4} for d in tested}, "cpu_s": 60.0,
+        "seed": seed, "rounds": rounds, "cpu_s": 60.0,
+        "begun": {d: {"all": 0.4, "questions": 0.4, "captions": 0.4} for d in tested},
         "apart": {"before": far, "after": far}, "faults": {"injected": 5, "survived": 5}, "mirror_equal": True,
     }  # fmt: skip
 

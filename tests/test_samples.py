@@ -23,6 +23,7 @@ def drawn(path, example: torch.Tensor, samples: int) -> Samples:
         batches=None,
         name="m",
         centroids=None,
+        file=None,
     )
     return Samples(source, CalibSpec(file=str(path), samples=samples, batch=4))
 

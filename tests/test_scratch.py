@@ -30,6 +30,20 @@ def test_it_is_gone_afterwards(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("part", ["take", "_remove"])
+def test_a_signal_in_the_midst_of_making_or_removing_leaves_nothing(tmp_path, monkeypatch, part):
+    usual = getattr(scratch, part)
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return usual(*args, **options)
+
+    monkeypatch.setattr(scratch, part, interrupted)
+    with pytest.raises(KeyboardInterrupt), scratch.held(tmp_path, "effc-t-") as place:
+        assert part == "_remove" and place.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_may_be_renamed_away(tmp_path):
     with scratch.held(tmp_path, "effc-t-") as place:
         (place / "inner").mkdir()

@@ -79,11 +79,11 @@ def test_sizes_are_timed_once_reported_and_replayed(place):
 
 @pytest.mark.slow
 def test_a_latency_budget_is_met_by_the_engine(place):
-    file = recipe(place, {"pass": "prune-dims", "latency_budget": 0.6}, {"pass": "quantize"})
+    file = recipe(place, {"pass": "prune-dims", "latency_budget": 0.8}, {"pass": "quantize"})
     assert cli("compile", file, "-o", place / "out", "--threads", "1").code == 0
     decided = json.loads((place / "out" / "decisions.json").read_text())["0:prune-dims"]
     found = decided["main/sizes"]
-    assert found["together"]["low"] <= 0.6 * found["whole_ms"]
+    assert found["together"]["low"] <= 0.8 * found["whole_ms"]
     assert 0 < found["ratio"] <= 0.9 and max(found["counts"].values()) < 600
     ran = cli(
         "compile",
