@@ -7,10 +7,12 @@ import inspect
 import sys
 from pathlib import Path
 
+import pages
+
 from effc import errors
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
-BEGIN, END = "<!-- from tools/exit_codes.py -->", "<!-- end -->"
+BEGIN = "<!-- from tools/exit_codes.py -->"
 
 
 def table() -> str:
@@ -29,19 +31,9 @@ def table() -> str:
 
 
 def main(check: bool) -> int:
-    text = FILE.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin and end, f"{FILE} has no place for the table"
-    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if wanted == text:
-        return 0
-    if check:
-        print(f"the exit codes in {FILE} are not what the code says; run tools/exit_codes.py")
-        return 1
-    FILE.write_text(wanted, encoding="utf-8")
-    print(f"wrote {FILE}")
-    return 0
+    return pages.held(
+        FILE, BEGIN, table(), what="the exit codes", tool="tools/exit_codes.py", check=check
+    )
 
 
 if __name__ == "__main__":

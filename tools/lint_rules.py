@@ -6,11 +6,13 @@ python tools/lint_rules.py [--check]
 import sys
 from pathlib import Path
 
+import pages
+
 from effc.lint import run
 from effc.lint.rule import RULES, TARGETS
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "lint.md"
-BEGIN, END = "<!-- from tools/lint_rules.py -->", "<!-- end -->"
+BEGIN = "<!-- from tools/lint_rules.py -->"
 assert run.RULES is RULES
 
 
@@ -29,19 +31,9 @@ def table() -> str:
 
 
 def main(check: bool) -> int:
-    text = FILE.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin and end, f"{FILE} has no place for the rules"
-    wanted = f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
-    if wanted == text:
-        return 0
-    if check:
-        print(f"the rules in {FILE} are not what the code says; run tools/lint_rules.py")
-        return 1
-    FILE.write_text(wanted, encoding="utf-8")
-    print(f"wrote {FILE}")
-    return 0
+    return pages.held(
+        FILE, BEGIN, f"\n{table()}", what="the rules", tool="tools/lint_rules.py", check=check
+    )
 
 
 if __name__ == "__main__":
