@@ -46,8 +46,12 @@ from effc.train.terms import Course
 MOST_BYTES = 4 << 30
 """Samples are held in memory while they are trained on; more than this is refused."""
 Step = Callable[[int, int | None], None]
+SORTED_BATCHES = 16
+"""Of so many batches' samples those of about one length go together."""
 UNKEYED = ("file", "beside", "apart", "graphs")
 """Options that decide nothing by their names: files are known by their bytes."""
+MASK, IDS = "attention_mask", "input_ids"
+Array = np.ndarray[Any, np.dtype[Any]]
 LABELLED = ("labels", "source")
 """Tasks whose samples must say what is right."""
 
@@ -101,8 +105,9 @@ class Tuner:
     def inputs(self, pass_: Tune, graph: Graph) -> dict[str, Any]:
         """Inputs of a step of a training, as arrays by name. Raises what reading its samples raises."""
         few = dataclasses.replace(
-            pass_, samples=min(pass_.samples, pass_.batch), held=0, beside=(), apart=()
-        )
+            pass_, samples=min(pass_.samples, pass_.batch), held=0, beside=(), apart=(),
+            group_by_length=False,
+        )  # fmt: skip
         drawn, *_ = self._examples(few, graph)
         return {name: tensor.numpy() for name, tensor in drawn(0).feeds.items()}
 
@@ -158,7 +163,7 @@ class Tuner:
         run = fit(
             module, _loss(pass_, self.teacher, self._task(pass_)), drawn, _schedule(pass_), held=held,
             folder=folder, progress=progress, courses=_courses(pass_, graph, held),
-            precision=pass_.precision, score=score, shares=_shares(pass_, module),
+            precision=pass_.precision, score=score, shares=_shares(pass_, module), accumulate=pass_.accumulate,
         )  # fmt: skip
         tensors = module.tensors()
         curve = _curve(run)
@@ -226,14 +231,16 @@ class Tuner:
                     feeds=inputs, wanted={n: torch.from_numpy(v) for n, v in wanted.items()}
                 )
             marks = torch.tensor([r.label for r in chosen]) if labelled else None
-            return Example(feeds=inputs, labels=marks)
+            return Example(feeds=_shortened(graph, inputs), labels=marks)
 
         beside = _beside(task, pass_, held)
+        sizes = _sizes(records) if pass_.group_by_length else None
 
-        def drawn(step: int) -> Example:
-            step, is_beside = divmod(step, 2) if beside else (step, 0)
+        def drawn(number: int) -> Example:
+            number, is_beside = divmod(number, 2) if beside else (number, 0)
             those = beside if is_beside else records
-            return example([those[i] for i in _chosen(len(those), pass_, step)])
+            mine = None if is_beside else sizes
+            return example([those[i] for i in _chosen(len(those), pass_, number, mine)])
 
         judges = [example(held[i : i + pass_.batch]) for i in range(0, len(held), pass_.batch)]
         return drawn, judges, _score(task, graph, held) if task is not None and held else None
@@ -255,6 +262,7 @@ def trainer(teacher: Program, batches: Iterable[Mapping[str, Any]]) -> Trainer:
         run = fit(
             module, _loss(pass_, teacher[graph.role]), drawn, _schedule(pass_), held=held,
             courses=_courses(pass_, graph, held), precision=pass_.precision, shares=_shares(pass_, module),
+            accumulate=pass_.accumulate,
         )  # fmt: skip
         stats.notes["curve"] = _curve(run)
         return module.tensors()
@@ -370,15 +378,66 @@ def _of_batches(pass_: Tune, examples: list[Example]) -> Drawn:
     return drawn, judges
 
 
-def _chosen(count: int, pass_: Tune, step: int) -> list[int]:
-    """The samples of a step: every epoch sees all of them once, in an order of its own."""
-    found: list[int] = []
+def _chosen(count: int, pass_: Tune, number: int, sizes: Array | None = None) -> list[int]:
+    """The samples of a batch: every epoch sees all of them once, in an order of its own.
+
+    With `sizes` [samples] those of so many batches are sorted by them, and the batches come in an order of their own.
+    """
     size = min(pass_.batch, count)
+    if sizes is None:
+        return _stream(count, pass_, number * size, size)
+    many = min(SORTED_BATCHES, max(1, count // size))
+    window, place = divmod(number, many)
+    drawn = np.array(_stream(count, pass_, window * many * size, many * size))
+    ranked = drawn[np.argsort(sizes[drawn], kind="stable")].reshape(many, size)
+    mine = np.random.default_rng([pass_.seed, window, many]).permutation(many)[place]
+    return [int(i) for i in ranked[mine]]
+
+
+def _stream(count: int, pass_: Tune, first: int, size: int) -> list[int]:
+    """So many samples from the first on, of one epoch behind the other."""
+    found: list[int] = []
     while len(found) < size:
-        epoch, first = divmod(step * size + len(found), count)
+        epoch, place = divmod(first + len(found), count)
         order = _order(pass_.seed, epoch, count)
-        found += order[first : first + size - len(found)].tolist()
+        found += order[place : place + size - len(found)].tolist()
     return found
+
+
+def _sizes(records: Sequence[Record]) -> Array:
+    """How long samples are, in tokens where they are arrays, else in characters. Raises TuneError where none is."""
+
+    def of(record: Record) -> int:
+        mask = (record.arrays or {}).get(MASK)
+        if mask is not None:
+            return int(mask.sum())
+        if record.text is None:
+            raise TuneError(
+                "samples that are neither texts nor arrays with an attention_mask have no length",
+                hint="leave `group_by_length` out",
+            )
+        return len(record.text) + len(record.text_pair or "")
+
+    return np.array([of(record) for record in records])
+
+
+def _shortened(graph: Graph, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs without positions at the end that are padded in every row, where the graph leaves their number free."""
+    mask, nodes = mask_of(feeds), graph.input_nodes()
+    if mask is None or IDS not in feeds:
+        return feeds
+    length, own = (nodes[name].meta["val"].shape[1] for name in (MASK, IDS))
+    if isinstance(length, int) or str(length) != str(own):
+        return feeds
+    used = max([2, *(mask.any(0).nonzero().flatten() + 1).tolist()])
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        for axis, size in enumerate(nodes[name].meta["val"].shape):
+            if str(size) == str(length):
+                tensor = tensor.narrow(axis, 0, min(used, tensor.shape[axis]))
+        return tensor
+
+    return {name: cut(name, tensor) for name, tensor in feeds.items()}
 
 
 def _order(seed: int, epoch: int, count: int) -> Any:

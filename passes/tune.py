@@ -78,11 +78,12 @@ class Tune(Pass):
     which has a task, or none. `file` has the samples, those of `calib` where None; `samples` of them are drawn by
     `seed`, and `held` others judge. With `precision` bf16 products are of bfloat16, and what is trained stays in
     float32: faster on processors that have such products. `terms` are what passes in front put in to be trained in ways
-    of its own. Held-out samples judge `every` so many steps, by their loss, or by the score of the source's task; after
-    `patience` judgements without a better one training ends. `rates` are shares of `lr` for tensors by name, the first
-    pattern that fits; `dropout` is the share of what linear layers read that is left out. Every other step is of
-    `beside`, files of what a source's task learns beside itself; samples of them that are like held-out ones, or like
-    ones in the files `apart`, are left out.
+    of its own. A step is of `accumulate` batches, one in memory at a time. With `group_by_length` samples of about one
+    length are in a batch, so that less is padded. Held-out samples judge `every` so many steps, by their loss, or by
+    the score of the source's task; after `patience` judgements without a better one training ends. `rates` are shares
+    of `lr` for tensors by name, the first pattern that fits; `dropout` is the share of what linear layers read that is
+    left out. Every other batch is of `beside`, files of what a source's task learns beside itself; samples of them that
+    are like held-out ones, or like ones in the files `apart`, are left out.
     """
 
     name = "tune"
@@ -97,6 +98,8 @@ class Tune(Pass):
     weight_decay: Share = 0.0
     clip: Positive = 1.0
     batch: Count = 16
+    accumulate: Count = 1
+    group_by_length: bool = False
     distill: Share = 1.0
     temperature: Positive = 1.0
     task: Literal["none", "labels", "tokens", "answer", "source"] = "none"

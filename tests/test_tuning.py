@@ -13,13 +13,14 @@ from torch import nn
 
 import effc
 from effc import checkpoint, recipe
+from effc.calib.data import Record
 from effc.errors import CalibrationError, PreconditionError, TuneError
 from effc.passes.quantize import Quantize
 from effc.passes.tune import Tune
 from effc.train import losses
 from effc.train.graph import InGraph
 from effc.train.loop import STATE, Schedule, fit
-from effc.tuning import _chosen
+from effc.tuning import SORTED_BATCHES, _chosen, _shortened, _sizes
 from kit import assert_letter, cli
 
 FACTORY = """
@@ -287,6 +288,75 @@ def test_every_epoch_sees_all_samples_once():
     pass_ = Tune(batch=4)
     seen = [i for step in range(5) for i in _chosen(10, pass_, step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_samples_of_about_one_length_go_together_and_all_are_seen_once():
+    pass_, sizes = Tune(batch=4), np.random.default_rng(0).integers(5, 40, 4 * SORTED_BATCHES)
+    seen = [_chosen(len(sizes), pass_, number, sizes) for number in range(2 * SORTED_BATCHES)]
+    for epoch in (seen[:SORTED_BATCHES], seen[SORTED_BATCHES:]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(len(sizes)))
+    wide = np.mean([np.ptp(sizes[batch]) for batch in seen])
+    plain = [_chosen(len(sizes), pass_, number) for number in range(SORTED_BATCHES)]
+    assert wide < 0.25 * np.mean([np.ptp(sizes[batch]) for batch in plain])
+    longest = [sizes[batch].max() for batch in seen[:SORTED_BATCHES]]
+    assert longest != sorted(longest)  # short ones do not always come first
+    assert _chosen(3, pass_, 7, sizes[:3]) == _chosen(3, pass_, 7, sizes[:3])  # fewer than a batch
+
+
+def test_what_has_no_length_is_refused():
+    assert _sizes([Record(text="ab", text_pair="c"), Record(text="abcd")]).tolist() == [3, 4]
+    mask = {"attention_mask": np.array([1, 1, 0])}
+    assert _sizes([Record(arrays=mask)]).tolist() == [2]
+    with pytest.raises(TuneError, match="have no length"):
+        _sizes([Record(pixels=np.zeros((2, 2), np.uint8))])
+
+
+def test_a_step_of_several_batches_is_that_of_one_large_batch():
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(48, 6, generator=draw), torch.randn(48, 4, generator=draw)
+
+    def loss(module, rows):
+        return (module(x[rows]) - y[rows]).square().mean()
+
+    ends = []
+    for parts, rows in ((1, 12), (3, 4)):
+        module = net()
+        schedule = Schedule(steps=4, lr=1e-2)
+        run = fit(
+            module, loss, lambda n, rows=rows: slice(n * rows, (n + 1) * rows), schedule, accumulate=parts
+        )  # fmt: skip
+        ends.append((module.state_dict(), run.points[-1].loss))
+    (whole, of_whole), (apart, of_apart) = ends
+    assert of_whole == pytest.approx(of_apart, rel=1e-5)
+    for name, tensor in net().state_dict().items():
+        assert float((whole[name] - tensor).abs().max()) > 1e-3
+        assert float((whole[name] - apart[name]).abs().max()) < 1e-6
+
+
+def test_positions_that_no_row_has_are_not_computed():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids, attention_mask):
+            mask = attention_mask[..., None].float()
+            return {"logits": self.head((self.words(input_ids) * mask).sum(1) / mask.sum(1))}
+
+    ids = torch.ones(2, 6, dtype=torch.int64)
+    given = {"input_ids": ids, "attention_mask": ids}
+    free = {name: {0: "batch", 1: "sequence"} for name in given}
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]])
+    feeds = {"input_ids": torch.arange(14).reshape(2, 7) % 9, "attention_mask": mask}
+    graph = effc.trace(Reader(), given, dims=free).only()
+    short = _shortened(graph, feeds)
+    assert {tuple(t.shape) for t in short.values()} == {(2, 3)}
+    assert torch.equal(graph.run(short)["logits"], graph.run(feeds)["logits"])
+    fixed = effc.trace(Reader(), given, dims={n: {0: "batch"} for n in given}).only()
+    assert _shortened(fixed, given) == given
+    empty = {**feeds, "attention_mask": 0 * mask}
+    assert _shortened(graph, empty)["input_ids"].shape == (2, 2)
 
 
 def test_distillation_is_the_divergence_of_what_both_say():

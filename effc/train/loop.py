@@ -129,13 +129,15 @@ def fit(
     precision: Precision = "f32",
     score: Score | None = None,
     shares: Sequence[float] = (),
+    accumulate: int = 1,
 ) -> Run:
-    """Train the parameters of a module in place; `batch` gives that of a step.
+    """Train the parameters of a module in place; `batch` gives them by number, `accumulate` for each step.
 
     With `courses` the module is a `Graphlike`, and has at the end what they leave to stand in it. `folder` keeps the
     state, and a run that finds one there goes on from it. Products are taken in `precision`; parameters, their moments
     and the loss are in float32. `score` of the module judges in the place of the held-out loss, the higher the better.
-    `shares` of the schedule's rate are those that parameters have, 1 where there are none. Raises TuneError where a
+    `shares` of the schedule's rate are those that parameters have, 1 where there are none. The loss of a step is the
+    mean over its batches, of which one at a time is in memory. Raises TuneError where a
     loss is no number, with the step.
     """
     try:
@@ -162,18 +164,21 @@ def fit(
         for place, group in zip(optimizer.param_groups, groups, strict=True):
             place["lr"] = group.rate(run.step)
         terms.stand(run.step)
-        value = loss(asked, batch(run.step)) + terms.loss(run.step)
-        if not bool(torch.isfinite(value)):
-            raise TuneError(
-                f"the loss is {float(value.detach())} at step {run.step}",
-                hint=f"a lower learning rate may help; it is {schedule.lr:g}",
-            )
         optimizer.zero_grad()
-        accelerator.backward(value)
+        total = 0.0
+        for number in range(run.step * accumulate, (run.step + 1) * accumulate):
+            value = (loss(asked, batch(number)) + terms.loss(run.step)) / accumulate
+            if not bool(torch.isfinite(value)):
+                raise TuneError(
+                    f"the loss is {float(value.detach())} at step {run.step}",
+                    hint=f"a lower learning rate may help; it is {schedule.lr:g}",
+                )
+            accelerator.backward(value)
+            total += float(value.detach())
         for group in groups:
             accelerator.clip_grad_norm_(group.parameters, schedule.clip)
         optimizer.step()
-        run.losses.append(float(value.detach()))
+        run.losses.append(total)
         run.step += 1
         run.seconds = before + time.monotonic() - started
         if run.step % schedule.check_every == 0 or run.step in marks:
