@@ -67,7 +67,7 @@ PLANS = {
     "fast": Plan(train=200, test=120, epochs=1, seeds=2, held=32, bench_s=10.0, arms=MAIN),
     "full": Plan(train=800, test=800, lr=1e-3),
 }  # fmt: skip
-"""The rate of the full plan was chosen with `lora` and `mor1e` on a seed that is not measured, of twice as many samples,
+"""The rate of the full plan was chosen with `lora` and `mor1e` on a seed apart, of twice as many samples,
 from 5e-4 and 1e-3, after 2e-3 had left several arms of two seeds no better than chance."""
 
 
