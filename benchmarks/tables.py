@@ -690,6 +690,73 @@ def adapted() -> list[str]:
     return lines
 
 
+def experts() -> list[str]:
+    lines = ["## Experts told what a request is about, beside LoRA (benchmarks/mor1e.py)", ""]
+    for found in results("mor1e"):
+        arms, about = found["arms"], found["about"]
+        model = found.get("model", "MiniLM-L6-v2")
+        lines += [
+            f"{model}, {len(about['tasks'])} tasks, {found['data']['n']:,} training samples, the mean over seeds of "
+            "each task's own score. Adapters of every arm train about as many numbers, with routers counted, for as "
+            "many steps of the same samples. `ahead` is mor1e less the arm in the mean over tasks, paired over seeds, "
+            "with Student's interval of 95 %: below 0 the arm is better. What arms are is in examples/mor1e/arms.py. "
+            + circumstances(found), "",
+        ]  # fmt: skip
+        tasks = list(next(iter(arms.values()))["score"])
+        untrained = found.get("untrained", {})
+        rows = [
+            [
+                name, f"{arm['trainables']:,}", str(len(arm["mean"])),
+                *(f"{_mean(arm['score'][task]):.3f}" for task in tasks),
+                f"{_mean(arm['mean']):.4f}", _with_ends(found["ahead"].get(name)),
+            ]
+            for name, arm in arms.items()
+        ]  # fmt: skip
+        if untrained:
+            scores = [f"{untrained[task]:.3f}" for task in tasks]
+            rows.append(
+                ["before training", "", "", *scores, f"{_mean(untrained.values()):.4f}", ""]
+            )
+        lines += table(["arm", "trainables", "seeds", *tasks, "mean", "ahead"], rows)
+        shares = ", ".join(
+            f"{task} {purity:.0%}"
+            for task, purity in zip(
+                about["task_of_clusters"], about["purity_of_clusters"], strict=True
+            )
+        )
+        lines += [
+            f"Of the {len(about['clusters'])} clusters of training prompts {about['purity']:.0%} of the prompts are of "
+            f"their cluster's task ({shares}). A score moves by {about['score_std_over_requests']:.3f} between "
+            f"requests (standard deviation) around {about['score_mean']:.3f}.", "",
+        ]  # fmt: skip
+        if "adapter_overhead" in found:
+            over = found["adapter_overhead"]
+            lines += [
+                f"Engine of mor1e, seed 0: {found['export_max_abs']:.1g} at most from the graph, experts in fewer "
+                f"products {found['fused_max_abs']:.1g} from those that were trained, a batch of unlike requests "
+                f"{found['mixed_batch_max_abs']:.1g} from each alone; folded for one cluster its outputs move by "
+                f"{found['static_fold_err']:.3f} (relative). Time of experts ÷ none in float, {over['batch']} rows of "
+                f"{over['length']} tokens, {over['threads']} threads: {over['ratio']:.2f} [{over['low']:.2f}, "
+                f"{over['high']:.2f}].", "",
+            ]  # fmt: skip
+        left = found.get("left_out", {})
+        if left:
+            names = list(next(iter(left.values()))["score"])
+            rows = [
+                [
+                    task, f"{of['untrained']:.3f}",
+                    *(f"{_mean(of['score'][arm]):.3f} (n = {len(of['score'][arm])})" for arm in names),
+                ]
+                for task, of in left.items()
+            ]  # fmt: skip
+            lines += [
+                "Tasks that neither experts nor clusters know, each left out of a training:",
+                "",
+            ]
+            lines += table(["task", "before training", *names], rows)
+    return lines
+
+
 def tuned_narrow() -> list[str]:
     """Language models that lose width while they are tuned."""
     lines = ["## What pruning while tuning is worth to a language model (benchmarks/pat.py)", ""]
@@ -1650,6 +1717,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     sized: ("sizes",),
     narrowed: ("narrow",),
     adapted: ("adapters",),
+    experts: ("mor1e",),
     tuned_narrow: ("pat-stories260k", "pat-smollm2"),
     narrow_encoders: ("pat-encoders",),
     trained: ("training",),
