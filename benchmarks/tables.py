@@ -1094,8 +1094,8 @@ def foreign() -> list[str]:
         (drift,) = quantised["outputs"].values()
         lines += [
             "The first is a sentence encoder; the others have random weights, and how far they are from their files "
-            f"says nothing of trained ones. STS-B (English test), Spearman: {sts}. A file of MiniLM-L6-v2 that somebody "
-            f"else quantised, held against the float model: {metric_row(quantised['metric'])}, relative L2 "
+            f"says nothing of trained ones. STS-B (English test), Spearman: {sts}. A file of MiniLM-L6-v2 that "
+            f"somebody else quantised, held against the float model: {metric_row(quantised['metric'])}, relative L2 "
             f"{drift['rel_l2']:.2g}.",
             "",
         ]
