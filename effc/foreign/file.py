@@ -16,7 +16,7 @@ import graphlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def parsed(path: Path) -> onnx.ModelProto:
         for graph in graphs(model):
             _refuse_tensors(graph)
             _refuse_order(graph, frozenset())
-            _refuse_calls(graph, opset)
+            _refuse_calls(graph, _imported(getattr(graph, "opset_import", ())) or opset)
     except SourceError as error:
         raise SourceError(error.what, where=str(path), hint=error.hint) from error
     except ValueError as error:  # text in it that is no UTF-8
@@ -147,9 +147,13 @@ def _broken(path: Path, why: str) -> SourceError:
 # What every file must be
 
 
+def _imported(entries: Iterable[Any]) -> int:
+    """The version of ONNX's own operators among what a model, or a function, imports; 0 where it imports none."""
+    return max((entry.version for entry in entries if entry.domain in OWN), default=0)
+
+
 def _opset(proto: onnx.ModelProto) -> int:
-    newest = onnx.defs.onnx_opset_version()
-    version = max((o.version for o in proto.opset_import if o.domain in OWN), default=0)
+    newest, version = onnx.defs.onnx_opset_version(), _imported(proto.opset_import)
     if not OLDEST <= version <= newest:
         raise SourceError(
             f"it has opset {version}, and {OLDEST} to {newest} are known",

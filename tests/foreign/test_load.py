@@ -164,3 +164,21 @@ def test_an_operator_without_what_it_must_have_is_refused(tmp_path):
     assert "node 'MatMul_0' (MatMul) has no B" in refused(written(tmp_path, model))
     del model.graph.node[0].input[1:]
     assert "node 'MatMul_0' (MatMul) has 1 inputs" in refused(written(tmp_path, model))
+
+
+def test_a_function_is_held_to_the_operators_that_it_imports(tmp_path):
+    """Its axes were an attribute until opset 13, and are an input since."""
+    body = [helper.make_node("ReduceSum", ["a"], ["b"], "sum", axes=[1])]
+    made = net()
+    made.nodes = [helper.make_node("Old", ["x"], ["y"], "call", domain="mine")]
+    model = made.model()
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    old = helper.make_function("mine", "Old", ["a"], ["b"], body, [helper.make_opsetid("", 11)])
+    model.functions.append(old)
+    assert len(load(written(tmp_path, model)).functions) == 1
+    body[0].input.append("a")
+    del model.functions[:]
+    model.functions.append(
+        helper.make_function("mine", "Old", ["a"], ["b"], body, [helper.make_opsetid("", 11)])
+    )
+    assert "node 'sum' (ReduceSum) has 2 inputs" in refused(written(tmp_path, model))
