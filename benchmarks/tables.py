@@ -1137,6 +1137,38 @@ def lint() -> list[str]:
     return lines
 
 
+def foreign() -> list[str]:
+    lines = ["## ONNX files from elsewhere to int8 (benchmarks/foreign.py)", ""]
+    for found in results("foreign"):
+        threads = found["threads"]
+        lines += [circumstances(found) + f" {threads} thread{'s' if threads > 1 else ''}.", ""]
+        models = {"paraphrase-MiniLM-L3-v2": found, **found["nets"]}
+        rows = [
+            [
+                name, target, size(s), f"{s['ms']:.2f}", f"{s['engine_ms']:.2f}", ratio(s, s["n"]),
+                f"{told['file_bytes'] / 1e6:.1f} → {told[target]['bytes'] / 1e6:.1f} MB",
+                f"{told[target]['rel_l2']:.2g}",
+            ]
+            for name, told in models.items() for target in ("ort", "openvino") for s in told[target]["shapes"]
+        ]  # fmt: skip
+        heads = [
+            "file", "target", "batch × length", "the file in ONNX Runtime, ms", "engine ms", "file ÷ engine", "size",
+            "relative L2",
+        ]  # fmt: skip
+        lines += table(heads, rows)
+        sts = "; ".join(f"{t} {metric_row(found[t]['metric'])}" for t in ("ort", "openvino"))
+        quantised = found["quantised"]
+        (drift,) = quantised["outputs"].values()
+        lines += [
+            "The first is a sentence encoder; the others have random weights, and how far they are from their files "
+            f"says nothing of trained ones. STS-B (English test), Spearman: {sts}. A file of MiniLM-L6-v2 that "
+            f"somebody else quantised, held against the float model: {metric_row(quantised['metric'])}, relative L2 "
+            f"{drift['rel_l2']:.2g}.",
+            "",
+        ]
+    return lines
+
+
 def overflow() -> list[str]:
     lines = ["## Overflow of 16-bit sums (benchmarks/overflow.py)", ""]
     for found in results("overflow"):
@@ -1725,6 +1757,7 @@ PARTS: dict[Callable[[], list[str]], tuple[str, ...]] = {
     sixteen: ("sixteen",),
     kernels: ("kernels",),
     lint: ("lint",),
+    foreign: ("foreign",),
     overflow: ("overflow",),
     verdicts: ("verdicts",),
     faults: ("faults",),

@@ -16,6 +16,8 @@ import onnx
 from effc import paths
 from effc.errors import EffcError
 
+MOST_BYTES = (2 << 30) - 1
+"""Of an ONNX file: where protobuf ends."""
 _KEYS = {"location", "offset", "length", "checksum"}
 
 

@@ -240,7 +240,8 @@ def fits(ports: Sequence[Port], feeds: Mapping[str, Any], profile: Profile | Non
         if port.name not in feeds:
             raise VerifyError(
                 f"the engine takes {port.name!r}, which the model does not",
-                hint="it was made from another model",
+                hint="it was made from another model, or a pass added the input and the source has none of that name: "
+                "for attach-rank1 name `intuition` in the source, or set gates: router",
             )
         shape = feeds[port.name].shape
         if len(shape) != len(port.shape):

@@ -234,7 +234,7 @@ def _probed(
         if not feeds:
             first = next(iter(_batches(data, graph.role)), None)
             feeds = [_of_either(before[graph.role], graph, first)] if first is not None else []
-        yield graph, [_with_added(before[graph.role], graph, given) for given in feeds]
+        yield graph, [_with_added(graph, given) for given in feeds]
 
 
 def _apart(
@@ -257,12 +257,12 @@ def _of_either(before: Graph, after: Graph, batch: Batch) -> dict[str, Tensor]:
     return feed
 
 
-def _with_added(before: Graph, after: Graph, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs for both graphs: one that a pass has added has its example's rows, as many as there are."""
+def _with_added(after: Graph, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs for both graphs: one that this pass or one in front added has its example's rows, as many as there are."""
     known = after.exported.example_inputs
     made = dict(feed)
     for name in after.inputs:
-        if name in before.inputs or name in feed or known is None:
+        if name in feed or known is None or name not in known[1]:
             continue
         rows = len(next(iter(feed.values())))
         made[name] = known[1][name][torch.arange(rows) % len(known[1][name])]

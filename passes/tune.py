@@ -23,6 +23,7 @@ from effc.ir.splice import attached
 from effc.passes.base import Pass, Stats
 from effc.quant.ops import DEQUANTIZE, QUANTIZE
 from effc.train.anchor import Anchor
+from effc.train.graph import is_rounding
 from effc.train.hsm import Hsm
 from effc.train.loop import Precision
 
@@ -186,7 +187,7 @@ class Tune(Pass):
 
 
 def _refuse_integers(graph: Graph) -> None:
-    """Raise PreconditionError where what is trained is integers, or its gradient would have to pass a rounding."""
+    """Raise PreconditionError where what is trained is integers, or its gradient would have to pass codes."""
     if not any(node.target is DEQUANTIZE for node in graph.nodes):
         return
     if not attached(graph):
@@ -195,9 +196,10 @@ def _refuse_integers(graph: Graph) -> None:
             where=f"graph {graph.role!r}",
             hint="put `tune` in front of `quantize`, or `attach-lora` between: adapters are trained on integers",
         )
-    if any(node.target is QUANTIZE for node in graph.nodes):
-        raise PreconditionError(
-            "tune: activations are rounded, and no gradient passes a rounding",
-            where=f"graph {graph.role!r}",
-            hint="quantize the weights alone (activation_bits: 16), or put `tune` in front of `quantize`",
-        )
+    for node in graph.nodes:
+        if node.target is QUANTIZE and not all(is_rounding(user) for user in node.users):
+            raise PreconditionError(
+                f"tune: {node.name} gives codes that something else than a layer reads, and no gradient passes those",
+                where=f"graph {graph.role!r}",
+                hint="quantize the weights alone (activation_bits: 16), or put `tune` in front of `quantize`",
+            )

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from effc.backends import onnx_in, onnx_out
+from effc.backends import onnx_out
 from effc.backends.base import Array
 from effc.backends.ort_engine import PlainEngine
 from effc.errors import EffcError, UsageError, VerifyError
+from effc.foreign.file import load
 from effc.lint import any_target, on_openvino, on_ort, on_tensorrt  # noqa: F401  # they make rules
 from effc.lint.rule import ERROR, RULES, TARGETS, Hit, Rule
 from effc.table import unknown
@@ -79,7 +80,7 @@ def _findings(model: ir.Model, rules: Collection[Rule]) -> list[Finding]:
 
 def opened(path: Path) -> ir.Model:
     """The model of a file with the shapes that follow from its inputs. Raises SourceError."""
-    model = onnx_in.load(path)
+    model = load(path)
     model.graph.meta["functions"] = frozenset(model.functions)
     return onnx_out.shaped(model)
 

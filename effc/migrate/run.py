@@ -12,11 +12,12 @@ import onnx
 import onnx_ir as ir
 
 from effc import bounded
-from effc.backends import onnx_in, onnx_out
+from effc.backends import onnx_out
 from effc.backends.base import Port
 from effc.backends.onnx_widen import open_widened
 from effc.backends.ort_engine import PlainEngine
 from effc.errors import LoweringError, SourceError, UsageError, VerifyError, first_line
+from effc.foreign.file import load
 from effc.migrate import calibration, integers, narrow, trtexec
 from effc.migrate.trtexec import Command, Note
 
@@ -85,7 +86,7 @@ def migrate(line: str, place: Path, *, tolerance: float | None = None) -> Migrat
     source = Path(command.onnx)
     if place.exists() and source.exists() and place.samefile(source):
         raise UsageError(f"{place} is the file that the line reads", hint="name another with -o")
-    model = onnx_out.shaped(onnx_in.load(source))
+    model = onnx_out.shaped(load(source))
     notes = list(command.notes)
     scales, layers = _integers(model, command, notes)
     model, kind = _typed(model, command, notes, layers > 0)

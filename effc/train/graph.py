@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from effc.ir.program import Graph, place_of
 from effc.ir.select import op_name
+from effc.quant.ops import DEQUANTIZE, QUANTIZE
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -20,13 +21,14 @@ class InGraph(nn.Module):
 
     Tensors in `instead` stand in the place of the graph's own, and of its parameters. With `dropout` that share of what
     linear layers read is left out wherever a gradient is asked for, and the rest is scaled up. Attention is computed in
-    float32 whatever products are of: on a processor its gradient in bfloat16 takes more than twice as long.
+    float32 whatever products are of: on a processor its gradient in bfloat16 takes more than twice as long. What is
+    rounded has the gradient of what is not (straight through, Bengio et al. 2013).
     """
 
     def __init__(self, graph: Graph, names: Sequence[str], dropout: float = 0.0) -> None:
         super().__init__()
         self.graph = graph
-        self.plain = [_with_attention_in_float32(graph.exported.graph_module)]
+        self.plain = [_differentiable(graph.exported.graph_module)]
         self.noisy = [_with_dropout(self.plain[0], dropout)] if dropout else self.plain
         self.places: dict[str, int] = {}
         by_place: dict[Any, int] = {}
@@ -59,16 +61,33 @@ class InGraph(nn.Module):
         return found | {name: tensor.detach() for name, tensor in self.instead.items()}
 
 
-def _with_attention_in_float32(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph, or a copy where it has attention."""
-    if not any(op_name(node) == ATTENTION for node in module.graph.nodes):
+def _differentiable(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph, or a copy where it has attention or rounds values."""
+    if not any(op_name(node) == ATTENTION or is_rounding(node) for node in module.graph.nodes):
         return module
     found = _copied(module)
-    for node in found.graph.nodes:
+    for node in list(found.graph.nodes):
         if op_name(node) == ATTENTION:
             node.target = _attention
+        if is_rounding(node):
+            with found.graph.inserting_after(node):
+                through = found.graph.call_function(_straight, (node.args[0].args[0], node))
+            node.replace_all_uses_with(
+                through, delete_user_cb=lambda user, made=through: user is not made
+            )
     found.recompile()
     return found
+
+
+def is_rounding(node: fx.Node) -> bool:
+    """Whether a node gives what is left of values that were rounded to codes as the graph ran."""
+    codes = node.args[0] if node.target is DEQUANTIZE else None
+    return isinstance(codes, fx.Node) and codes.target is QUANTIZE
+
+
+def _straight(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, to the last bit, with the gradient of `x`."""
+    return rounded.detach() + (x - x.detach())
 
 
 def _attention(*given: Any, **more: Any) -> Tensor:

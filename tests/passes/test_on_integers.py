@@ -9,13 +9,15 @@ from graphs import distance, engine, normal, quantize
 import effc
 from effc.calib.data import Batch
 from effc.errors import PreconditionError
-from effc.ir.edit import rebind, tensor_name
+from effc.ir.edit import insert, rebind, tensor_name
 from effc.ir.program import Program
 from effc.ir.splice import attached
 from effc.passes.lora import AttachLora, MergeLora, sites, weight_of
 from effc.passes.rank1 import AttachRank1, experts_of
 from effc.passes.rank1_fold import BatchRank1
 from effc.passes.tune import Tune
+from effc.quant.ops import QUANTIZE
+from effc.train.graph import InGraph
 
 WAYS = (
     AttachLora(rank=3), AttachLora(rank=3, form="dora"),
@@ -133,7 +135,47 @@ def test_rounded_activations_have_adapters_that_read_floats():
         n for n in graph.nodes if tensor_name(graph, n.args[1:2] and n.args[1]) == "up.lora_A"
     ]
     assert first.args[0].op == "placeholder"
-    with pytest.raises(PreconditionError, match="no gradient passes a rounding") as error:
+
+
+@pytest.mark.parametrize("way", WAYS[1:3], ids=str)
+def test_they_learn_beside_rounded_activations_too(way, tmp_path):
+    program = effc.trace(Block().eval(), {"x": X}, dims=DIMS)
+    quantize(program, [Batch(inputs={"x": X.numpy()})])
+    kernels = by_engine(program, tmp_path / "base")
+    codes = {n: t.clone() for n, t in program.only().tensors().items()}
+    effc.apply(way, program)
+    teacher, train, tune = learner()
+    far = distance(teacher.run({"x": X})["output"], program.run(given(program))["output"])
+    effc.apply(tune, program, train=train)
+    near = distance(teacher.run({"x": X})["output"], program.run(given(program))["output"])
+    assert near < 0.8 * far
+    assert all(torch.equal(t, program.only().tensors()[n]) for n, t in codes.items())
+    assert by_engine(program, tmp_path / "engine") < 1e-5 + 2 * kernels < 0.02
+
+
+def test_a_rounded_value_has_the_gradient_of_what_it_was():
+    """The same in front of a rounding as behind it, and the value is the rounded one to the last bit."""
+    program = effc.trace(Block().eval(), {"x": X}, dims=DIMS)
+    quantize(program, [Batch(inputs={"x": X.numpy()})])
+    effc.apply(AttachLora(rank=2), program)
+    program = stirred(program)
+    graph = program.only()
+    module = InGraph(graph, attached(graph))
+    found = module({"x": X})["output"]
+    assert torch.equal(found, program.run({"x": X})["output"])
+    found.square().sum().backward()
+    assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in module.weights)
+
+
+def test_codes_that_something_else_reads_are_not_trained_through():
+    program = effc.trace(Block().eval(), {"x": X}, dims=DIMS)
+    quantize(program, [Batch(inputs={"x": X.numpy()})])
+    effc.apply(AttachLora(rank=2), program)
+    graph = program.only()
+    code = next(n for n in graph.nodes if n.target is QUANTIZE)
+    (grid,) = code.users
+    insert(graph, grid, torch.ops.aten.neg.default, (code,))
+    with pytest.raises(PreconditionError, match="no gradient passes those") as error:
         effc.apply(Tune(steps=2), program, train=learner()[1])
     assert "activation_bits: 16" in error.value.hint
 

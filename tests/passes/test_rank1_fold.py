@@ -184,3 +184,10 @@ def test_an_input_of_the_model_itself_stays_behind_a_fold():
     effc.apply(AttachRank1(sizes=SIZES), program)
     effc.apply(FoldStatic(), program, one_kind(program, 6)[0])
     assert program.only().inputs == ("x", "intuition")
+
+
+def test_samples_without_what_requests_are_about_have_the_example_of_it():
+    """As a compile has them, whose samples are those of the model as it came."""
+    program = stirred(with_experts()[1])
+    record = effc.apply(BatchRank1(), program, probes={"main": [{"x": X}]})
+    assert record.drift is not None and record.drift.rel_l2 < 1e-6
