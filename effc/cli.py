@@ -1124,6 +1124,63 @@ def migrate_trt(
     _write_json(json_, found.to_json())
 
 
+SETTINGS_KINDS = ("optimum", "modelopt", "olive", "transformers.js")
+
+
+@app.command("migrate-config")
+def migrate_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Settings of another tool: JSON or YAML.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "-o", "--out", metavar="FILE", callback=_report_place, help="Recipe to write; - is stdout.",
+        ),
+    ] = "recipe.yaml",
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", help=f"Whose they are, {', '.join(SETTINGS_KINDS)} [default: seen from the keys]."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Directory, model.onnx or module:factory, where the settings name none."),
+    ] = None,
+    calib: Calib = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help=f"One of {', '.join(TARGETS)} [default: what the settings are for]."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option("--mode", help="Which of the modes of transformers.js: q8, q4, fp16, …"),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Make a recipe of settings of optimum, ModelOpt, Olive or transformers.js, and name what has no counterpart.
+
+    \b
+    Examples:
+      effc migrate-config ort_config.json --model MODEL_DIR --calib sentences.txt -o recipe.yaml
+      effc migrate-config workflow.json -o recipe.yaml
+      effc migrate-config quantize_config.json --mode q4 --model model.onnx -o recipe.yaml
+    """
+    from effc.settings import run as settings
+
+    if out != "-" and os.path.exists(out) and os.path.exists(file) and os.path.samefile(out, file):
+        raise UsageError(f"{out} is the file that is read", hint="name another with -o")
+    found = settings.migrate(
+        file, kind=kind, model=model, calib=calib, target=target, mode=mode,
+        base=Path() if out == "-" else Path(out).parent,
+    )  # fmt: skip
+    _write("-o", out, found.text)
+    stream = "-" if "-" in (json_, out) else None
+    for line in found.lines():
+        _say(line, stream)
+    if out != "-":
+        _say(f"{out} is ready", stream)
+    _write_json(json_, found.to_json())
+
+
 @app.command()
 def passes(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
     """List every pass with its options and their defaults."""

@@ -285,7 +285,7 @@ def parse(
 
     Where decisions are `replayed` nothing is measured, and passes that measure need no calibration data.
     """
-    node, data = _load(text, name)
+    node, data = load_yaml(text, name)
     if not isinstance(data, dict):
         raise RecipeError(f"{name} is not a mapping of sections", hint="see docs/recipes.md")
     for override in overrides:
@@ -305,7 +305,7 @@ def without_bench(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, bench=None)
 
 
-def _load(text: str, name: str) -> tuple[yaml.Node | None, Any]:
+def load_yaml(text: str, name: str) -> tuple[yaml.Node | None, Any]:
     """YAML as nodes, which know their lines, and as values."""
     try:
         node, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
@@ -379,7 +379,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):
         raise UsageError(f"--set {text!r} is not PATH=VALUE", hint="--set passes.0.bits=6")
-    _, new = _load(value, f"--set {path}")
+    _, new = load_yaml(value, f"--set {path}")
     place: Any = data
     try:
         for part in parents:

@@ -39,7 +39,7 @@ from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, Trainer
 from effc.passes.pipeline import apply
 from effc.progress import Progress
-from effc.recipe import OF_FILE, WORDS, Recipe
+from effc.recipe import Recipe, SourceSpec
 from effc.remedy import Remedy, remedies
 from effc.samples import Samples
 from effc.verify import Tolerance, parity
@@ -157,7 +157,8 @@ def walk(
     }  # fmt: skip
 
 
-SOURCE = (*WORDS, *OF_FILE, "cache", "roles")
+SOURCE = tuple(f.name for f in dataclasses.fields(SourceSpec) if f.name != "options")
+"""What a source says; all else in it are options of a factory or a task."""
 
 
 def _recipe(out: Path, spec: Json, trust_code: bool, calib: str | None) -> Recipe:
@@ -179,7 +180,8 @@ def _recipe(out: Path, spec: Json, trust_code: bool, calib: str | None) -> Recip
             f"the passes of {out} are code of its own: {', '.join(map(str, parts['plugins']))}",
             hint="add --trust-code where you trust it, and run this where those files are",
         )
-    kept = {k: v for k, v in spec.items() if k in SOURCE}
+    names = ("python",) if "python" in spec else SOURCE  # a factory's own words may be any
+    kept = {k: v for k, v in spec.items() if k in names}
     options = {k: v for k, v in spec.items() if k not in kept}
     source = {**kept, "options": options} if options else kept
     return recipe.build({**parts, "source": source, "bench": False}, replayed=True)

@@ -35,6 +35,7 @@ LINES = [
     passes backends
     metrics sampling lint migrate
     recipe room checkpoint trajectories
+    settings
     samples verify bench alike
     gate case tuning
     package
