@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from effc import bounded, metrics
+from effc import bounded, metrics, peers
 from effc.backends import TARGETS
 from effc.backends.dialect import DIALECTS
 from effc.backends.options import OPTIONS
@@ -599,7 +599,8 @@ class _Reader:
                 ((word, asked),) = item.items()
                 place = (*place, word)
             if not isinstance(word, str) or word not in TARGETS:
-                raise self._error(place, unknown("target", str(word), TARGETS))
+                told = peers.hint(str(word))
+                raise self._error(place, unknown("target", str(word), TARGETS), hint=told)
             if isinstance(item, dict):
                 if word not in OPTIONS:
                     raise self._error(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 
-from effc import bounded, checkpoint, inspection, measure, package, recipe, scratch
+from effc import bounded, checkpoint, inspection, measure, package, peers, recipe, scratch
 from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.blame import Blame, Faults, first_fault
@@ -154,6 +154,15 @@ def walk(
         "sites": sites,
         "loudest": [dataclasses.asdict(r) for r in loudest],
         "advice": _advice(sites, loudest),
+        "elsewhere": [
+            peer.to_json()
+            for peer in peers.advice(
+                peers.Facts(
+                    kind=manifest.kind, has_convs=any(s["op"].startswith("conv") for s in sites)
+                ),
+                entry.target,
+            )
+        ],
     }  # fmt: skip
 
 
@@ -492,4 +501,4 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             f"{site['local_db']:.1f} dB, outputs {remedy['alone_db']:.1f} dB where only it is quantised"
         )
         shown += [f"        {text}" for text in remedy["advice"]]
-    return [*shown, *found["advice"]]
+    return [*shown, *found["advice"], *peers.lines(found.get("elsewhere", ()))]

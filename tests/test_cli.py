@@ -13,7 +13,7 @@ import pytest
 
 from kit import assert_letter, cli, content, int8, made, plant, process, save_encoder
 
-COMMANDS = ("compile", "verify", "bench", "inspect", "passes", "doctor")
+COMMANDS = ("compile", "verify", "bench", "inspect", "migrate-config", "passes", "doctor")
 
 
 @pytest.fixture

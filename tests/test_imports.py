@@ -33,6 +33,7 @@ LINES = [
     guided task
     source
     passes backends
+    peers
     metrics sampling lint migrate
     recipe room checkpoint trajectories
     settings

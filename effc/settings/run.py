@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from effc import recipe
+from effc import peers, recipe
 from effc.backends import TARGETS
 from effc.backends.dialect import DIALECTS
 from effc.errors import RecipeError, UsageError
@@ -76,7 +76,8 @@ def migrate(
     no model, no samples though they measure, or are of nobody that is known. Nothing is written, loaded or run.
     """
     if target is not None and target not in TARGETS:
-        raise UsageError(unknown("--target", target, TARGETS), hint=f"one of {', '.join(TARGETS)}")
+        known = f"one of {', '.join(TARGETS)}"
+        raise UsageError(unknown("--target", target, TARGETS), hint=peers.hint(target) or known)
     values = files.values_of(file)
     chosen = files.checked(kind) if kind is not None else files.kind_of(values)
     wish = Wish()
