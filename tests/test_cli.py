@@ -189,7 +189,7 @@ def test_json_inside_a_package_is_refused_before_any_work(out, tmp_path):
 def test_a_refused_file_is_one_line(tmp_path, monkeypatch):
     from effc import inspection
 
-    def refuse() -> None:
+    def refuse(*_) -> None:
         (tmp_path / ("x" * 300)).read_text(encoding="utf-8")
 
     monkeypatch.setattr(inspection, "doctor", refuse)

@@ -186,7 +186,7 @@ def _pass(entry: Any, place: str, wish: Wish, target: str) -> list[str]:
         is_harmless = why in (WRITES, FUSED)
         wish.rounds = wish.rounds or "quant" in kind.lower() or "awq" in kind.lower()
         wish.became(keys.path("type"), f"{kind}: {why}", is_lost=not is_harmless)
-        keys.drop(f"an option of {kind}", *keys.left, lost=not is_harmless)
+        keys.drop(f"an option of {kind}", *keys.left, lost=True)
         return []
     reader(keys, wish, target, kind)
     keys.close()
@@ -249,11 +249,8 @@ def _extra(keys: Keys, wish: Wish) -> bool:
     return smooth
 
 
-BLOCKS = {
-    "bits": ("bits",),
-    "group": ("group_size", "q_group_size", "block_size"),
-    "symmetric": ("sym", "is_symmetric"),
-}
+GROUP = ("group_size", "q_group_size", "block_size")
+SYMMETRIC = ("sym", "is_symmetric")
 
 
 def _weights(keys: Keys, wish: Wish, target: str, kind: str) -> None:
@@ -268,15 +265,15 @@ def _weights(keys: Keys, wish: Wish, target: str, kind: str) -> None:
         return
     wish.became(keys.there("bits"), f"bits: {bits}")
     made: dict[str, Any] = {"pass": "quantize", "bits": bits, "activation_bits": 16}
-    size = next((keys.take(k, int) for k in BLOCKS["group"] if k in keys.left), None)
+    size = next((keys.take(k, int) for k in GROUP if k in keys.left), None)
     size = (32 if "kquant" in small else 128) if size is None else size
     wish.became(
-        keys.there(*BLOCKS["group"]),
+        keys.there(*GROUP),
         f"group: {size}" if size > 0 else "a scale for every output channel",
     )
     if size > 0:
         made["group"] = size
-    symmetric = next((keys.take(k, bool) for k in BLOCKS["symmetric"] if k in keys.left), None)
+    symmetric = next((keys.take(k, bool) for k in SYMMETRIC if k in keys.left), None)
     zero = keys.take("zero_point", bool)
     if zero is not None or "awq" in small:
         symmetric = not (True if zero is None else zero)
@@ -316,6 +313,10 @@ def _weights(keys: Keys, wish: Wish, target: str, kind: str) -> None:
         grid = {k: v for k, v in made.items() if k in ("bits", "group", "weight_symmetric")}
         wish.passes.append({"pass": "awq", "group": None, **grid})
         wish.became(keys.path("type"), "the pass awq in front of it")
+    if not small.startswith("onnx"):  # those of torch leave tables and the output layer alone
+        made["ops"] = ["linear"]
+        keys.left.setdefault("lm_head", False)
+        wish.became(keys.path("type"), "ops: linear")
     out = _outside(keys, wish)
     if out:
         made["select"] = {"exclude": out}
@@ -363,7 +364,7 @@ def _outside(keys: Keys, wish: Wish) -> list[str]:
         without = keys.take("exclude_lm_head", bool)
         with_head = with_head or without is False
         wish.became(
-            keys.there("lm_head", "exclude_lm_head"),
+            keys.there("lm_head", "exclude_lm_head") or keys.path("type"),
             "with the output layer" if with_head else "select.exclude: lm_head",
         )
         out += [] if with_head else ["lm_head"]
@@ -391,11 +392,12 @@ def _builder(keys: Keys, wish: Wish, target: str, kind: str) -> None:
         wish.rounds = True
         size = keys.take("int4_block_size", int, 32)
         made: dict[str, Any] = {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": size}
+        made["ops"] = ["linear"]
         if keys.take("int4_is_symmetric", bool, True) is False:
             made["weight_symmetric"] = False
         wish.became(
             keys.there("precision", "int4_block_size", "int4_is_symmetric"),
-            f"bits: 4, group: {size}",
+            f"bits: 4, group: {size}, ops: linear",
         )
         wish.passes.append(made)
     elif word in ("fp16", "bf16"):

@@ -86,6 +86,7 @@ def migrate(
     keys.close()
     if target is not None and wish.target not in (None, target):
         wish.became("--target", f"targets: [{target}], where the settings are for {wish.target}")
+    _without_halves(wish, target or wish.target or "ort")
     _refuse_nothing(file, wish)
     data = _data(file, wish, model, calib, target, base or Path())
     text = _text(file, chosen, data, wish.notes)
@@ -93,6 +94,17 @@ def migrate(
     for pass_ in made.passes:  # a target that has no kernels for it says so here
         pass_.resolve(DIALECTS[made.targets[0]])
     return Migrated(kind=chosen, text=text, notes=tuple(wish.notes))
+
+
+def _without_halves(wish: Wish, target: str) -> None:
+    """ONNX Runtime's kernel for weights that are quantised alone wants its scales and activations in one type."""
+    alone = any(p["pass"] == "quantize" and p.get("activation_bits") == 16 for p in wish.passes)
+    if target == "ort" and alone and any(p["pass"] == "mixed-precision" for p in wish.passes):
+        wish.passes = [p for p in wish.passes if p["pass"] != "mixed-precision"]
+        wish.lost(
+            "mixed-precision",
+            "beside weights that are quantised alone, ort computes in float32 here",
+        )
 
 
 def _refuse_nothing(file: Path, wish: Wish) -> None:

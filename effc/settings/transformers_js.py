@@ -126,6 +126,7 @@ def _first_model(section: Keys, wish: Wish) -> Keys:
 def _four(keys: Keys, wish: Wish) -> None:
     wish.rounds = True
     made: dict[str, Any] = {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": BLOCK}
+    made["ops"] = ["linear"]  # its 4 bit are of products alone
     if "block_size" in keys.left:
         size = keys.take("block_size", int, BLOCK)
         if size < 1:

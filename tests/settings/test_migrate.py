@@ -235,23 +235,34 @@ def test_a_workflow_names_its_model_and_its_samples(here):
     } <= lost  # fmt: skip
 
 
+LINEAR = {"ops": ["linear"]}
+AWQ = {"bits": 4, "group": 16, "weight_symmetric": False}
+
+
+def no(*modules):
+    return {"select": {"exclude": [*modules]}}
+
+
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        ({"type": "GptqQuantizer", "group_size": 32, "sym": True}, [{"bits": 4, "group": 32, "rounding": "gptq"}]),
-        ({"type": "Rtn", "bits": 8, "group_size": -1, "sym": True}, [{"bits": 8}]),
+        (
+            {"type": "GptqQuantizer", "group_size": 32, "sym": True, "lm_head": True},
+            [{"bits": 4, "group": 32, "rounding": "gptq", **LINEAR}],
+        ),
+        ({"type": "Rtn", "bits": 8, "group_size": -1, "sym": True}, [{"bits": 8, **LINEAR, **no("lm_head")}]),
         (
             {"type": "AutoAWQQuantizer", "q_group_size": 16, "modules_to_not_convert": ["pooler"]},
             [
-                {"pass": "awq", "bits": 4, "group": 16, "weight_symmetric": False, "select": {"exclude": ["*pooler*"]}},
-                {"bits": 4, "group": 16, "weight_symmetric": False, "select": {"exclude": ["*pooler*"]}},
+                {"pass": "awq", **AWQ, **no("*pooler*", "lm_head")},
+                {**AWQ, **LINEAR, **no("*pooler*", "lm_head")},
             ],
         ),
         (
             {"type": "OnnxHqqQuantization", "block_size": 32},
             [{"bits": 4, "group": 32, "weight_symmetric": False, "weight_range": "mse"}],
         ),
-        ({"type": "ModelBuilder", "precision": "int4", "int4_block_size": 64}, [{"bits": 4, "group": 64}]),
+        ({"type": "ModelBuilder", "precision": "int4", "int4_block_size": 64}, [{"bits": 4, "group": 64, **LINEAR}]),
     ],
     ids=lambda v: v["type"] if isinstance(v, dict) else "",
 )  # fmt: skip
@@ -285,11 +296,16 @@ def test_an_execution_provider_says_the_target(tmp_path, places):
 
 
 def test_a_mode_of_transformers_js_is_one_recipe(tmp_path, places):
-    q4 = run.migrate(written(tmp_path, {**MODES, "block_size": 64}), **places, mode="q4f16")
+    file = written(tmp_path, {**MODES, "block_size": 64})
+    q4 = run.migrate(file, **places, mode="q4f16", target="onnx")
     assert passes(q4) == [
-        {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": 64},
+        {"pass": "quantize", "bits": 4, "activation_bits": 16, "group": 64, "ops": ["linear"]},
         {"pass": "mixed-precision", "dtype": "fp16"},
     ]
+    on_ort = run.migrate(file, **places, mode="q4f16")
+    assert passes(on_ort) == passes(q4)[:1] and ("mixed-precision",) in {
+        n.keys for n in on_ort.lost
+    }
     level = run.migrate(written(tmp_path, {**MODES, "accuracy_level": 1}), **places, mode="q4")
     assert any("accuracy_level" in n.keys for n in level.lost)
     alone = run.migrate(written(tmp_path, {**MODES, "modes": ["q8"]}), **places)

@@ -110,7 +110,7 @@ def test_values_of_the_wrong_kind_elsewhere(text, options, why, tmp_path):
         ({"learning_rate": 1}, {}, "of none of", "--kind"),
         ({**ORT_CONFIG, **INT8}, {}, "of optimum and of modelopt", "--kind"),
         (INT8, {"kind": "onnx"}, "unknown --kind", "one of"),
-        (INT8, {"target": "coreml"}, "unknown --target", "one of"),
+        (INT8, {"target": "coreml"}, "unknown --target", "coremltools"),
         (MODES, {}, "7 modes", "--mode fp16"),
         (MODES, {"mode": "q2"}, "no mode 'q2'", "one of"),
         (ORT_CONFIG, {"model": None}, "names no model", "--model"),
