@@ -1045,12 +1045,14 @@ def lint(
     targets = list(dict.fromkeys(target or ["ort"]))
     if fix and len(targets) > 1:
         raise UsageError("what suits one target need not suit another", hint="--fix one at a time")
+    from effc import peers
     from effc.lint import run, told
     from effc.package import dump
 
     rules = {word: run.chosen(word, select or (), ignore or ()) for word in targets}
     stream = "-" if "-" in (json_, sarif) else None
-    found = {}
+    found: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for word in targets:
         if fix:
             place = out or model.with_name(f"{model.stem}.fixed.onnx")
@@ -1062,9 +1064,11 @@ def lint(
             found[word] = repaired.left
         else:
             found[word] = run.check(model, rules[word])
-        for line in told.lines(model, word, found[word]):
+        others[word] = peers.of_file(model, word) if found[word] else []
+        for line in (*told.lines(model, word, found[word]), *peers.lines(others[word])):
             _say(line, stream)
-    _write_json(json_, {"runs": [told.to_json(model, word, found[word]) for word in targets]})
+    made = [told.to_json(model, word, found[word], others[word]) for word in targets]
+    _write_json(json_, {"runs": made})
     if sarif is not None:
         known = {rule.id: rule for word in targets for rule in rules[word]}
         runs = [(model, word, found[word]) for word in targets]
@@ -1124,6 +1128,63 @@ def migrate_trt(
     _write_json(json_, found.to_json())
 
 
+SETTINGS_KINDS = ("optimum", "modelopt", "olive", "transformers.js")
+
+
+@app.command("migrate-config")
+def migrate_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Settings of another tool: JSON or YAML.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "-o", "--out", metavar="FILE", callback=_report_place, help="Recipe to write; - is stdout.",
+        ),
+    ] = "recipe.yaml",
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", help=f"Whose they are, {', '.join(SETTINGS_KINDS)} [default: seen from the keys]."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Directory, model.onnx or module:factory, where the settings name none."),
+    ] = None,
+    calib: Calib = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help=f"One of {', '.join(TARGETS)} [default: what the settings are for]."),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option("--mode", help="Which of the modes of transformers.js: q8, q4, fp16, …"),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Make a recipe of settings of optimum, ModelOpt, Olive or transformers.js, and name what has no counterpart.
+
+    \b
+    Examples:
+      effc migrate-config ort_config.json --model MODEL_DIR --calib sentences.txt -o recipe.yaml
+      effc migrate-config workflow.json -o recipe.yaml
+      effc migrate-config quantize_config.json --mode q4 --model model.onnx -o recipe.yaml
+    """
+    from effc.settings import run as settings
+
+    if out != "-" and os.path.exists(out) and os.path.exists(file) and os.path.samefile(out, file):
+        raise UsageError(f"{out} is the file that is read", hint="name another with -o")
+    found = settings.migrate(
+        file, kind=kind, model=model, calib=calib, target=target, mode=mode,
+        base=Path() if out == "-" else Path(out).parent,
+    )  # fmt: skip
+    _write("-o", out, found.text)
+    stream = "-" if "-" in (json_, out) else None
+    for line in found.lines():
+        _say(line, stream)
+    if out != "-":
+        _say(f"{out} is ready", stream)
+    _write_json(json_, found.to_json())
+
+
 @app.command()
 def passes(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
     """List every pass with its options and their defaults."""
@@ -1138,11 +1199,35 @@ def passes(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -
 
 
 @app.command()
-def doctor(json_: Json = None, debug: Debug = False, verbose: Verbose = False) -> None:
-    """Say what this machine has: CPU features, versions, targets, and how to get what is missing."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="With --for: a model directory, .onnx or .gguf; it is not loaded."
+        ),
+    ] = None,
+    place: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="TARGET", help="Say which tool serves that: ort, gguf, coreml, vllm, …"
+        ),
+    ] = None,
+    json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what this machine has: CPU features, versions, targets, how to get what is missing, and what others serve.
+
+    \b
+    Examples:
+      effc doctor
+      effc doctor --model MODEL_DIR --for gguf
+    """
     from effc import inspection
 
-    found = inspection.doctor()
+    if model is not None and place is None:
+        raise UsageError("--model goes with --for", hint="--for ort, or where else it is to run")
+    found = inspection.doctor(model, place)
     for line in inspection.doctor_lines(found):
         _say(line, json_)
     _write_json(json_, found)

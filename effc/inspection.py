@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from effc import bench as benchmark
-from effc import package, report
+from effc import package, peers, report
 from effc.backends import BACKENDS, DISTRIBUTIONS, TARGETS
 from effc.backends.base import Lowered
 from effc.engine import entry_of, refuse
@@ -483,10 +483,11 @@ def _default(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def doctor() -> Json:
+def doctor(model: str | None = None, place: str | None = None) -> Json:
     """CPU, memory, versions, and every target with the line that installs it where it is missing.
 
-    A planned target is never available; it has no such line where what it needs is here already.
+    A planned target is never available; it has no such line where what it needs is here already. Beside it stands who
+    serves places that effc has no target for, or, of a `place` and perhaps a model, which tool serves it.
     """
     names = (
         "effc",
@@ -511,6 +512,7 @@ def doctor() -> Json:
             "install": None if here else f"pip install {wanted}",
             "obstacle": why,
         }
+    asked = peers.everywhere() if place is None else peers.answer(model, place)
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -519,6 +521,7 @@ def doctor() -> Json:
         "cores": os.cpu_count(),
         "versions": {name: installed(name) for name in names},
         "targets": targets,
+        "elsewhere" if place is None else "answer": asked,
     }
 
 
@@ -545,4 +548,11 @@ def doctor_lines(found: Mapping[str, Any]) -> list[str]:
         if t["obstacle"]:
             word = f"engines are built here and not run: {t['obstacle']}"
         lines.append(f"target     {target}: {word}")
+    for peer in found.get("elsewhere", {}).values():
+        lines.append(
+            f"elsewhere  {', '.join(peer['words'])}: {peer['tool']}; effc doctor --for says why"
+        )
+    if (answer := found.get("answer")) is not None:
+        own = answer["effc"] or f"effc does not serve {answer['target']}"
+        lines += [f"answer     {own}", *peers.lines(answer["elsewhere"])]
     return lines

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from effc import bounded, metrics
+from effc import bounded, metrics, peers
 from effc.backends import TARGETS
 from effc.backends.dialect import DIALECTS
 from effc.backends.options import OPTIONS
@@ -285,7 +285,7 @@ def parse(
 
     Where decisions are `replayed` nothing is measured, and passes that measure need no calibration data.
     """
-    node, data = _load(text, name)
+    node, data = load_yaml(text, name)
     if not isinstance(data, dict):
         raise RecipeError(f"{name} is not a mapping of sections", hint="see docs/recipes.md")
     for override in overrides:
@@ -305,7 +305,7 @@ def without_bench(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, bench=None)
 
 
-def _load(text: str, name: str) -> tuple[yaml.Node | None, Any]:
+def load_yaml(text: str, name: str) -> tuple[yaml.Node | None, Any]:
     """YAML as nodes, which know their lines, and as values."""
     try:
         node, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
@@ -379,7 +379,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):
         raise UsageError(f"--set {text!r} is not PATH=VALUE", hint="--set passes.0.bits=6")
-    _, new = _load(value, f"--set {path}")
+    _, new = load_yaml(value, f"--set {path}")
     place: Any = data
     try:
         for part in parents:
@@ -599,7 +599,8 @@ class _Reader:
                 ((word, asked),) = item.items()
                 place = (*place, word)
             if not isinstance(word, str) or word not in TARGETS:
-                raise self._error(place, unknown("target", str(word), TARGETS))
+                told = peers.hint(str(word))
+                raise self._error(place, unknown("target", str(word), TARGETS), hint=told)
             if isinstance(item, dict):
                 if word not in OPTIONS:
                     raise self._error(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 
-from effc import bounded, checkpoint, inspection, measure, package, recipe, scratch
+from effc import bounded, checkpoint, inspection, measure, package, peers, recipe, scratch
 from effc.backends import BACKENDS
 from effc.backends.dialect import DIALECTS
 from effc.blame import Blame, Faults, first_fault
@@ -39,7 +39,7 @@ from effc.passes import CANONICAL, PASSES
 from effc.passes.base import Pass, Trainer
 from effc.passes.pipeline import apply
 from effc.progress import Progress
-from effc.recipe import OF_FILE, WORDS, Recipe
+from effc.recipe import Recipe, SourceSpec
 from effc.remedy import Remedy, remedies
 from effc.samples import Samples
 from effc.verify import Tolerance, parity
@@ -154,10 +154,20 @@ def walk(
         "sites": sites,
         "loudest": [dataclasses.asdict(r) for r in loudest],
         "advice": _advice(sites, loudest),
+        "elsewhere": [
+            peer.to_json()
+            for peer in peers.advice(
+                peers.Facts(
+                    kind=manifest.kind, has_convs=any(s["op"].startswith("conv") for s in sites)
+                ),
+                entry.target,
+            )
+        ],
     }  # fmt: skip
 
 
-SOURCE = (*WORDS, *OF_FILE, "cache", "roles")
+SOURCE = tuple(f.name for f in dataclasses.fields(SourceSpec) if f.name != "options")
+"""What a source says; all else in it are options of a factory or a task."""
 
 
 def _recipe(out: Path, spec: Json, trust_code: bool, calib: str | None) -> Recipe:
@@ -179,7 +189,8 @@ def _recipe(out: Path, spec: Json, trust_code: bool, calib: str | None) -> Recip
             f"the passes of {out} are code of its own: {', '.join(map(str, parts['plugins']))}",
             hint="add --trust-code where you trust it, and run this where those files are",
         )
-    kept = {k: v for k, v in spec.items() if k in SOURCE}
+    names = ("python",) if "python" in spec else SOURCE  # a factory's own words may be any
+    kept = {k: v for k, v in spec.items() if k in names}
     options = {k: v for k, v in spec.items() if k not in kept}
     source = {**kept, "options": options} if options else kept
     return recipe.build({**parts, "source": source, "bench": False}, replayed=True)
@@ -490,4 +501,4 @@ def lines(found: Mapping[str, Any]) -> list[str]:
             f"{site['local_db']:.1f} dB, outputs {remedy['alone_db']:.1f} dB where only it is quantised"
         )
         shown += [f"        {text}" for text in remedy["advice"]]
-    return [*shown, *found["advice"]]
+    return [*shown, *found["advice"], *peers.lines(found.get("elsewhere", ()))]

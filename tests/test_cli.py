@@ -13,7 +13,7 @@ import pytest
 
 from kit import assert_letter, cli, content, int8, made, plant, process, save_encoder
 
-COMMANDS = ("compile", "verify", "bench", "inspect", "passes", "doctor")
+COMMANDS = ("compile", "verify", "bench", "inspect", "migrate-config", "passes", "doctor")
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_json_inside_a_package_is_refused_before_any_work(out, tmp_path):
 def test_a_refused_file_is_one_line(tmp_path, monkeypatch):
     from effc import inspection
 
-    def refuse() -> None:
+    def refuse(*_) -> None:
         (tmp_path / ("x" * 300)).read_text(encoding="utf-8")
 
     monkeypatch.setattr(inspection, "doctor", refuse)

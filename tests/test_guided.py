@@ -1,5 +1,7 @@
 """A model of a directory is told what its requests are about, by arrays or by an encoder that reads their texts."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from effc.compiler import trace_source
 from effc.errors import CalibrationError, RecipeError, SourceError
 from effc.samples import Samples
 from effc.source import load
-from kit import WORDS, embeddings, save_encoder, save_tokenizer, write_sentences
+from kit import WORDS, cli, embeddings, save_encoder, save_tokenizer, write_sentences
 
 EXPERTS = 6
 
@@ -112,3 +114,17 @@ def test_parts_that_do_not_go_together_are_refused(places, tmp_path):
         recipe.build({"source": {"transformers": "x", "embedder": "y"}})
     with pytest.raises(RecipeError, match="is for a model directory"):
         recipe.build({"source": {"python": "m:f", "intuition": "c.safetensors"}})
+
+
+@pytest.mark.slow
+def test_a_package_that_is_told_is_walked_like_any_other(places, tmp_path):
+    file = labelled(tmp_path / "texts.tsv")
+    asked = recipe.build({
+        "source": places, "calib": {"file": str(file), "samples": 16, "batch": 8}, "passes": ["quantize"],
+        "bench": False, "gate": False,
+    })  # fmt: skip
+    effc.compile(asked, tmp_path / "OUT")
+    ran = cli("explain", tmp_path / "OUT", "--calib", file, "--json", tmp_path / "found.json")
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["replayed"] is not False and found["first"] is None and found["sites"]

@@ -33,8 +33,10 @@ LINES = [
     guided task
     source
     passes backends
+    peers
     metrics sampling lint migrate
     recipe room checkpoint trajectories
+    settings
     samples verify bench alike
     gate case tuning
     package

@@ -83,6 +83,7 @@ def test_commands_take_an_engine_by_its_role(place):
     assert ran.code == 0 and "decode/ort: " in ran.out, ran.err
     ran = cli("explain", place / "out", *model, "--target", "decode")
     assert ran.code == 0, ran.err
+    assert "elsewhere  llama.cpp: " in ran.out and "elsewhere  vLLM or TensorRT-LLM: " in ran.out
     ran = cli("bench", place / "out", *model, "--target", "decode/ort", "--budget", "0.5")
     assert ran.code == 0, ran.err
     ran = cli("bench", place / "out", *model, "--target", "nobody")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from effc import peers
 from effc.backends import onnx_out
 from effc.backends.base import Array
 from effc.backends.ort_engine import PlainEngine
@@ -57,7 +58,8 @@ class Repaired:
 def chosen(target: str, only: Collection[str] = (), without: Collection[str] = ()) -> list[Rule]:
     """The rules of a target, by id. Raises UsageError for a word that nobody knows."""
     if target not in TARGETS:
-        raise UsageError(unknown("target", target, TARGETS), hint=f"one of {', '.join(TARGETS)}")
+        known = f"one of {', '.join(TARGETS)}"
+        raise UsageError(unknown("target", target, TARGETS), hint=peers.hint(target) or known)
     for word in (*only, *without):
         if word not in RULES:
             raise UsageError(unknown("rule", word, RULES), hint="docs/lint.md lists the rules")

@@ -43,12 +43,15 @@ def _count(number: int, word: str) -> str:
     return f"{number} {word}{'s' if number != 1 else ''}" if number else ""
 
 
-def to_json(path: Path, target: str, found: Sequence[Finding]) -> dict[str, Any]:
+def to_json(
+    path: Path, target: str, found: Sequence[Finding], others: Sequence[Any] = ()
+) -> dict[str, Any]:
     return {
         "model": path.name,
         "target": target,
         "findings": [{**_plain(one), **_of_rule(RULES[one.id])} for one in found],
         "counts": dict(sorted(Counter(one.id for one in found).items())),
+        "elsewhere": [peer.to_json() for peer in others],
     }
 
 
