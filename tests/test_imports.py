@@ -46,9 +46,9 @@ LINES = [
     measure
     timing
     build blame layers elsewhere
-    trial remedy layout_pipeline
-    search
-    compiler
+    trial remedy layout_plan
+    search layout_causal layout_encoder layout_ort layout_pipeline
+    compiler layout_triton layout_peft
     compared
     inspection plan writing painting solving layout
     walk
