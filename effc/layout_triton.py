@@ -24,6 +24,7 @@ from effc.engine import lowered
 from effc.errors import BackendUnavailable, PackageError, UsageError
 from effc.layout_causal import KIND as CAUSAL
 from effc.layout_plan import Asked, Json, Plan, beside
+from effc.prototext import Word, prototext
 
 NAME = "triton"
 CONFIG = "config.pbtxt"
@@ -43,10 +44,6 @@ TYPES = {
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 TERMS = ("README", "LICENSE", "LICENCE", "NOTICE")
 """Files that travel with a model wherever it goes. Triton reads folders alone."""
-
-
-class Word(str):
-    """A name of the format itself, such as TYPE_FP32, which stands without quotation marks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,27 +317,3 @@ def _ensemble(name: str, steps: Sequence[Served], manifest: package.Manifest) ->
         "name": name, "platform": "ensemble", "max_batch_size": min(step.most for step in steps),
         "input": inputs, "output": outputs, "ensemble_scheduling": {"step": made},
     }  # fmt: skip
-
-
-def prototext(message: Mapping[str, Any], depth: int = 0) -> str:
-    """A message in the text form of protocol buffers: mappings are messages, lists are repeated fields."""
-    pad, lines = "  " * depth, []
-    for field, value in message.items():
-        if isinstance(value, Mapping):
-            lines.append(f"{pad}{field} {{\n{prototext(value, depth + 1)}{pad}}}\n")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            lines += [prototext({field: each}, depth) for each in value]
-        elif isinstance(value, list):
-            lines.append(f"{pad}{field}: [ {', '.join(map(_scalar, value))} ]\n")
-        else:
-            lines.append(f"{pad}{field}: {_scalar(value)}\n")
-    return "".join(lines)
-
-
-def _scalar(value: str | int | bool) -> str:
-    if isinstance(value, Word):
-        return str(value)
-    if isinstance(value, bool | int):
-        return str(value).lower()
-    plain = {b: chr(b) for b in range(0x20, 0x7F) if chr(b) not in '"\\'}
-    return '"' + "".join(plain.get(b, f"\\{b:03o}") for b in value.encode()) + '"'

@@ -20,7 +20,7 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors sizes heap quiet lean plain
+    errors sizes heap quiet lean plain prototext
     progress paths scratch
     bounded table stats cache external
     machine schedule tasks
@@ -67,6 +67,7 @@ STANDARD_LIBRARY_ONLY = {
     "quiet",
     "paths",
     "plain",
+    "prototext",
     "bounded",
     "table",
     "tasks",

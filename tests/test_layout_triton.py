@@ -16,7 +16,7 @@ import effc
 from effc import intuition, layout, package, recipe
 from effc.chain import Chain
 from effc.engine import lowered
-from effc.layout_triton import Word, prototext
+from effc.prototext import Word, prototext
 from effc.source import load
 from kit import (
     WORDS,
