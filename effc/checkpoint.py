@@ -67,16 +67,29 @@ def read(place: Path, source: Source, passes: Sequence[Pass]) -> Checkpoint:
 def whole(place: Path, passes: Sequence[Pass]) -> Json:
     """The record of a checkpoint whose files are what it says. Raises TuneError as `read` does, whatever the model."""
     content = check_steps(place, passes)
+    check_files(place, content)
+    return content
+
+
+def check_files(place: Path, content: Json) -> None:
+    """Raise TuneError where a file of a checkpoint is not what its record says."""
     for name, digest in content["files"].items():
         paths.parts(name)
         with paths.plain(place / name, TuneError) as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != digest:  # type: ignore[arg-type]
                 raise TuneError(f"{place / name} is not what it was written as", hint=AGAIN)
-    return content
 
 
 def check_steps(place: Path, passes: Sequence[Pass]) -> Json:
     """The record of a checkpoint. Raises TuneError where it is none, or of other passes."""
+    content = record(place)
+    if content["steps"] != steps_of(passes):
+        raise TuneError(f"{place} was trained by other passes than the recipe has", hint=AGAIN)
+    return content
+
+
+def record(place: Path) -> Json:
+    """The record of a checkpoint, whatever made it. Raises TuneError where it is none."""
     if not (place / RECORD).is_file():
         raise TuneError(
             f"{place} is no checkpoint: it has no {RECORD}",
@@ -89,8 +102,6 @@ def check_steps(place: Path, passes: Sequence[Pass]) -> Json:
         or not all(isinstance(content.get(name), kind) for name, kind in parts.items())
     ):  # fmt: skip
         raise TuneError(f"{place / RECORD} is not one that this effc reads", hint=AGAIN)
-    if content["steps"] != steps_of(passes):
-        raise TuneError(f"{place} was trained by other passes than the recipe has", hint=AGAIN)
     return content
 
 

@@ -808,19 +808,34 @@ def run(
     _write_json(json_, found)
 
 
-LAYOUT_NAMES = ("onnxruntime-genai", "transformers.js", "diffusers")
+LAYOUT_NAMES = (
+    "diffusers", "onnxruntime-genai", "ort-model-package", "peft", "sentence-transformers", "transformers.js", "triton",
+)  # fmt: skip
 
 
 @app.command()
 def package(
     out: Annotated[
         Path,
-        typer.Argument(help="A package of a causal language model or of a diffusion pipeline."),
+        typer.Argument(help="A package, or for peft a checkpoint of effc tune."),
     ],
     layout: Annotated[str, typer.Option("--layout", help=f"One of {', '.join(LAYOUT_NAMES)}.")],
     place: Annotated[
         Path, typer.Option("-o", "--out", metavar="DIR", help="Directory to write, new or empty.")
     ],
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What Triton serves the model by; else its own name."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of several targets the one that Triton gets.")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan", metavar="FILE", help="For Triton, a plan that trtexec built by kit.txt."
+        ),
+    ] = None,
     json_: Json = None,
     debug: Debug = False,
     verbose: Verbose = False,
@@ -831,12 +846,14 @@ def package(
     Examples:
       effc package OUT --layout onnxruntime-genai -o DIR
       effc package OUT --layout transformers.js -o DIR
-      effc package OUT --layout diffusers -o DIR
+      effc package OUT --layout sentence-transformers -o DIR
+      effc package OUT --layout triton --name my_model -o REPOSITORY
     """
     _outside(json_, out, place)
     from effc import layout as layouts
+    from effc.layout_plan import Asked
 
-    files = layouts.write(out, layout, place)
+    files = layouts.write(out, layout, place, Asked(name=name, target=target, plan=plan))
     for name in files:
         _say(f"    {name}", json_)
     _say(f"{place} is ready for {layout}", json_)

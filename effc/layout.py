@@ -1,260 +1,103 @@
 """`effc package`: a copy of a package in the layout that another tool opens.
 
-    onnxruntime-genai    genai_config.json, model.onnx, tokenizer
-    transformers.js      config.json, onnx/model_q4.onnx (or what its dtype is called), tokenizer
-    diffusers            model_index.json, a folder for each part (`layout_pipeline`)
+    onnxruntime-genai        causal language models                    layout_causal
+    transformers.js          these, encoders and classifiers           layout_causal, layout_encoder
+    sentence-transformers    encoders of sentences                     layout_encoder
+    diffusers                pipelines                                 layout_pipeline
+    triton                   any package: a model repository           layout_triton
+    ort-model-package        any package: ONNX Runtime's own format    layout_ort
+    peft                     adapters of low rank                      layout_peft
 
-The first two are for causal language models. Both hand out the cache that they were given and make position_ids and the
-mask themselves, so what they need beside the engine are names: of its ports, of its free sizes, and of its file.
+What was copied is the tool's; effc does not read it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-from effc import bounded, causal, diffusion, layout_pipeline, package, paths
+from effc import layout_causal, layout_encoder, layout_triton, package, paths
 from effc.engine import refuse
-from effc.errors import PackageError, UsageError
-from effc.intuition import INPUT
-from effc.processor import Processor, whole
-from effc.table import unknown
+from effc.errors import UsageError
+from effc.layout_plan import Asked, Plan
+from effc.table import Table, unknown
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-Json = dict[str, Any]
-
-SIZES = {
-    "batch": "batch_size",
-    "sequence": "sequence_length",
-    "past": "past_sequence_length",
-    "total": "total_sequence_length",
-}
-"""Free sizes as optimum names them; transformers.js makes an empty cache by these words."""
-RECORDS = ("recipe.yaml",)
-"""Files of a package that say how it was made."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """An engine of a package with what its files say of it."""
-
-    graph: ir.Model
-    config: Json
-    generation: Json
-    tokenizer: Json
-    template: str | None
-    """A chat template that has a file of its own."""
-    context: int | None
-    entry: package.EngineEntry
-    is_outside: bool
-    """Whether its weights lie beside the file."""
+LAYOUTS = Table(
+    "layout",
+    {
+        "diffusers": "effc.layout_pipeline:plan",
+        "onnxruntime-genai": "effc.layout_causal:genai",
+        "ort-model-package": "effc.layout_ort:plan",
+        "peft": "effc.layout_peft:plan",
+        "sentence-transformers": "effc.layout_encoder:sentence_transformers",
+        "transformers.js": "effc.layout:transformers_js",
+        "triton": "effc.layout_triton:plan",
+    },
+    UsageError,
+)
+"""What plans a copy of a package, by layout; loaded when asked for, for one of them wants torch."""
+CHECKPOINTS = "peft"
+"""The layout that takes what `effc tune` writes as well."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Where the engine lies, and settings by the name of their file."""
-
-    engine: str
-    data: str
-    settings: Mapping[str, Json]
-
-
-def write(out: Path, layout: str, place: Path) -> list[str]:
+def write(out: Path, layout: str, place: Path, asked: Asked | None = None) -> list[str]:
     """Write the copy, whole or not at all, and give the names of its files.
 
-    Raises UsageError where the package holds no causal language model for ONNX Runtime or the layout is none,
-    VerifyError where the package is not whole, PackageError where `place` has something in it.
+    Raises UsageError where the layout is none or not for what the package holds, VerifyError where the package is not
+    whole, TuneError where a checkpoint is not, PackageError where `place` has something in it.
     """
-    known = [*LAYOUTS, layout_pipeline.NAME]
-    if layout not in known:
-        raise UsageError(unknown("layout", layout, known), hint=f"--layout {known[0]}")
-    manifest = package.read(out)
-    entry = _engine(out, manifest) if layout in LAYOUTS else None
+    asked = asked or Asked()
+    if layout not in LAYOUTS:
+        raise UsageError(unknown("layout", layout, LAYOUTS), hint=f"one of {', '.join(LAYOUTS)}")
+    if asked != Asked() and layout != layout_triton.NAME:
+        raise UsageError(
+            f"--name, --target and --plan are for --layout {layout_triton.NAME}",
+            hint="leave them out",
+        )
+    is_checkpoint = _is_checkpoint(out, layout)
+    plan = _of_checkpoint(out) if is_checkpoint else _of_package(out, layout, asked)
     if place.resolve().is_relative_to(out.resolve()):
         raise UsageError(
-            f"{place} lies in {out}, which holds only what its manifest lists",
+            f"{place} lies in {out}, which holds only what was written there",
             hint=f"name a place beside it, e.g. -o {out.name}-{layout}",
         )
     package.check_output(place, package.check_empty)
-    refuse(out, package.check(out))
-    if entry is None:
-        with package.staged(place, check=package.check_empty, last=diffusion.INDEX) as stage:
-            layout_pipeline.arrange(out, manifest, stage.package)
-            return sorted(paths.below(stage.package))
-    made = _model(out, entry)
-    arranged = LAYOUTS[layout](made)
-    import onnx_ir as ir
-
-    with package.staged(place, check=package.check_empty, last=arranged.engine) as stage:
-        package.copy_files(out, _beside(manifest), stage.package)
-        for name, settings in arranged.settings.items():
-            (stage.package / name).write_text(package.dump(settings), encoding="utf-8")
-        target = stage.package / arranged.engine
-        target.parent.mkdir(exist_ok=True)
-        ir.save(made.graph, target, external_data=arranged.data if made.is_outside else None)
+    if not is_checkpoint:
+        refuse(out, package.check(out))
+    with package.staged(place, check=package.check_empty, last=plan.last) as stage:
+        plan.fill(stage.package)
         return sorted(paths.below(stage.package))
 
 
-def _engine(out: Path, manifest: package.Manifest) -> package.EngineEntry:
-    """The engine for ONNX Runtime that takes any number of tokens behind any past; of two the one that writes."""
-    if manifest.kind != "causal-lm":
-        raise UsageError(
-            f"{out} holds a model of kind {manifest.kind}, and these layouts are for causal language models",
-            hint="its model.onnx is all that a tool needs: docs/deploy.md",
-        )
-    own = [entry for entry in manifest.engines if entry.target == "ort"]
-    if not own:
-        targets = ", ".join(sorted({entry.target for entry in manifest.engines}))
-        raise UsageError(
-            f"{out} has no engine for ort, which these tools run; it has {targets}",
-            hint="compile with --target ort",
-        )
-    for entry in sorted(own, key=lambda entry: entry.role != causal.DECODE):
-        shapes = {port.name: port.shape for port in entry.inputs}
-        past = shapes.get(f"{causal.PAST}.0.key")
-        if INPUT in shapes:
-            raise UsageError(
-                f"{out} is told what a request is about, which these tools do not work out",
-                hint="compile without source.intuition",
-            )
-        if "int8" in (p.dtype for p in entry.inputs if p.name.startswith(f"{causal.PAST}.")):
-            raise UsageError(
-                f"{out} has a cache of integers, which these tools do not carry",
-                hint="compile without quantize-cache",
-            )
-        if past and all(isinstance(size, str) for size in (*shapes["input_ids"], past[2])):
-            return entry
+def _is_checkpoint(out: Path, layout: str) -> bool:
+    if layout != CHECKPOINTS:
+        return False
+    from effc import checkpoint
+
+    return (out / checkpoint.RECORD).is_file()
+
+
+def _of_checkpoint(out: Path) -> Plan:
+    from effc import layout_peft
+
+    return layout_peft.of_checkpoint(out)
+
+
+def _of_package(out: Path, layout: str, asked: Asked) -> Plan:
+    manifest = package.read(out)
+    if layout == layout_triton.NAME:
+        return layout_triton.plan(out, manifest, asked)
+    plan: Plan = LAYOUTS[layout](out, manifest)
+    return plan
+
+
+def transformers_js(out: Path, manifest: package.Manifest) -> Plan:
+    """Raises UsageError where the package holds nothing that transformers.js has a class for."""
+    if manifest.kind == layout_causal.KIND:
+        return layout_causal.transformers_js(out, manifest)
+    if manifest.kind in layout_encoder.KINDS:
+        return layout_encoder.transformers_js(out, manifest)
     raise UsageError(
-        f"{out} has no engine that takes prompts of any length and a cache of keys and values",
-        hint="compile a directory of a causal language model, without `cache: false`",
+        f"{out} holds a model of kind {manifest.kind}, and this layout is for causal language models, encoders and "
+        "classifiers",
+        hint="its model.onnx is all that a tool needs: docs/deploy.md",
     )
-
-
-def _model(out: Path, entry: package.EngineEntry) -> Model:
-    import onnx_ir as ir
-
-    from effc.backends import onnx_ports
-
-    graph = ir.load(paths.inside(out, entry.path))
-    weights = [value.const_value for value in graph.graph.initializers.values()]
-    onnx_ports.rename_sizes(graph, SIZES)
-    config = bounded.read_json(out / "config.json", PackageError)
-    template = out / "chat_template.jinja"
-    return Model(
-        graph=graph,
-        config=config,
-        generation=_settings(out / "generation_config.json"),
-        tokenizer=_settings(out / "tokenizer_config.json"),
-        template=bounded.text_of(template, PackageError) if template.exists() else None,
-        context=Processor(out, config).max_length,
-        entry=entry,
-        is_outside=any(isinstance(each, ir.ExternalTensor) for each in weights),
-    )
-
-
-def _settings(file: Path) -> Json:
-    """JSON of a file that need not be there."""
-    return dict(bounded.read_json(file, PackageError)) if file.exists() else {}
-
-
-def _beside(manifest: package.Manifest) -> list[str]:
-    """Files of the model that travel with an engine, whatever runs it."""
-    engines = {str(PurePosixPath(entry.path).parent) for entry in manifest.engines} - {"."}
-    records = {manifest.decisions, manifest.origins, *RECORDS}
-    return [
-        name
-        for name in manifest.files
-        if name not in records
-        and not name.endswith((".onnx", ".data", ".engine"))
-        and not any(name.startswith(f"{folder}/") for folder in engines)
-    ]
-
-
-SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-"""What both a generation_config.json and onnxruntime-genai call by these words."""
-
-
-def _genai(made: Model) -> Layout:
-    """Logits of every position, for which it has the memory ready before it runs (onnxruntime-genai 0.18)."""
-    from effc.backends import onnx_ports
-
-    onnx_ports.keep_all(made.graph)
-    config = made.config
-    if made.context is None:
-        raise PackageError(
-            "config.json does not say how many tokens the model takes, which onnxruntime-genai asks for",
-            hint="compile a directory whose config.json has max_position_embeddings",
-        )
-    heads = whole(config, "num_attention_heads", 0) or whole(config, "n_head", 0)
-    key = next(port for port in made.entry.inputs if port.name == f"{causal.PAST}.0.key")
-    logits = next(port for port in made.entry.outputs if port.name == "logits")
-    past = [port.name for port in made.entry.inputs if port.name.startswith(f"{causal.PAST}.")]
-    asked = {port.name for port in made.entry.inputs} & set(causal.TOKENS)
-    ends = made.generation.get("eos_token_id", config.get("eos_token_id"))
-    first_end = ends[0] if isinstance(ends, list) and ends else ends
-    pads = (made.generation.get("pad_token_id"), config.get("pad_token_id"), first_end, 0)
-    begin = config.get("bos_token_id")
-    decoder = {
-        "filename": "model.onnx",
-        "head_size": key.shape[3],
-        "hidden_size": whole(config, "hidden_size", 0) or whole(config, "n_embd", 0),
-        "num_attention_heads": heads,
-        "num_key_value_heads": key.shape[1],
-        "num_hidden_layers": len(past) // len(causal.SIDES),
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "inputs": {
-            **{name: name for name in causal.TOKENS if name in asked},
-            **{f"past_{side}_names": f"{causal.PAST}.%d.{side}" for side in causal.SIDES},
-        },
-        "outputs": {
-            "logits": "logits",
-            **{f"present_{side}_names": f"{causal.PRESENT}.%d.{side}" for side in causal.SIDES},
-        },
-    }
-    model = {
-        "type": "decoder",
-        "context_length": made.context,
-        "vocab_size": logits.shape[-1],
-        "pad_token_id": next(value for value in pads if isinstance(value, int)),
-        **({"bos_token_id": begin} if isinstance(begin, int) else {}),
-        **({"eos_token_id": ends} if ends is not None else {}),
-        "decoder": decoder,
-    }
-    search = {
-        "max_length": made.context,
-        "do_sample": False,
-        "past_present_share_buffer": False,
-        **{name: made.generation[name] for name in SEARCH if made.generation.get(name) is not None},
-    }
-    settings = {"genai_config.json": {"model": model, "search": search}}
-    return Layout(engine="model.onnx", data="model.onnx.data", settings=settings)
-
-
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
-"""What is behind `model` in the name of a file, by the dtype that transformers.js is asked for."""
-
-
-def _transformers_js(made: Model) -> Layout:
-    """Its own word for the logits that are wanted, `num_logits_to_keep`, where the engine leaves the choice."""
-    from effc.backends import onnx_ports
-
-    onnx_ports.keep_last(made.graph, "num_logits_to_keep")
-    dtype = onnx_ports.precision(made.graph)
-    file = f"model{SUFFIXES[dtype]}.onnx"
-    own: Json = {"dtype": dtype}
-    if made.is_outside:
-        own["use_external_data_format"] = {file: 1}
-    settings = {"config.json": {**made.config, "transformers.js_config": own}}
-    if made.template is not None:  # it reads no chat_template.jinja (4.3)
-        settings["tokenizer_config.json"] = {**made.tokenizer, "chat_template": made.template}
-    return Layout(engine=f"onnx/{file}", data=f"{file}_data", settings=settings)
-
-
-LAYOUTS: dict[str, Callable[[Model], Layout]] = {
-    "onnxruntime-genai": _genai,
-    "transformers.js": _transformers_js,
-}

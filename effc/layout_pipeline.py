@@ -11,11 +11,9 @@ from typing import Any
 
 from effc import bounded, correction, diffusion, package, paths
 from effc.errors import PackageError, UsageError
-
-Json = dict[str, Any]
+from effc.layout_plan import TARGET, Json, Plan
 
 NAME = "diffusers"
-TARGET = "ort"
 PART = ["diffusers", "OnnxRuntimeModel"]
 """What model_index.json calls an ONNX file."""
 CLASSES = {"StableDiffusionPipeline": "OnnxStableDiffusionPipeline"}
@@ -24,8 +22,8 @@ LEFT_OUT = ("feature_extractor", "safety_checker", "image_encoder")
 ENGINE = "model.onnx"
 
 
-def arrange(out: Path, manifest: package.Manifest, place: Path) -> None:
-    """Copy a package of a pipeline into `place`, which is there and empty. Raises UsageError for any other package."""
+def plan(out: Path, manifest: package.Manifest) -> Plan:
+    """Raises UsageError for a package that was made of anything but a pipeline directory."""
     entries = [entry for entry in manifest.engines if entry.target == TARGET]
     if manifest.kind != diffusion.KIND or diffusion.INDEX not in manifest.files:
         raise UsageError(
@@ -55,15 +53,16 @@ def arrange(out: Path, manifest: package.Manifest, place: Path) -> None:
         is_text = top in ("scheduler", "tokenizer", "tokenizer_2")
         if is_text or name.startswith(("README", "LICENSE", "LICENCE", "NOTICE")):
             where[name] = [name]
-    for name, targets in where.items():
-        for target in targets:
-            made = paths.inside(place, target)
-            made.parent.mkdir(parents=True, exist_ok=True)
-            with paths.opened(out, name) as stream:
-                made.write_bytes(stream.read())
-    index = bounded.read_json(out / diffusion.INDEX, PackageError)
-    text = package.dump(_index(index, [entry.role for entry in entries]))
-    (place / diffusion.INDEX).write_text(text, encoding="utf-8")
+
+    def fill(place: Path) -> None:
+        for name, targets in where.items():
+            for target in targets:
+                package.copy_file(paths.inside(out, name), place, target)
+        index = bounded.read_json(out / diffusion.INDEX, PackageError)
+        text = package.dump(_index(index, [entry.role for entry in entries]))
+        (place / diffusion.INDEX).write_text(text, encoding="utf-8")
+
+    return Plan(last=diffusion.INDEX, fill=fill)
 
 
 def _index(index: Mapping[str, Any], roles: list[str]) -> Json:

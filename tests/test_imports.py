@@ -20,7 +20,7 @@ FOLDERS = {
 LINES = [
     line.split()
     for line in """
-    errors sizes heap quiet lean plain
+    errors sizes heap quiet lean plain prototext
     progress paths scratch
     bounded table stats cache external
     machine schedule tasks
@@ -48,9 +48,9 @@ LINES = [
     measure
     timing
     build blame layers elsewhere
-    trial remedy layout_pipeline
-    search
-    compiler
+    trial remedy layout_plan
+    search layout_causal layout_encoder layout_ort layout_pipeline
+    compiler layout_triton layout_peft
     compared
     inspection plan writing painting solving layout
     walk
@@ -69,6 +69,7 @@ STANDARD_LIBRARY_ONLY = {
     "quiet",
     "paths",
     "plain",
+    "prototext",
     "bounded",
     "table",
     "tasks",

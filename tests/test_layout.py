@@ -9,7 +9,7 @@ import pytest
 from test_generate import saved as of_family
 
 import effc
-from effc import layout, layout_pipeline, package
+from effc import layout, layout_causal, package
 from effc.backends import onnx, onnx_ports
 from kit import assert_letter, cli, content, forge, leftovers, made
 
@@ -207,7 +207,7 @@ def test_of_two_engines_the_one_that_writes_is_taken(own, tmp_path):
 
     forge(own, "manifest.json", change)
     manifest = package.read(own)
-    assert layout._engine(own, manifest).role == "decode"
+    assert layout_causal._engine(own, manifest).role == "decode"
 
 
 # Refusals
@@ -261,4 +261,4 @@ def test_an_unknown_layout_is_answered_with_the_nearest(out, tmp_path):
 def test_the_command_line_names_every_layout():
     from effc import cli as commands
 
-    assert set(commands.LAYOUT_NAMES) == {*layout.LAYOUTS, layout_pipeline.NAME}
+    assert set(commands.LAYOUT_NAMES) == set(layout.LAYOUTS)

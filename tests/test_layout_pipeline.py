@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import repository
 from pipelines import save_sd
 
+from effc import layout
 from kit import assert_letter, cli, content, leftovers
 
 diffusers = pytest.importorskip("diffusers")
@@ -47,6 +49,12 @@ def test_diffusers_opens_the_copy_and_paints_what_effc_paints(tmp_path):
     assert cli("run", tmp_path / "out", *words).code == 0
     found = np.asarray(pytest.importorskip("PIL.Image").open(tmp_path / "a.png")).astype(int)
     assert np.abs(found - (made[0] * 255).round().astype(int)).max() <= 1
+    layout.write(tmp_path / "out", "triton", tmp_path / "r")
+    served = repository.Server(tmp_path / "r")  # opens every part, and holds its config to the file
+    assert set(served.configs) == {
+        f"sd_{role}" for role in ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+    }
+    assert "once for every step" in (tmp_path / "r" / "sd_unet" / "config.pbtxt").read_text()
     ran = cli("package", tmp_path / "out", "--layout", "transformers.js", "-o", tmp_path / "no")
     assert_letter(ran, "UsageError", 2, "for causal language models")
 
