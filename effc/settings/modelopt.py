@@ -41,13 +41,15 @@ UNITS: dict[str, list[dict[str, Any]]] = {
         {"quantizer_name": "*input_quantizer", "cfg": NUMERICS["fp8"]},
     ],
     "kv_fp8": [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": NUMERICS["fp8"]}],
+    "kv_fp8_cast": [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": NUMERICS["fp8"]}],
     "default_disabled_quantizers": [
         *(
             {"quantizer_name": name, "enable": False}
             for name in (
                 "*block_sparse_moe.gate*", "*lm_head*", "*mlp.gate.*", "*mlp.shared_expert_gate.*", "*output_layer*",
                 "*proj_out.*", "*router*", "mtp.*", "output.*", "*embed_vision*", "*vision_tower*", "*visual*",
-                "*vision_model*", "*multi_modal_projector*",
+                "*vision_model*", "*multi_modal_projector*", "*linear_attn.conv1d*", "*self_attention.conv1d*",
+                "*linear_attn.in_proj_a*", "*linear_attn.in_proj_b*", "*mixer.conv1d*",
             )
         ),
         {"parent_class": "nn.Embedding", "quantizer_name": "*", "enable": False},
@@ -55,7 +57,6 @@ UNITS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 """What its `configs/ptq/units/NAME` say, as far as effc has such layers."""
 KINDS = ("weight_quantizer", "input_quantizer", "output_quantizer")
-ALGORITHMS = ("max", "mse", "smoothquant", "awq_lite", "awq_clip", "awq_full", "gptq")
 MOST_ENTRIES = 1000
 
 
@@ -126,7 +127,13 @@ def _entries(keys: Keys, wish: Wish, layers: Layers, imports: Mapping[str, Any])
         first = sorted(found.items(), key=lambda item: item[0] != "default")
         found = [_old(name, value) for name, value in first]
     if not isinstance(found, list) or not found:
-        raise RecipeError(f"{path}: is no list of quantisers", hint=HINT)
+        whole = "$import" in keys.left
+        hint = (
+            "write out what $import stands for: effc has not ModelOpt's own files"
+            if whole
+            else HINT
+        )
+        raise RecipeError(f"{path}: is no list of quantisers", hint=hint)
     entries: list[tuple[str, Any]] = []
     for number, entry in enumerate(found):
         if isinstance(entry, dict) and "$import" in entry:
