@@ -21,7 +21,7 @@ LINES = [
     line.split()
     for line in """
     errors sizes heap quiet lean plain
-    progress paths scratch
+    progress paths scratch alone
     bounded table stats cache external
     machine schedule tasks
     quant diffusion
@@ -49,7 +49,7 @@ LINES = [
     trial remedy layout_pipeline
     search
     compiler
-    compared
+    compared sweep
     inspection plan writing painting solving layout
     walk
     cli
