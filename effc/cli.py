@@ -814,6 +814,43 @@ LAYOUT_NAMES = (
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="What to try: sweep.yaml, see docs/sweep.md.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the sweep, new or begun.")],
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Trials at once [default: as many as CPUs allow]."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="Head of a Ray cluster, HOST:6379 [default: this machine alone]."
+        ),
+    ] = None,
+    threads: Threads = None,
+    json_: Json = None,
+    debug: Debug = False,
+    verbose: Verbose = False,
+) -> None:
+    """Try many recipes, and keep those that no other beats in accuracy, time and size.
+
+    The best so far is on disk after every trial; a sweep that was stopped goes on where it was.
+
+    \b
+    Example:
+      effc sweep sweep.yaml -o DIR --workers 2
+    """
+    _outside(json_, out)
+    from effc.sweep import drive
+
+    settings = drive.Settings(workers=workers, address=address, threads=threads)
+    found = drive.run(file, out, settings, lambda line: _say(line, json_))
+    for line in drive.lines(found):
+        _say(line, json_)
+    _write_json(json_, found)
+
+
+@app.command()
 def package(
     out: Annotated[
         Path,

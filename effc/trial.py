@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from effc import gate, measure, metrics
+from effc import alone, gate, measure, metrics
 from effc.backends import BACKENDS
 from effc.backends.base import Lowered
 from effc.bench import cpu_name
@@ -299,7 +299,7 @@ class Lab:
             kept: Json = entry.value["bench"]
             return kept
         exported = self.plain(lowered)
-        with self.progress.stage("bench") as step:
+        with self.progress.stage("bench") as step, alone.timing():
             timed = measure.time_engine(
                 self.source, self.original, lowered, self.samples, spec, self.threads, step,
                 {name: measure.opener(low, self.threads) for name, low in (against or {}).items()},
@@ -334,12 +334,13 @@ class Lab:
         """A result from the cache, or made and put there."""
         if self.builder.samples_key is None:  # data out of somebody's code: who knows
             return run()
-        entry = self.cache.get(key)
-        if entry is not None:
-            self.progress.reuse(stage)
-            return entry.value
-        made = run()
-        self.cache.put(key, made)
+        with self.cache.alone(key):
+            entry = self.cache.get(key)
+            if entry is not None:
+                self.progress.reuse(stage)
+                return entry.value
+            made = run()
+            self.cache.put(key, made)
         return made
 
     # What the search asks for

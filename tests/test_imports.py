@@ -21,7 +21,7 @@ LINES = [
     line.split()
     for line in """
     errors sizes heap quiet lean plain prototext
-    progress paths scratch
+    progress paths scratch alone
     bounded table stats cache external
     machine schedule tasks
     quant diffusion
@@ -51,7 +51,7 @@ LINES = [
     trial remedy layout_plan
     search layout_causal layout_encoder layout_ort layout_pipeline
     compiler layout_triton layout_peft
-    compared
+    compared sweep
     inspection plan writing painting solving layout
     walk
     cli

@@ -66,7 +66,7 @@ def test_what_is_imported_is_declared():
     """The wheel is tested beside a full environment, so a missing declaration would not be noticed there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    words = ("openvino", "tensorrt", "train", "diffusion", "delta")
+    words = ("openvino", "tensorrt", "train", "diffusion", "delta", "sweep")
     lines = [*project["dependencies"], *(line for word in words for line in extras[word])]
     declared = {re.split(r"[<>=!~ ;\[]", line)[0].lower().replace("-", "_") for line in lines}
     names = {"yaml": "pyyaml", "PIL": "pillow", "cuda": "cuda_bindings"}
