@@ -301,11 +301,6 @@ def build(data: dict[str, Any], *, overrides: Sequence[str] = (), replayed: bool
     return _Reader("the command line", None, None).recipe(data, replayed)
 
 
-def values(text: str, name: str) -> Any:
-    """YAML as plain values, with what a recipe's own reader refuses refused. Raises RecipeError with the line."""
-    return _load(text, name)[1]
-
-
 def without_bench(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, bench=None)
 

@@ -109,7 +109,7 @@ class Trial:
 
 def read(file: Path) -> tuple[Spec, Path]:
     """A sweep's file, and the recipe that it begins with. Raises RecipeError with what is wrong where."""
-    data = recipe.values(bounded.text_of(file, RecipeError), str(file))
+    _, data = recipe.load_yaml(bounded.text_of(file, RecipeError), str(file))
     if not isinstance(data, dict):
         raise RecipeError(f"{file} is not a mapping", hint="base: recipe.yaml, and a space")
     for word in data:
