@@ -214,7 +214,6 @@ def _graph(exported: ExportedProgram, inputs: tuple[str, ...], dims: Dims, role:
     for node in graph.nodes:
         know(node)
     _refuse_odd_outputs(graph)
-    _refuse_chance(graph)
     return graph
 
 
@@ -243,8 +242,8 @@ def _refuse_odd_outputs(graph: Graph) -> None:
 _CHANCE = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
 
 
-def _refuse_chance(graph: Graph) -> None:
-    """Numbers that are drawn anew at every run leave nothing that an engine could be held against."""
+def refuse_chance(graph: Graph) -> None:
+    """Raise TraceError where numbers are drawn anew at every run: nothing is left to hold an engine against."""
     for node in graph.nodes:
         word = str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
         if word.removesuffix("_like").strip("_") in _CHANCE and node.users:
