@@ -312,6 +312,7 @@ def everything(options: argparse.Namespace) -> int:
         content = {
             "name": "coverage-all", "rows": [every.small(row) for row in rows], "types": len(found),
             "target": options.target, "quantize": options.quantize,
+            "revision": ", ".join(sorted({row["revision"] for row in rows})),
         }  # fmt: skip
         print(common.write(f"coverage-all-{how}-{common.features()}", content))
     return 1 if any(row["state"] == "differs" for row in rows) else 0

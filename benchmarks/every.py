@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import tiny
 import torch
@@ -203,12 +204,14 @@ def run(
     left = [w for w in words if not (state / f"{w}.json").exists()]
     if left and (until is None or time.time() < until):
         _warm()
+    revision = common.circumstances()["revision"]
     for word in left:
         if until is not None and time.time() > until:
             break
         file = state / f"{word}.json"
         alone(word, file, target, quantize)
-        row = json.loads(file.read_text(encoding="utf-8"))
+        row = {**json.loads(file.read_text(encoding="utf-8")), "revision": revision}
+        _written(file, row)
         why = f"{row.get('error', '')} {str(row.get('reason', ''))[:120]!r}"
         print(f"{word:32} {row['state']:10} {row.get('rel_l2', why)}", flush=True)
     rows = []
@@ -236,7 +239,7 @@ def small(row: Row) -> Row:
     kept = {k: v for k, v in row.items() if k not in ("cpu_s", "hint", "plan")}
     for word in ("reason", "where"):
         if kept.get(word):
-            line = str(kept[word]).splitlines()[0]
+            line = " ".join(str(kept[word]).split("\n", 2)[:2])
             kept[word] = re.sub(r"(/[^ /]+)+/site-packages/", "", line)[:200]
     return kept
 

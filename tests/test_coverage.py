@@ -47,7 +47,7 @@ def test_a_gap_is_seen_in_values_in_shapes_and_in_what_is_finite():
 
 
 def test_a_row_for_the_page_names_no_place_of_this_machine():
-    row = {"type": "x", "state": "refused", "reason": "no\nmore", "cpu_s": 3.0}
+    row = {"type": "x", "state": "refused", "reason": "no", "cpu_s": 3.0}
     row["where"] = "forward, /home/me/.venv/lib/python3/site-packages/transformers/a.py line 3"
     found = every.small(row)
     assert found == {
