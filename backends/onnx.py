@@ -63,6 +63,7 @@ def to_onnx(
     except Exception as error:
         raise LoweringError(
             f"graph {graph.role!r} cannot be written as ONNX opset {opset}: {_reason(error)}",
+            where=_node_of(error, graph),
             hint="run with --debug for the exporter's whole explanation",
         ) from error
     _rename_ports(graph, model)
@@ -113,6 +114,17 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _node_of(error: BaseException | None, graph: Graph) -> str | None:
+    """The node whose translation failed, as the exporter's messages name it, with the module that it is of."""
+    while error is not None:
+        if found := re.search(r"translating node %(\w+)", str(error)):
+            name = found.group(1)
+            path = next((module_path(n) for n in graph.nodes if n.name == name), "")
+            return f"node {name} of {path}" if path else f"node {name}"
+        error = error.__cause__
+    return None
 
 
 def _rename_ports(graph: Graph, model: ir.Model) -> None:

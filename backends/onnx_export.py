@@ -64,6 +64,23 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return product if bias is None else op.Add(product, bias)
 
 
+def _grouped_mm(
+    x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """Rows in order of their groups, x [rows, in], times the matrix of each, [groups, in, out]; `offs` are ends."""
+    if offs is None or bias is not None or len(x.shape) != 2 or len(weight.shape) != 3:
+        raise NotImplementedError("only rows in groups, times one matrix for each, without a bias")
+    first, ends = op.Constant(value_ints=[0]), op.Cast(offs, to=int(ir.DataType.INT64))
+    parts, start = [], first
+    for group in range(weight.shape[0]):
+        place = op.Constant(value_ints=[group])
+        end = op.Gather(ends, place, axis=0)
+        matrix = op.Gather(weight, op.Constant(value_int=group), axis=0)
+        parts.append(op.MatMul(op.Slice(x, start, end, first), matrix))
+        start = end
+    return op.Concat(*parts, axis=0)
+
+
 def _reshape(x: Any, shape: Sequence[int]) -> Any:
     return op.Reshape(x, op.Constant(value_ints=shape))
 
@@ -105,6 +122,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     DEQUANTIZE: _dequantize,
     aten.linear.default: _linear,
     aten.index_select.default: _select,
+    aten._grouped_mm.default: _grouped_mm,
 }
 
 SAME: dict[Any, Any] = {
@@ -113,6 +131,9 @@ SAME: dict[Any, Any] = {
     aten.__xor__: aten.bitwise_xor,
 }
 """Operators that are another one by another name; the overloads have the same names too."""
+
+FOREIGN = {"transformers::grouped_mm_fallback": _grouped_mm}
+"""Translations of operators of libraries, which are there once those were imported."""
 
 ALIASING = {aten.reshape, aten.flatten}
 """Of the operators that torch decomposes because they may be a view, those whose own translation is right too."""
@@ -219,6 +240,7 @@ def untranslated(nodes: Iterable[fx.Node], known: Any) -> list[fx.Node]:
 def decomposed(exported: ExportedProgram, known: Any) -> ExportedProgram:
     """A program of our own, settled; decomposed by torch where an operator has no translation but its parts may."""
     settle(exported.graph)
+    _know_foreign(exported.graph.nodes, known)
     strange = untranslated(exported.graph.nodes, known)
     if any(map(_has_parts, strange)) or any(map(_may_be_view, exported.graph.nodes)):
         from torch.onnx._internal.exporter import _fx_passes
@@ -227,6 +249,13 @@ def decomposed(exported: ExportedProgram, known: Any) -> ExportedProgram:
             exported = _fx_passes.decompose_with_registry(exported, known)
         settle(exported.graph)
     return exported
+
+
+def _know_foreign(nodes: Iterable[fx.Node], known: Any) -> None:
+    for node in nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.name in FOREIGN and not known.is_registered(node.target):
+            known.register_op(node.target, FOREIGN[schema.name])
 
 
 def _has_parts(node: fx.Node) -> bool:

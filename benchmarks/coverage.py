@@ -5,8 +5,11 @@ directory (or comes from a factory), compiled with the same command, and checked
 with its reason.
 
     python benchmarks/coverage.py [--only NAME] [--json FILE] [--smoke]
+    python benchmarks/coverage.py --all [--state DIR] [--minutes N] [--only TYPE] [--target TARGET] [--quantize WORD]
 
-Without --only and --smoke the table goes to benchmarks/results/coverage-FEATURES.json too.
+Without --only and --smoke the table goes to benchmarks/results/coverage-FEATURES.json too. With --all it is every
+configuration type of transformers (`every.py`), each in a process of its own, into coverage-all-….json. What is done
+is kept in DIR, and a second run goes on there; `--minutes` says when no further type is begun.
 """
 
 from __future__ import annotations
@@ -293,12 +296,41 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['name']:16} pass  {sites:>7} sites int8, drift {row['rel_l2']:.3f}, {size}, {row['seconds']} s"
 
 
+def everything(options: argparse.Namespace) -> int:
+    """Every type of transformers; 1 where an engine is wrong and nobody said so."""
+    import every
+    import tiny
+
+    found = tiny.types()
+    words = options.only or found
+    how = f"{options.target}-{options.quantize}"
+    state = options.state or Path(tempfile.gettempdir()) / f"effc-coverage-{how}"
+    until = time.time() + 60 * options.minutes if options.minutes else None
+    rows = every.run(state, words, options.target, options.quantize, until)
+    print(every.summary(rows))
+    if not options.only:
+        content = {
+            "name": "coverage-all", "rows": [every.small(row) for row in rows], "types": len(found),
+            "target": options.target, "quantize": options.quantize,
+            "revision": ", ".join(sorted({row["revision"] for row in rows})),
+        }  # fmt: skip
+        print(common.write(f"coverage-all-{how}-{common.features()}", content))
+    return 1 if any(row["state"] == "differs" for row in rows) else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", help="a model by name; may be given again")
     parser.add_argument("--smoke", action="store_true", help="three models")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--all", action="store_true", help="every type of transformers")
+    parser.add_argument("--state", type=Path, help="with --all, where finished types are kept")
+    parser.add_argument("--minutes", type=float, help="with --all, for how long types are begun")
+    parser.add_argument("--target", default="ort", help="with --all")
+    parser.add_argument("--quantize", default="none", help="with --all")
     options = parser.parse_args()
+    if options.all:
+        return everything(options)
     names = options.only or (SMOKE if options.smoke else [*MODELS, *FACTORIES])
     rows = []
     with tempfile.TemporaryDirectory(prefix="effc-coverage-") as place:

@@ -38,7 +38,7 @@ from effc.errors import GateRefused, LoweringError, RecipeError, TuneError, Usag
 from effc.ir.edit import keep_outputs
 from effc.ir.program import Graph, Program
 from effc.ir.show import graph_digest, tensors_digest
-from effc.ir.trace import trace
+from effc.ir.trace import refuse_chance, trace
 from effc.passes.base import Model, Pass
 from effc.progress import Progress
 from effc.recipe import PLACES, QUANTIZE_WORDS, Recipe, build, passes_of, read, without_bench
@@ -462,6 +462,8 @@ def opened(recipe: Recipe, progress: Progress, *, shapes: bool = False) -> tuple
     alike.refuse_unlike(recipe.passes, source)
     with progress.stage("trace"):
         original = trace_source(source)
+        for graph in original:
+            refuse_chance(graph)
         _refuse_unsupported(original, recipe)
         measure.check_reading(source, original[source.main[0]])
     return source, original

@@ -304,15 +304,38 @@ def refresh(graph: Graph) -> None:
             continue
         call = shapes.of_call(node)
         if call not in found or "unbacked_bindings" in node.meta:
-            found[call] = fake_run(graph, node)
+            found[call] = _shaped(graph, node)
             if mode.shape_env is not None:
                 rebind_unbacked(mode.shape_env, node, found[call])
         old = node.meta.get("val")
         node.meta["val"] = old if shapes.of(old) == shapes.of(found[call]) else found[call]
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            _loosen(node)
         know(node)
     graph.fx.lint()
     graph.exported.graph_module.recompile()
     graph.exported.validate()
+
+
+def _shaped(graph: Graph, node: fx.Node) -> Any:
+    """The shape of a call; a view of values that now lie in another order becomes a reshape, which copies them."""
+    try:
+        return fake_run(graph, node)
+    except (RuntimeError, ValueError):
+        if node.target is not torch.ops.aten.view.default:
+            raise
+    node.target = torch.ops.aten.reshape.default
+    return fake_run(graph, node)
+
+
+def _loosen(attention: fx.Node) -> None:
+    """Let views of attention that is called anew copy where they must: it may lay its output out in another way."""
+    aten = torch.ops.aten
+    for user in attention.users:
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        elif user.target in (aten.transpose.int, aten.permute.default):
+            _loosen(user)
 
 
 _KNOWN = "effc_known"

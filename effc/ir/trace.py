@@ -19,12 +19,14 @@ from io import StringIO
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from effc.errors import TraceError, first_line
-from effc.ir import repeat
+from effc.ir import known, repeat
 from effc.ir.edit import know
 from effc.ir.program import Graph, Origin, Program
+from effc.ir.select import module_path
 from effc.quiet import quiet
 
 log = logging.getLogger(__name__)
@@ -62,10 +64,20 @@ def trace(
         raise TraceError(
             f"torch.export refused {type(module).__name__}: {first_line(error)}",
             where=_place(error),
-            hint="run with --debug for torch's whole explanation",
+            hint=_hint(error),
         ) from error
     graph = _graph(exported, tuple(feeds), dims, role)
     return Program({role: graph})
+
+
+def _hint(error: Exception) -> str:
+    whole = "run with --debug for torch's whole explanation"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            "a size or a branch hangs on the values of an input; make what decides it inside forward from numbers "
+            f"(torch.tensor([[1, 4, 4]])), or move that line out of the model; {whole}"
+        )
+    return whole
 
 
 def named_inputs(
@@ -143,17 +155,21 @@ def _export(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> Exported
 
 
 def _exported(module: nn.Module, feeds: dict[str, Tensor], dims: Dims) -> ExportedProgram:
-    known = inspect.signature(module.forward).parameters
-    words = {name: name if name in known else spelled(name) for name in feeds}
+    taken = inspect.signature(module.forward).parameters
+    words = {name: name if name in taken else spelled(name) for name in feeds}
     shapes = {words[name]: dict.fromkeys(dims.get(name, {}), Dim.AUTO) for name in feeds}
     given = {words[name]: value for name, value in feeds.items()}
-    with torch.no_grad():
-        exported = torch.export.export(module, (), kwargs=given, dynamic_shapes=shapes)
+    with torch.no_grad(), known.numbers():
+        try:
+            exported = torch.export.export(module, (), kwargs=given, dynamic_shapes=shapes)
+        except GuardOnDataDependentSymNode:  # seldom: more is known where it must be
+            with known.Tables():
+                exported = torch.export.export(module, (), kwargs=given, dynamic_shapes=shapes)
     # torch 2.13 forgets readers of outputs where it inlines a part that ran without gradients
     for node in exported.graph.nodes:
         for source in node.all_input_nodes:
             source.users.setdefault(node)
-    return exported
+    return known.folded(exported)
 
 
 def spelled(name: str) -> str:
@@ -221,6 +237,21 @@ def _refuse_odd_outputs(graph: Graph) -> None:
     for name, node in zip(graph.outputs, output.args[0], strict=True):
         if not isinstance(getattr(node, "meta", {}).get("val"), Tensor):
             raise TraceError(f"output {name!r} is not a tensor", hint="return tensors only")
+
+
+_CHANCE = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
+
+
+def refuse_chance(graph: Graph) -> None:
+    """Raise TraceError where numbers are drawn anew at every run: nothing is left to hold an engine against."""
+    for node in graph.nodes:
+        word = str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+        if word.removesuffix("_like").strip("_") in _CHANCE and node.users:
+            raise TraceError(
+                f"{node.name} draws random numbers at every run ({word})",
+                where=module_path(node) or None,
+                hint="give what is drawn as an input of the model, or set it to its mean",
+            )
 
 
 @contextmanager

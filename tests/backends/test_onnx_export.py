@@ -244,3 +244,25 @@ def test_places_along_one_dimension_are_one_gather(dim):
 def test_a_choice_by_mask_is_left_to_torch():
     feeds = {"x": normal(3, 4), "places": torch.tensor([True, False, True])}
     agrees(Chosen(0), feeds)
+
+
+class Experts(nn.Module):
+    """Rows sorted by the expert that they go to, times the matrix of each, as transformers has its experts do it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(normal(4, 6, 5))
+
+    def forward(self, x, places):
+        order = places.argsort()
+        ends = torch.histc(places.float(), bins=4, min=0, max=3).cumsum(0).to(torch.int32)
+        made = torch.ops.transformers.grouped_mm_fallback(x[order], self.weight, ends)
+        return made[order.argsort()]
+
+
+@pytest.mark.parametrize("places", [[0, 3, 1, 1, 0, 3, 3], [2] * 7])
+def test_experts_take_the_rows_that_are_theirs(places):
+    pytest.importorskip("transformers.integrations.moe")
+    module, feeds = Experts(), {"x": normal(7, 6), "places": torch.tensor(places)}
+    (found,), (wanted,) = computed(module, feeds)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)

@@ -268,3 +268,22 @@ def test_a_branch_is_refreshed_with_what_feeds_it():
     replace(graph, add, insert(graph, add, aten.sub.Tensor, add.args))
     refresh(graph)
     assert tuple(list(graph.nodes)[-1].meta["val"].shape) == (3, 4)
+
+
+def test_views_of_attention_that_is_called_anew_may_copy():
+    def forward(self, x):
+        q = x.view(2, 5, 3, 4).transpose(1, 2)
+        made = nn.functional.scaled_dot_product_attention(q, q, q)
+        return made.transpose(1, 2).contiguous().view(2, 5, 12)
+
+    program = effc.trace(Call(forward), {"x": normal(2, 5, 12)}, dims={})
+    graph = program.only()
+    wanted = program.run(x=normal(2, 5, 12))["output"]
+    (attention,) = [n for n in graph.nodes if n.name.startswith("scaled")]
+    for copy in [n for n in graph.nodes if n.name.startswith("contiguous")]:
+        replace(graph, copy, copy.args[0])
+    again = insert(graph, attention, torch.ops.aten.mul.Tensor, (attention.args[0], 1.0))
+    attention.args = (again, *attention.args[1:])
+    refresh(graph)
+    assert ops(program).count("reshape") == 1
+    assert torch.allclose(program.run(x=normal(2, 5, 12))["output"], wanted, atol=1e-6)

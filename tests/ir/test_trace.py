@@ -7,6 +7,7 @@ from torch import nn
 
 import effc
 from effc.errors import TraceError
+from effc.ir.trace import refuse_chance
 from effc.passes.cleanup import DropNoops
 
 
@@ -185,3 +186,14 @@ def test_a_part_of_a_module_that_is_frozen_stays_so():
     module[1].eval()
     effc.trace(module, normal(2, 4))
     assert [part.training for part in module.modules()] == [True, True, False]
+
+
+def test_a_model_that_draws_numbers_is_refused_with_the_node():
+    program = effc.trace(Call(lambda self, x: x + torch.randn_like(x)), {"x": normal(3, 4)})
+    with pytest.raises(TraceError, match="randn_like draws random numbers") as caught:
+        refuse_chance(program.only())
+    assert "input of the model" in caught.value.hint
+
+
+def test_dropout_that_is_off_draws_nothing():
+    refuse_chance(effc.trace(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), normal(3, 4)).only())
