@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,18 @@ LOWERED = {"ort": 0.05, "openvino": 0.15, "tensorrt": 1e-5}
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The recipe as it is documented, with few samples and steps."""
+    """The recipe as it is documented, on the first two layers of stories260K, with few samples and steps."""
     if not STORIES.is_dir():
         pytest.skip("no stories260K")
+    from transformers import AutoModelForCausalLM
+
     place = tmp_path_factory.mktemp("everything")
+    model = AutoModelForCausalLM.from_pretrained(STORIES, num_hidden_layers=2)
+    model.save_pretrained(place / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(STORIES / name, place / "model")
     content = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    content["source"]["transformers"] = str(STORIES)
+    content["source"]["transformers"] = str(place / "model")
     content["calib"] = {
         "file": str(DATA / "tinystories" / "train_head.txt"),
         "samples": 16,
@@ -43,7 +50,7 @@ def out(tmp_path_factory):
     pruning.update(FEW, steps=20)
     experts.update(FEW, steps=8)
     passes["noisyquant"]["rows"] = 256
-    passes["attach-rank1"]["select"] = {"module": "*.layers.4.mlp.*"}
+    passes["attach-rank1"]["select"] = {"module": "*.layers.1.mlp.*"}
     content["bench"] = False
     (place / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     ran = cli("compile", place / "recipe.yaml", "-o", place / "out")
@@ -94,13 +101,15 @@ def test_the_engine_computes_its_graph(report, target):
 
 def test_layers_are_narrower_and_on_integers(out, report):
     folded = steps(report, "ort")["fold-hsm"]["bytes"]
-    assert folded[1] < 0.85 * folded[0]
+    assert (
+        folded[1] < 0.95 * folded[0]
+    )  # with the table, which was the output layer's weight too, written twice
     engines = {
         e["target"]: e
         for e in json.loads((out / "manifest.json").read_text(encoding="utf-8"))["engines"]
     }
     for target in ("ort", "openvino"):
-        assert engines[target]["int8_sites"] == engines[target]["total_sites"] == 37
+        assert engines[target]["int8_sites"] == engines[target]["total_sites"] == 16
     assert (out / "tensorrt" / "model.engine").read_bytes()[1:4] == b"trt"
 
 
