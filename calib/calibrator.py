@@ -8,6 +8,8 @@ widen the ranges.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from effc import heap
+from effc import heap, many
 from effc.calib.data import Array, Batch
 from effc.calib.probe import Probe, fitting
 from effc.calib.slopes import SlopeProbe, SlopeWatcher
@@ -70,7 +72,7 @@ def collect(
     *,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """The collectors by key after all `batches`.
+    """The collectors by key after all `batches`, of which each of several processes runs its share (`effc.many`).
 
     Raises CalibrationError where there is no data, where a batch lacks an input or has one of another dtype, or
     where a watched value is not a number.
@@ -91,7 +93,7 @@ def collect(
     slopes = SlopeWatcher(graph, sloped) if sloped else None
     seen = 0
     with torch.no_grad():
-        for batch in batches:
+        for batch in itertools.islice(batches, many.rank(), None, many.count()):
             feeds = tensors_for(graph, batch.inputs)
             mask = feeds.get(MASK)
             if watcher is not None:
@@ -103,7 +105,14 @@ def collect(
             seen += 1
             heap.trim()  # the next batch is of another length
             if on_batch is not None:
-                on_batch(seen)
+                on_batch(seen * many.count())
+    if many.count() > 1:
+        every = many.gathered((seen, collectors))
+        seen = sum(count for count, _ in every)
+        collectors = {
+            key: functools.reduce(lambda a, b: a.merge(b), (own[key] for _, own in every))
+            for key in collectors
+        }
     if not seen:
         raise CalibrationError(
             "there is no calibration data",

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from effc import scratch
+from effc import many, scratch
 from effc.errors import UsageError
 from effc.sizes import parse_bytes
 
@@ -70,7 +70,14 @@ class Cache:
         self.root, self.limit = root, limit_bytes
 
     def get(self, key: str) -> Entry | None:
-        """What was stored under a key, checked against its sha256; None where there is nothing whole."""
+        """What was stored under a key, checked against its sha256; None where there is nothing whole.
+
+        Of several processes in step all have it or none.
+        """
+        found = self._get(key)
+        return found if all(many.gathered(found is not None)) else None
+
+    def _get(self, key: str) -> Entry | None:
         if self.root is None:
             return None
         place = self._place(key)
@@ -124,7 +131,8 @@ class Cache:
     def alone(self, key: str | None) -> Iterator[None]:
         """A block in which nobody else makes what a key stands for: whoever waited for it finds that done."""
         descriptor = None
-        if self.root is not None and key is not None and fcntl is not None:
+        is_one = many.count() == 1  # those in step make it together
+        if self.root is not None and key is not None and fcntl is not None and is_one:
             with contextlib.suppress(OSError):
                 descriptor = _locked(self.root / "locks" / key)
         try:

@@ -490,6 +490,25 @@ def compile(
     _write_json(json_, result.report)
 
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes", min=1, max=256, help="Processes of this machine that share the work."
+    ),
+]
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    """A command line without an option and its value."""
+    made, is_value = [], False
+    for word in words:
+        if is_value or word == option:
+            is_value = word == option and not is_value
+        elif not word.startswith(f"{option}="):
+            made.append(word)
+    return made
+
+
 @app.command()
 def tune(
     recipe_: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe that trains.")],
@@ -505,18 +524,27 @@ def tune(
     data_place: Data = None,
     set_: Set = None,
     max_ram: MaxRam = None,
+    processes: Processes = None,
     json_: Json = None,
     verbose: Verbose = False,
 ) -> None:
     """Run a recipe up to its last pass that trains, and keep what was trained; a killed run goes on where it was.
 
+    Several processes share the batches of a step (`accumulate`); `accelerate launch -m effc tune …` starts them too.
+
     \b
     Examples:
       effc tune recipe.yaml -o CKPT
+      effc tune recipe.yaml -o CKPT --processes 2 --set passes.1.accumulate=2
       effc compile recipe.yaml --tuned CKPT -o OUT
       effc tune task.yaml --data DIR --encoder DIR -o CKPT
     """
     _outside(json_, out)
+    from effc import many
+
+    if processes is not None and processes > 1:
+        raise typer.Exit(many.launch(_without(sys.argv[1:], "--processes"), processes))
+    many.start()
     from effc import compiler, recipe
     from effc.report_numbers import curve_words
 
@@ -525,6 +553,8 @@ def tune(
     made = recipe.read(recipe_, [*chosen, *(set_ or ())], data_place=data_place)
     with terminal() as progress:
         found = compiler.tune(made, out, progress=progress, max_ram_bytes=_size_of(max_ram))
+    if many.rank():
+        return
     for step, curve in found["curves"].items():
         _say(f"step {step}: {curve_words(curve)}", json_)
     _say(f"{out} is ready", json_)

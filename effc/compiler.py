@@ -23,6 +23,7 @@ from effc import (
     diffusion,
     gate,
     intuition,
+    many,
     measure,
     metrics,
     package,
@@ -377,7 +378,8 @@ def tune(
 ) -> Json:
     """Run a recipe up to its last pass that trains, and write what was trained into `out`; gives the curves by step.
 
-    A run that was killed goes on where it was. Raises RecipeError where nothing trains, TuneError where training fails.
+    A run that was killed goes on where it was. Of several processes in step (`effc.many`) the first writes. Raises
+    RecipeError where nothing trains, TuneError where training fails.
     """
     progress, out = progress or Progress(), Path(os.path.abspath(out))
     last = max((i for i, pass_ in enumerate(recipe.passes) if pass_.trains), default=None)
@@ -410,9 +412,10 @@ def tune(
         more |= source.kept(
             {n: t for _, (tensors, _) in sorted(made.items()) for n, t in tensors.items()}
         )
-    checkpoint.write(
-        out, source, recipe.passes, decisions=decisions, made=made, more=more, recipe=recipe.portable(),
-    )  # fmt: skip
+    if many.rank() == 0:
+        checkpoint.write(
+            out, source, recipe.passes, decisions=decisions, made=made, more=more, recipe=recipe.portable(),
+        )  # fmt: skip
     return {"out": str(out), "curves": {step: curve for step, (_, curve) in sorted(made.items())}}
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from effc import many
 from effc.cache import Cache, key_of
 from effc.calib import data
 from effc.calib.calibrator import tensors_for
@@ -167,9 +168,9 @@ class Tuner:
         )  # fmt: skip
         tensors = module.tensors()
         curve = _curve(run)
-        if is_kept:
+        if is_kept and many.rank() == 0:
             self.cache.put(key, curve, {"tensors.safetensors": save(apart(tensors))})
-        if folder is not None:
+        if folder is not None and many.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         return tensors, curve
 

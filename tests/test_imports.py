@@ -21,7 +21,7 @@ LINES = [
     line.split()
     for line in """
     errors sizes heap quiet lean plain prototext
-    progress paths scratch alone
+    progress paths scratch alone many
     bounded table stats cache external
     machine schedule tasks
     quant diffusion

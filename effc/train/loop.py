@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from effc import many
 from effc.errors import TuneError
 from effc.train.terms import Course, Own
 
@@ -137,8 +138,8 @@ def fit(
     state, and a run that finds one there goes on from it. Products are taken in `precision`; parameters, their moments
     and the loss are in float32. `score` of the module judges in the place of the held-out loss, the higher the better.
     `shares` of the schedule's rate are those that parameters have, 1 where there are none. The loss of a step is the
-    mean over its batches, of which one at a time is in memory. Raises TuneError where a
-    loss is no number, with the step.
+    mean over its batches, of which one at a time is in memory, and each of several processes has its share. Raises
+    TuneError where a loss is no number, with the step.
     """
     try:
         from accelerate import Accelerator
@@ -148,11 +149,16 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise TuneError("there is nothing to train", hint="`tensors` matches none of the graph's")
+    if accumulate % many.count():
+        raise TuneError(
+            f"{many.count()} processes cannot share the {accumulate} batches of a step",
+            hint=f"accumulate: {many.count()}, or a multiple of it",
+        )
     terms = _Terms(module, courses)
     marks = {schedule.steps, *(step for course in courses for step in course.marks())}
     groups = _groups(parameters, terms, schedule, shares or [1.0] * len(parameters))
     optimizer = torch.optim.AdamW([group.options() for group in groups], lr=schedule.lr)
-    module, optimizer = accelerator.prepare(module, optimizer)
+    optimizer = accelerator.prepare(optimizer)
     asked = _in_bfloat16(module) if precision == "bf16" else module
     run, best = _resumed(folder, parameters, optimizer, schedule)
     saved = started = time.monotonic()
@@ -160,31 +166,38 @@ def fit(
     if not run.points:
         _check(run, asked, loss, held, parameters, best, terms, score)
     while not run.is_over(schedule):
-        torch.manual_seed(schedule.seed * 1_000_003 + run.step)
+        torch.manual_seed(schedule.seed * 1_000_003 + run.step * accumulate)
         for place, group in zip(optimizer.param_groups, groups, strict=True):
             place["lr"] = group.rate(run.step)
         terms.stand(run.step)
         optimizer.zero_grad()
-        total = 0.0
-        for number in range(run.step * accumulate, (run.step + 1) * accumulate):
+        total = torch.zeros(1)
+        first = run.step * accumulate
+        for number in range(first + many.rank(), first + accumulate, many.count()):
+            if number != first:
+                torch.manual_seed(schedule.seed * 1_000_003 + number)
             value = (loss(asked, batch(number)) + terms.loss(run.step)) / accumulate
-            if not bool(torch.isfinite(value)):
-                raise TuneError(
-                    f"the loss is {float(value.detach())} at step {run.step}",
-                    hint=f"a lower learning rate may help; it is {schedule.lr:g}",
-                )
-            accelerator.backward(value)
+            if bool(torch.isfinite(value)):
+                accelerator.backward(value)
             total += float(value.detach())
+        many.sum_up([total])
+        if not bool(torch.isfinite(total)):
+            raise TuneError(
+                f"the loss is {float(total)} at step {run.step}",
+                hint=f"a lower learning rate may help; it is {schedule.lr:g}",
+            )
+        many.sum_up([_slope(parameter) for parameter in parameters])
         for group in groups:
             accelerator.clip_grad_norm_(group.parameters, schedule.clip)
         optimizer.step()
-        run.losses.append(total)
+        run.losses.append(float(total))
         run.step += 1
         run.seconds = before + time.monotonic() - started
         if run.step % schedule.check_every == 0 or run.step in marks:
             _check(run, asked, loss, held, parameters, best, terms, score)
         progress(run.step, schedule.steps)
-        if folder is not None and time.monotonic() - saved > SAVE_S and run.step < schedule.steps:
+        is_due = time.monotonic() - saved > SAVE_S and run.step < schedule.steps
+        if folder is not None and many.rank() == 0 and is_due:
             try:
                 _save(folder, run, parameters, best, optimizer, schedule)
             except (OSError, SafetensorError) as error:
@@ -195,6 +208,13 @@ def fit(
             parameter.copy_(value)
     terms.stand(run.best if held else run.step)
     return run
+
+
+def _slope(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, of zeros where nothing here hung on it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _in_bfloat16(module: nn.Module) -> Callable[[Any], dict[str, Tensor]]:
