@@ -92,7 +92,7 @@ def _calibration(built: tiny.Built, place: Path) -> Path:
 
 def compared(built: tiny.Built, out: Path, target: str, quantize: str) -> Row:
     """The engine and torch at every size that the model runs with: the largest gap of an output."""
-    worst, seen = 0.0, []
+    worst, seen, finite = 0.0, [], 1.0
     with effc.Engine.open(out, threads=1) as engine:
         wanted = {port.name: port for port in engine.inputs}
         for batch, length in built.sizes:
@@ -103,13 +103,27 @@ def compared(built: tiny.Built, out: Path, target: str, quantize: str) -> Row:
             if not _fits(feeds, wanted):
                 continue
             made = engine(feeds)
+            if missing := truth.keys() - made.keys():
+                return {
+                    "state": "differs",
+                    "reason": f"the engine lacks {', '.join(sorted(missing))}",
+                }
             for name, value in truth.items():
-                if name in made:
-                    worst = max(worst, gap(value.numpy(), made[name]))
+                worst = max(worst, gap(value.numpy(), made[name]))
+                finite = min(finite, _finite(value.numpy()))
             seen.append([batch, length])
+    if not seen or not finite:
+        why = "no size fits the engine" if not seen else "an output has no number to compare"
+        return {"state": "not compared", "reason": why, "sizes": seen}
     allowed = TOLERANCE if quantize == "none" and target == "ort" else 0.3
     state = "agrees" if worst <= allowed else "differs"
-    return {"state": state, "rel_l2": worst, "sizes": seen}
+    return {"state": state, "rel_l2": worst, "sizes": seen, "finite": round(finite, 4)}
+
+
+def _finite(a: Any) -> float:
+    """The share of an output's numbers that are compared as numbers."""
+    usual = np.isfinite(a) & (np.abs(a) < 1e30) if a.dtype.kind == "f" else np.ones(a.shape, bool)
+    return float(usual.mean()) if usual.size else 1.0
 
 
 def _fits(feeds: dict[str, Any], ports: dict[str, Any]) -> bool:
@@ -130,6 +144,8 @@ def gap(a: Any, b: Any) -> float:
         return float((a != b).mean()) if a.size else 0.0
     finite = np.isfinite(a) & (np.abs(a) < 1e30)
     if not (finite == (np.isfinite(b) & (np.abs(b) < 1e30))).all():
+        return float("inf")
+    if not np.array_equal(np.sign(a[~finite]), np.sign(b[~finite]), equal_nan=True):
         return float("inf")
     x, y = a[finite].astype(np.float64), b[finite].astype(np.float64)
     norm = float(np.linalg.norm(x))

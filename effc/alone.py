@@ -44,6 +44,19 @@ def computing(lock: Path | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def waiting() -> Iterator[None]:
+    """A block that waits for somebody else, who may want to time meanwhile."""
+    if not _held or fcntl is None:
+        yield
+        return
+    fcntl.flock(_held[-1], fcntl.LOCK_UN)
+    try:
+        yield
+    finally:
+        fcntl.flock(_held[-1], fcntl.LOCK_SH)
+
+
+@contextmanager
 def timing() -> Iterator[None]:
     """A block that nobody else of a sweep computes beside; in a process that is of none it is any block."""
     if not _held or fcntl is None:

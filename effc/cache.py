@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from effc import many, scratch
+from effc import alone, many, scratch
 from effc.errors import UsageError
 from effc.sizes import parse_bytes
 
@@ -268,7 +268,9 @@ def _locked(file: Path) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not scratch.take(descriptor):
+                with alone.waiting():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
             if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 return descriptor
         except BaseException:

@@ -291,6 +291,7 @@ def _ensemble(name: str, steps: Sequence[Served], manifest: package.Manifest) ->
     fed = {(link.consumer, link.input): f"{link.producer}.{link.output}" for link in links}
     gives = {link.producer for link in links}
     ends = [step for step in steps if step.entry.role not in gives]
+    is_one = len(ends) == 1
     known = {port.name for step in ends for port in step.entry.inputs}
     inputs, outputs, made = [], [], []
     for step in sorted(steps, key=lambda step: step in ends):
@@ -300,11 +301,12 @@ def _ensemble(name: str, steps: Sequence[Served], manifest: package.Manifest) ->
             if (role, port.name) in fed:
                 takes[port.name] = fed[role, port.name]
                 continue
-            own = port.name if step in ends or port.name not in known else f"{role}.{port.name}"
+            is_own = (step in ends and is_one) or port.name not in known
+            own = port.name if is_own else f"{role}.{port.name}"
             takes[port.name] = own
             inputs.append(_port(port, step.most, own))
         given = {
-            port.name: port.name if step in ends else f"{role}.{port.name}"
+            port.name: port.name if step in ends and is_one else f"{role}.{port.name}"
             for port in step.entry.outputs
         }
         outputs += [_port(port, step.most, given[port.name]) for port in step.entry.outputs]

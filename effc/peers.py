@@ -195,6 +195,10 @@ def facts_of(model: str) -> Facts:
     path = Path(model)
     if path.is_dir():
         return _of_directory(path)
+    if not path.is_file() and ":" not in model:
+        raise SourceError(
+            f"{model} is no file and no folder", hint="--model DIR, a file, or module:factory"
+        )
     if model.endswith(".gguf"):
         return Facts(kind=LM)
     if model.endswith(".onnx"):

@@ -212,6 +212,10 @@ class Tuner:
         if spec is None:
             if pass_.task in LABELLED:
                 raise TuneError("labels are read from a file", hint="name one: `file: DATA`")
+            if pass_.group_by_length:
+                raise TuneError(
+                    "batches as they are given are not grouped", hint="name a file: `file: DATA`"
+                )
             batches = Samples(self.source, self.calib)(graph.role)
             given = [Example(feeds=tensors_for(graph, b.inputs)) for b in batches]
             return *_of_batches(pass_, given), None

@@ -77,7 +77,7 @@ STANDARD_LIBRARY_ONLY = {
 
 # Training and the built-in models stand aside: all they may import, and who may import them.
 ASIDE = {
-    "train": {"errors", "progress", "table", "quant", "dialect", "ir", "nn", "calib"},
+    "train": {"errors", "many", "progress", "table", "quant", "dialect", "ir", "nn", "calib"},
     "zoo": {
         "errors",
         "paths",

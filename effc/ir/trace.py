@@ -239,19 +239,26 @@ def _refuse_odd_outputs(graph: Graph) -> None:
             raise TraceError(f"output {name!r} is not a tensor", hint="return tensors only")
 
 
-_CHANCE = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
-
-
 def refuse_chance(graph: Graph) -> None:
     """Raise TraceError where numbers are drawn anew at every run: nothing is left to hold an engine against."""
     for node in graph.nodes:
-        word = str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
-        if word.removesuffix("_like").strip("_") in _CHANCE and node.users:
+        if node.users and _draws(node):
+            word = str(node.target.overloadpacket.__name__)  # type: ignore[union-attr]
             raise TraceError(
                 f"{node.name} draws random numbers at every run ({word})",
                 where=module_path(node) or None,
                 hint="give what is drawn as an input of the model, or set it to its mean",
             )
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operator draws numbers; those that can be told not to say so by `train` or by `p`."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    switch = next((word for word in ("train", "training", "dropout_p") if word in names), None)
+    return switch is None or bool(given.get(switch, switch != "dropout_p" and switch != "training"))
 
 
 @contextmanager

@@ -171,9 +171,14 @@ def _places(keys: Keys, names: Names, made: dict[str, Any], *, is_static: bool) 
     is_all = chosen == known or (not is_static and chosen == without_convs)
     if not is_all:
         made["ops"] = chosen
+    asked = bool(names.nodes and keys.left.get(names.nodes))
     inside = modules(keys, names.nodes) if names.nodes else []
     outside = modules(keys, names.nodes_out) if names.nodes_out else []
     select: dict[str, Any] = {}
+    if names.nodes and asked and not inside:
+        raise keys.error(
+            names.nodes, "names nodes alone, none of them with the path of a module in it"
+        )
     if inside:
         select["module"] = inside
     if outside:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effc import bounded, cache, scratch
+from effc import bounded, cache, recipe, scratch
+from effc.build import versions
 from effc.errors import BackendUnavailable, PackageError, RecipeError, UsageError
 from effc.machine import default_threads
 from effc.sweep import front, space, work
@@ -34,6 +35,8 @@ Say = Callable[[str], None]
 INSTALL = "pip install 'effc[sweep]'"
 REACH_S = 5.0
 """An address that takes no connection for so long is taken for none."""
+MOST_FILES = 10_000
+"""Of a folder so many files are looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ def _drive(ray: Any, workers: int, spec: Spec, asks: _Asks, out: Path, say: Say)
         try:
             record = ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # of `work.check`: no other trial would fare better
+            raise error.cause from None  # of `work.check` alone: no other trial would fare better
         except ray.exceptions.RayError as error:
             record = _lost(job, error, spec.attempts)
         asks.tell(record)
@@ -119,7 +122,9 @@ class _Asks:
         self.search = _Search(spec) if spec.search == "tpe" else None
 
     def known(self) -> list[Json]:
-        """Take what an earlier run of the same sweep finished."""
+        """Take what an earlier run of the same sweep finished, of a search whatever that had asked for."""
+        if self.search is not None:
+            self.records += self.search.before(self.job)
         for job in list(self.waiting):
             if (record := _record(job)) is not None:
                 self.waiting.remove(job)
@@ -134,10 +139,9 @@ class _Asks:
             return self.waiting.pop(0)
         while self.search is not None and (trial := self.search.ask()) is not None:
             job = self.job(trial)
-            record = _record(job)
-            if record is None:
+            if (known := _record(job)) is None:
                 return job
-            self.tell(record)
+            self.tell(known)
         return None
 
     def tell(self, record: Json) -> None:
@@ -156,7 +160,7 @@ class _Search:
             raise BackendUnavailable("a search needs Optuna", hint=INSTALL) from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.spec, self.left = spec, spec.trials or 0
-        self.failed = optuna.trial.TrialState.FAIL
+        self.failed, self.done = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE
         self.study = optuna.create_study(
             directions=["minimize"] * len(spec.objectives),
             sampler=optuna.samplers.TPESampler(seed=spec.seed, n_startup_trials=min(10, max(2, self.left // 3))),
@@ -177,6 +181,53 @@ class _Search:
                 self.asked[trial.name] = asked
                 return trial
         return None
+
+    def before(self, job: Callable[[Trial], work.Job]) -> Iterator[Json]:
+        """Records of choices of this space that lie there already, each told to the sampler as one of its trials."""
+        import optuna
+
+        kinds = {place: self._kind(values) for place, values in self.spec.space.items()}
+        for file in sorted(
+            Path(job(Trial(name="any", settings={})).folder).parent.glob(f"*/{work.FILE}")
+        ):
+            found = bounded.read_json(file, PackageError)
+            settings = found.get("settings") if isinstance(found, dict) else None
+            if (
+                not isinstance(settings, dict)
+                or list(settings) != list(self.spec.space)
+                or not self.left
+            ):
+                continue
+            record = _record(job(space.named(settings)))
+            if record is None:
+                continue
+            params = {
+                p: v.index(settings[p]) if isinstance(v, list) else settings[p]
+                for p, v in self.spec.space.items()
+            }
+            values = record.get("values", {})
+            is_whole = all(o in values for o in self.spec.objectives)
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    params=params, distributions=kinds, state=self.done if is_whole else self.failed,
+                    values=[values[o]["value"] for o in self.spec.objectives] if is_whole else None,
+                )
+            )  # fmt: skip
+            self.told[record["name"]] = record
+            self.left -= 1
+            yield record
+
+    @staticmethod
+    def _kind(values: list[Any] | Range) -> Any:
+        import optuna
+
+        if isinstance(values, list):
+            return optuna.distributions.CategoricalDistribution(list(range(len(values))))
+        if values.whole:
+            return optuna.distributions.IntDistribution(
+                int(values.low), int(values.high), log=values.log
+            )
+        return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
 
     def tell(self, record: Json) -> None:
         self.told[record["name"]] = record
@@ -201,14 +252,42 @@ class _Search:
 
 def _job(trial: Trial, spec: Spec, base: Path, text: str, out: Path, threads: int) -> work.Job:
     code = cache.code_digest()
-    parts = json.dumps(
-        [text, dict(trial.settings), threads, code], sort_keys=True, ensure_ascii=False
-    )
+    made = [text, dict(trial.settings), threads, code, versions(), _files(base, text, trial)]
+    parts = json.dumps(made, sort_keys=True, ensure_ascii=False)
     return work.Job(
         name=trial.name, base=str(base), overrides=tuple(trial.overrides), settings=trial.settings,
         folder=str(out.resolve() / "trials" / trial.name), key=hashlib.sha256(parts.encode()).hexdigest(),
         code=code, threads=threads, keep=spec.keep,
     )  # fmt: skip
+
+
+def _files(base: Path, text: str, trial: Trial) -> list[tuple[str, int, int]]:
+    """Every file that a trial's recipe names, or that lies in a folder that it names: its size, and when it changed."""
+    _, data = recipe.load_yaml(text, str(base))
+    found: list[tuple[str, int, int]] = []
+    for word in sorted(set(_words([data, dict(trial.settings)]))):
+        place = next(
+            (p for p in (base.parent / word, base.parent / word.partition(":")[0]) if p.exists()),
+            None,
+        )
+        if place is None or place == base.parent:
+            continue
+        files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+        stats = [(file, file.stat()) for file in files[:MOST_FILES]]
+        found += [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return found
+
+
+def _words(value: Any) -> Iterator[str]:
+    """All texts in plain values that may name a file, and keys that are those of a metric."""
+    if isinstance(value, str) and value and len(value) < 1024 and "\0" not in value:
+        yield value
+    for part in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        yield from _words(part)
+    if isinstance(value, dict):
+        yield from (key for key in value if isinstance(key, str) and key.endswith(".py"))
 
 
 def _record(job: work.Job) -> Json | None:
@@ -223,8 +302,6 @@ def _record(job: work.Job) -> Json | None:
 
 def _check(base: Path, trial: Trial) -> None:
     """Raise RecipeError where a trial's recipe is none, before any work is done."""
-    from effc import recipe
-
     try:
         recipe.read(base, [*trial.overrides, "gate=false"])
     except RecipeError as error:
@@ -245,12 +322,13 @@ def _mine(out: Path, spec: Spec, text: str) -> Iterator[None]:
             f"{out} holds another sweep: its file or its base has changed",
             hint="name another place with -o; what both have in common is in the cache",
         )
-    (out / "trials").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        work.write(file, about)
+    (out / "trials").mkdir(exist_ok=True)
     with (out / ".lock").open("a") as stream:
         if not scratch.take(stream.fileno()):
             raise PackageError(f"another sweep is at work in {out}", hint="wait for it, or end it")
-        if not file.is_file():
-            work.write(file, about)
         yield
 
 
@@ -275,12 +353,17 @@ def _ray(settings: Settings, spec: Spec) -> Iterator[tuple[Any, int]]:
             hint="--address HOST:6379 of `ray start --head`",
         ) from error
     try:
-        cpus = ray.cluster_resources().get("CPU", 0)
-        if cpus < spec.cpus:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        asks = {"CPU": spec.cpus, "memory": float(spec.memory_bytes or 0)}
+        fits = [node for node in nodes if all(node.get(n, 0) >= most for n, most in asks.items())]
+        if not fits:
+            has: Json = max(nodes, key=lambda node: float(node.get("CPU", 0)), default={})
             raise UsageError(
-                f"a trial asks for {spec.cpus:g} CPUs, and Ray has {cpus:g}",
-                hint=f"cpus: {max(1, int(cpus))}",
+                f"a trial asks for {spec.cpus:g} CPUs and {asks['memory'] / 1e9:.1f} GB, and no machine of Ray's has "
+                f"as much; the largest has {has.get('CPU', 0):g} and {has.get('memory', 0) / 1e9:.1f} GB",
+                hint="ask for less: cpus, memory",
             )
+        cpus = sum(float(node["CPU"]) for node in fits)
         yield ray, settings.workers or max(1, int(cpus // spec.cpus))
     finally:
         ray.shutdown()

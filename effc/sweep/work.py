@@ -18,7 +18,7 @@ from typing import Any
 
 from effc import alone, cache, compiler, recipe
 from effc.bench import cpu_name
-from effc.errors import EffcError, PackageError, UsageError, is_failure
+from effc.errors import BackendUnavailable, EffcError, PackageError, UsageError, is_failure
 from effc.machine import cpu_features, default_threads, installed
 from effc.progress import Progress
 from effc.scratch import NO_ROOM
@@ -66,16 +66,23 @@ def run(job: Job) -> Json:
             "metric": result.report["metric"],
         }
         record["bench"] = result.report["bench"]
+    except BackendUnavailable as error:
+        record |= {"state": "lost", "error": _told(error)}  # it may be installed by the next time
     except EffcError as error:
         record |= {"state": "failed", "error": _told(error)}
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
+    except MemoryError:
+        hint = "ask for more, so that fewer run beside it: memory: 8GB"
         record |= {
-            "state": "failed",
+            "state": "lost",
+            "error": {"kind": "MemoryError", "what": "memory ran out", "hint": hint},
+        }
+    except OSError as error:
+        record |= {
+            "state": "lost" if error.errno in NO_ROOM else "failed",
             "error": {
-                "kind": "PackageError", "what": f"{platform.node()}: {error.strerror}", "where": error.filename,
-                "hint": "free some disk space",
+                "kind": type(error).__name__, "what": f"{platform.node()}: {error.strerror or error}",
+                "where": error.filename if isinstance(error.filename, str) else None,
+                "hint": "free some disk space" if error.errno in NO_ROOM else None,
             },
         }  # fmt: skip
     except BaseException as error:
@@ -92,7 +99,15 @@ def run(job: Job) -> Json:
         s.name: {"seconds": round(s.seconds, 3), "cached": s.cached}
         for s in progress.stages.values()
     }
-    write(folder / FILE, record)
+    try:
+        write(folder / FILE, record)
+    except OSError as error:
+        what = f"{platform.node()} cannot keep its record: {error.strerror or error}"
+        return {
+            **record,
+            "state": "lost",
+            "error": {"kind": type(error).__name__, "what": what, "hint": "free some disk space"},
+        }
     return record
 
 

@@ -195,5 +195,29 @@ def test_a_model_that_draws_numbers_is_refused_with_the_node():
     assert "input of the model" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda self, x: torch.empty_like(x).uniform_() + x,
+        lambda self, x: nn.functional.dropout(x, 0.5, training=True),
+        lambda self, x: nn.functional.rrelu(x, training=True),
+        lambda self, x: torch.empty_like(x).exponential_() + x,
+    ],
+)
+def test_whatever_draws_is_refused(compute):
+    program = effc.trace(Call(compute), {"x": normal(3, 4)})
+    with pytest.raises(TraceError, match="draws random numbers"):
+        refuse_chance(program.only())
+
+
+def test_what_is_told_not_to_draw_is_taken():
+    given = {"x": normal(3, 4)}
+    for compute in (
+        lambda self, x: nn.functional.rrelu(x, training=False),
+        lambda self, x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None]),
+    ):
+        refuse_chance(effc.trace(Call(compute), given).only())
+
+
 def test_dropout_that_is_off_draws_nothing():
     refuse_chance(effc.trace(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), normal(3, 4)).only())

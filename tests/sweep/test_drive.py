@@ -97,7 +97,6 @@ def test_a_driver_that_is_killed_goes_on(write, place):
         process.wait()
     done = len(list(out.glob("trials/*/trial.json")))
     assert 1 <= done < 5
-    assert json.loads((out / "front.json").read_text())["trials"] or done == 1
     ran = cli("sweep", file, "-o", out, "--workers", "1")
     assert ran.code == 0, ran.err
     assert ran.out.count(": done before") >= done
@@ -156,8 +155,120 @@ def test_a_full_disk_is_the_trials_own_failure(place, monkeypatch):
 
     monkeypatch.setattr(work.compiler, "run", full)
     record = work.run(job(place))
-    assert record["state"] == "failed" and "No space left" in record["error"]["what"]
+    assert record["state"] == "lost" and "No space left" in record["error"]["what"]
     assert json.loads((place / "trials" / "a" / "trial.json").read_text()) == record
+
+
+def test_what_goes_wrong_in_a_trial_is_its_own(place, monkeypatch):
+    (place / "trials").mkdir()
+    states = {}
+    for error in (PermissionError(13, "no"), ValueError("odd"), MemoryError(), KeyError("k")):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(work.compiler, "run", fails)
+        states[type(error).__name__] = work.run(job(place))["state"]
+    assert states == {
+        "PermissionError": "failed", "ValueError": "failed", "MemoryError": "lost", "KeyError": "failed",
+    }  # fmt: skip
+
+
+def test_a_record_that_cannot_be_kept_is_tried_again(place, monkeypatch):
+    (place / "trials").mkdir()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(work, "write", full)
+    record = work.run(job(place))
+    assert record["state"] == "lost" and "cannot keep its record" in record["error"]["what"]
+
+
+def test_a_file_that_changed_makes_another_trial(write, place):
+    file, out = write(space={"passes.0.bits": [8]}), place / "out"
+    spec, base = space.read(file)
+    (trial,) = space.grid(spec)
+
+    def key():
+        return drive._job(trial, spec, base, base.read_text(), out, 1).key
+
+    first = key()
+    assert key() == first
+    with (place / "nets.py").open("a") as stream:
+        stream.write("\n")
+    second = key()
+    (place / "data.npz").write_bytes((place / "data.npz").read_bytes() + b"0")
+    assert len({first, second, key()}) == 3
+
+
+def test_a_search_that_goes_on_knows_what_was_tried(write, place):
+    pytest.importorskip("optuna")
+    words = {
+        "space": {
+            "passes.0.bits": [4, 5, 6, 7, 8],
+            "calib.samples": {"low": 8, "high": 32, "whole": True},
+        }
+    }
+    spec, base = space.read(write(**words, search="tpe", trials=12))
+    text, out = base.read_text(), place / "out"
+
+    def asks():
+        return drive._Asks(spec, [], lambda t: drive._job(t, spec, base, text, out, 1))
+
+    first, told = asks(), []
+    running = [first.next() for _ in range(3)]  # three at once, of which the last never ends
+    for _ in range(6):
+        job = running.pop(0)
+        bits = job.settings["passes.0.bits"]
+        record = {
+            "name": job.name, "settings": dict(job.settings), "key": job.key, "state": "done",
+            "values": {"accuracy": {"value": 1 / bits}, "size": {"value": bits}},
+        }  # fmt: skip
+        os.makedirs(job.folder)
+        work.write(drive.Path(job.folder) / work.FILE, record)
+        first.tell(record)
+        told.append(job.name)
+        running.append(first.next())
+    second = asks()
+    assert sorted(r["name"] for r in second.known()) == sorted(told)
+    left = 0
+    while (job := second.next()) is not None:
+        assert job.name not in told
+        left += 1
+        second.tell({"name": job.name, "state": "failed"})
+    assert 1 <= left <= 12 - len(told)
+
+
+def test_nothing_computes_while_somebody_times(place):
+    script = """
+import sys, time
+from pathlib import Path
+from effc import alone, cache
+lock, log, which = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def say(word):
+    with log.open("a") as stream:
+        stream.write(f"{which} {word}\\n")
+store = cache.Cache(lock.parent / "store")
+with alone.computing(lock):
+    for _ in range(5):
+        with store.alone("k"):  # who waits for this lets the other time
+            say("computes")
+            time.sleep(0.01)
+            say("rests")
+            if which == "a":
+                with alone.timing():
+                    say("times")
+                    time.sleep(0.03)
+                    say("rests")
+"""
+    (place / "times.py").write_text(script)
+    words = [place / "times.py", place / "lock", place / "log"]
+    running = [subprocess.Popen([sys.executable, *map(str, words), which]) for which in "ab"]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    lines = (place / "log").read_text().splitlines()
+    assert len(lines) == 30 and set(lines[1::2]) == {"a rests", "b rests"}
+    assert all(a.split()[0] == b.split()[0] for a, b in zip(lines[::2], lines[1::2], strict=True))
 
 
 def test_a_trial_that_is_no_recipe_is_refused_before_any_work(write, place):
