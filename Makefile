@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SEED ?= 0
 N ?= 300
 
-.PHONY: venv demo test test-fast check schema format torture
+.PHONY: venv demo test test-fast check schema format torture layouts
 
 venv: .venv/.stamp  ## the environment in .venv, and nothing else
 
@@ -37,6 +37,9 @@ schema: .venv/.stamp  ## write effc/schema/*.json and the table of exit codes an
 	$(PY) tools/schemas.py
 	$(PY) tools/exit_codes.py
 	$(PY) tools/lint_rules.py
+
+layouts: .venv/.stamp  ## open layouts by sentence-transformers and by transformers.js, in environments of their own
+	bash tools/layouts.sh
 
 torture: .venv/.stamp  ## N spoilt inputs of seed SEED, each in a process with limits, and a third as many kills
 	$(PY) tools/torture.py malformed --seed $(SEED) --count $(N)
