@@ -169,7 +169,7 @@ def coverage_all() -> list[str]:
             f"not tried: {found['types'] - len(rows)}.",
             "",
         ]
-        kinds = sorted({r["kind"] for r in built})
+        kinds = sorted({r.get("kind", "not told") for r in built})
         states_seen = [
             s
             for s in ("agrees", "refused", "differs", "not compared", "crashed", "time", "memory")
@@ -178,7 +178,7 @@ def coverage_all() -> list[str]:
         body = [
             [kind, str(len(of)), *(str(sum(r["state"] == s for r in of)) for s in states_seen)]
             for kind in kinds
-            if (of := [r for r in built if r["kind"] == kind])
+            if (of := [r for r in built if r.get("kind", "not told") == kind])
         ]
         body.append(["all", str(len(built)), *(str(states[s]) for s in states_seen)])
         lines += table(["what goes in", "built", *states_seen], body)
