@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 try:
@@ -43,26 +43,23 @@ def computing(lock: Path | None = None) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextmanager
-def waiting() -> Iterator[None]:
+def waiting() -> AbstractContextManager[None]:
     """A block that waits for somebody else, who may want to time meanwhile."""
-    if not _held or fcntl is None:
-        yield
-        return
-    fcntl.flock(_held[-1], fcntl.LOCK_UN)
-    try:
-        yield
-    finally:
-        fcntl.flock(_held[-1], fcntl.LOCK_SH)
+    return _as("LOCK_UN")
+
+
+def timing() -> AbstractContextManager[None]:
+    """A block that nobody else of a sweep computes beside; in a process that is of none it is any block."""
+    return _as("LOCK_EX")
 
 
 @contextmanager
-def timing() -> Iterator[None]:
-    """A block that nobody else of a sweep computes beside; in a process that is of none it is any block."""
+def _as(operation: str) -> Iterator[None]:
+    """A block in which the lock of this process, where it has one, is held in another way."""
     if not _held or fcntl is None:
         yield
         return
-    fcntl.flock(_held[-1], fcntl.LOCK_EX)
+    fcntl.flock(_held[-1], getattr(fcntl, operation))
     try:
         yield
     finally:

@@ -543,7 +543,10 @@ def tune(
     from effc import many
 
     if processes is not None and processes > 1:
-        raise typer.Exit(many.launch(_without(sys.argv[1:], "--processes"), processes))
+        from effc.machine import default_threads
+
+        threads = max(1, default_threads() // processes)
+        raise typer.Exit(many.launch(_without(sys.argv[1:], "--processes"), processes, threads))
     many.start()
     from effc import compiler, recipe
     from effc.report_numbers import curve_words

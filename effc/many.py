@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PLACES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-MOST = 256
 _state = {"rank": 0, "count": 1}
 
 
@@ -85,10 +84,11 @@ def sum_up(tensors: Sequence[Tensor]) -> None:
         place += tensor.numel()
 
 
-def launch(words: Sequence[str], processes: int) -> int:
+def launch(words: Sequence[str], processes: int, threads: int) -> int:
     """Run `effc WORDS` as so many processes of this machine, and give the first exit code that is not 0.
 
-    The first one speaks; what another says is shown where it fails first. Whoever fails ends all.
+    Each computes with `threads`, unless OMP_NUM_THREADS says otherwise. The first one speaks; what another says is shown
+    where it fails first. Whoever fails ends all.
     """
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
@@ -96,14 +96,13 @@ def launch(words: Sequence[str], processes: int) -> int:
         stack.callback(_end, running)
         for number in range(processes):
             own = dict(zip(PLACES, (str(number), str(processes), "127.0.0.1", port), strict=True))
-            threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // processes))
             running.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "effc", *words],
                     env={
                         **os.environ,
                         **own,
-                        "OMP_NUM_THREADS": threads,
+                        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
                         "GLOO_SOCKET_IFNAME": "lo",
                     },
                     stdout=None if number == 0 else subprocess.DEVNULL,
@@ -149,7 +148,3 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,7 +11,6 @@ in the cache of effc, which all workers of a machine share.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -25,6 +24,7 @@ from typing import Any
 
 from effc import bounded, cache, recipe, scratch
 from effc.build import versions
+from effc.delta import whole
 from effc.errors import BackendUnavailable, PackageError, RecipeError, UsageError
 from effc.machine import default_threads
 from effc.sweep import front, space, work
@@ -391,12 +391,7 @@ def _keep(spec: Spec, records: Sequence[Json], out: Path) -> Json:
     found = front.fronts(records, spec.objectives)
     made = front.to_json(found, records, spec.objectives)
     work.write(out / "front.json", made)
-    page = front.page(found, records, spec.objectives)
-    part = out / ".front.html.part"
-    with contextlib.ExitStack() as stack:
-        stack.callback(part.unlink, missing_ok=True)
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, out / "front.html")
+    whole.write(out / "front.html", front.page(found, records, spec.objectives))
     return made
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from effc import alone, cache, compiler, recipe
 from effc.bench import cpu_name
+from effc.delta import whole
 from effc.errors import BackendUnavailable, EffcError, PackageError, UsageError, is_failure
 from effc.machine import cpu_features, default_threads, installed
 from effc.progress import Progress
@@ -177,13 +177,4 @@ def _told(error: EffcError) -> Json:
 
 def write(file: Path, content: Any) -> None:
     """JSON that is whole or not there."""
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    whole.write(file, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
