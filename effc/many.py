@@ -87,8 +87,8 @@ def sum_up(tensors: Sequence[Tensor]) -> None:
 def launch(words: Sequence[str], processes: int, threads: int) -> int:
     """Run `effc WORDS` as so many processes of this machine, and give the first exit code that is not 0.
 
-    Each computes with `threads`, unless OMP_NUM_THREADS says otherwise. The first one speaks; what another says is shown
-    where it fails first. Whoever fails ends all.
+    Each computes with `threads`, unless OMP_NUM_THREADS says otherwise. The first one speaks; what another says is
+    shown where it fails first. Whoever fails ends all.
     """
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
